@@ -1,0 +1,168 @@
+"""From a config to the parts of a run: data module, module, Trainer."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+
+from cpm_rcnn.checkpoints import read_checkpoint
+from cpm_rcnn.data import CocoDataModule, ShapesDataModule
+from cpm_rcnn.errors import UserError, check_choice, check_range
+from cpm_rcnn.lightning_module import DetectionModule
+from cpm_rcnn.reporting.progress import LossProgressBar
+from cpm_rcnn.reporting.throughput import Throughput
+from cpm_rcnn.schedule import Schedule
+
+# The data modules that a checkpoint may name.
+_DATA_MODULES = {f"cpm_rcnn.data.{kind.__name__}": kind for kind in (CocoDataModule, ShapesDataModule)}
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A config node as plain values, interpolations resolved; what checkpoints store."""
+    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def build_datamodule(config: DictConfig) -> CocoDataModule:
+    """The data module of a training run, its files in place."""
+    check_range("schedule.images_per_device", config.schedule.images_per_device, 1)
+    datamodule = instantiate(
+        config.data,
+        batch_size=config.schedule.images_per_device,
+        max_steps=config.schedule.max_steps,
+        pixels=config.detector.pixels,
+        _convert_="all",
+    )
+    # Lightning would do so when the run starts, but the model wants to know the classes first.
+    datamodule.prepare_data()
+    return datamodule
+
+
+def model_arguments(config: DictConfig) -> dict[str, Any]:
+    """The arguments of ``build_detector`` but ``num_classes``."""
+    return {
+        "backbone": plain(config.backbone),
+        "stages": plain(config.cmm)["stages"],
+        "ism": config.ism.enabled,
+        "rsm": config.rsm.enabled,
+        "fusion": config.fusion.enabled,
+        **plain(config.detector),
+    }
+
+
+def build_module(config: DictConfig, categories: list[dict[str, Any]]) -> DetectionModule:
+    """The module of a training run, with its starting weights."""
+    schedule = plain(config.schedule)
+    data = plain(config.data)
+    if data["root"] is not None:
+        data["root"] = str(Path(data["root"]).absolute())
+    return DetectionModule(
+        model=model_arguments(config),
+        categories=categories,
+        schedule={field.name: schedule[field.name] for field in fields(Schedule)},
+        data=data,
+    )
+
+
+def build_trainer(config: DictConfig, run_dir: Path) -> pl.Trainer:
+    """The Trainer of a training run: checkpoints, logs and progress under ``run_dir``."""
+    steps = config.schedule.max_steps
+    check_range("schedule.val_interval", config.schedule.val_interval, 1)
+    callbacks: list[Callback] = [LossProgressBar(refresh_rate=config.trainer.log_every_n_steps), Throughput()]
+    if not config.trainer.fast_dev_run:
+        callbacks += [
+            ModelCheckpoint(
+                run_dir / "checkpoints",
+                filename="best",
+                monitor="val/AP",
+                mode="max",
+                save_last=True,
+                enable_version_counter=False,
+            ),
+            LearningRateMonitor("step"),
+        ]
+    return instantiate(
+        config.trainer,
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=min(config.schedule.val_interval, steps),
+        callbacks=callbacks,
+        logger=[instantiate(logger, save_dir=str(run_dir)) for logger in config.logger.values()],
+        default_root_dir=str(run_dir),
+        # The data module shards by itself: its order is a function of step and rank.
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        _convert_="all",
+    )
+
+
+def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
+    """The Trainer of an evaluation: no logs, no checkpoints."""
+    return instantiate(
+        config.trainer,
+        callbacks=[LossProgressBar(refresh_rate=config.trainer.log_every_n_steps)],
+        logger=False,
+        enable_checkpointing=False,
+        default_root_dir=str(run_dir),
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        _convert_="all",
+    )
+
+
+def load_module(path: str | Path, **overrides: Any) -> DetectionModule:
+    """The module of a checkpoint, in eval mode on the CPU.
+
+    Args:
+        path: a checkpoint that ``train`` wrote.
+        **overrides: arguments of ``build_detector`` that replace the checkpoint's (``score_threshold``, ``nms_iou``).
+
+    Raises:
+        UserError: no such file, a damaged file, or a checkpoint of another program or model.
+    """
+    checkpoint = read_checkpoint(path)
+    arguments = checkpoint["hyper_parameters"]
+    model = {**arguments["model"], **overrides}
+    # The checkpoint's own weights follow; the starting point need not be at hand.
+    model["backbone"] = {**model["backbone"], "weights": None}
+    module = DetectionModule(**{**arguments, "model": model})
+    state, own = checkpoint["state_dict"], module.state_dict()
+    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [k for k in state if k not in own]
+    if wrong:
+        raise UserError(
+            f"ckpt={path}: its weights are of another model than its settings; {len(wrong)} do not fit, first {wrong[0]}"
+        )
+    module.load_state_dict(state)
+    return module.eval()
+
+
+def evaluation_data(config: DictConfig, module: DetectionModule) -> CocoDataModule:
+    """The data that a module is evaluated on.
+
+    Args:
+        config: ``split`` (val, test, or a COCO-style json with ``images`` beside it, which becomes the test split), and
+            ``data``, whose values replace the checkpoint's where they are not null.
+        module: from a checkpoint; knows the data that it was trained with, and its classes.
+
+    Raises:
+        UserError: no such split, or a value out of range.
+    """
+    data = dict(module.hparams["data"])
+    target = data.pop("_target_")
+    check_choice("the checkpoint's data._target_", target, _DATA_MODULES)
+    data |= {key: value for key, value in plain(config.data).items() if value is not None}
+    if config.split not in ("val", "test"):
+        if config.images is None:
+            raise UserError(f"split={config.split}: needs images=FOLDER_OR_ZIP beside it (or use split=val, split=test)")
+        data["test_json"] = str(Path(config.split).absolute())
+        data["test_images"] = str(Path(config.images).absolute())
+    if target != "cpm_rcnn.data.ShapesDataModule":
+        data["categories"] = module.hparams["categories"]
+    if config.multi_scale.enabled:
+        # The multi-scale detector resizes by itself.
+        data["test_short_side"] = None
+    return _DATA_MODULES[target](**data, pixels=module.hparams["model"]["pixels"])

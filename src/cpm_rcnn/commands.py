@@ -1,0 +1,66 @@
+"""What the commands share: Hydra around a task, and one line for an error that is the user's to mend."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from cpm_rcnn.errors import UserError
+
+
+def run(task: Callable[[DictConfig], None], config_name: str) -> None:
+    """Compose ``conf/<config_name>.yaml`` with the command line and call ``task`` with it, once or (``-m``) many times.
+
+    Exits with status 2 and one line on standard error where the user's input is at fault; any other exception is a
+    fault of the program and keeps its traceback.
+    """
+    # Let exceptions through to here, where the user's are told from the program's.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    main = hydra.main(version_base="1.3", config_path="pkg://cpm_rcnn.conf", config_name=config_name)(task)
+    try:
+        main()
+    except Exception as error:
+        message = describe(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def describe(error: BaseException) -> str | None:
+    """One line for an error of the user's; None for any other."""
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, UserError):
+            return _one_line(str(cause))
+    for cause in chain:
+        if isinstance(cause, ConfigKeyError) and cause.parent_node is not None:
+            return _unknown_key(cause)
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return _one_line(str(error))
+    return None
+
+
+def _unknown_key(error: ConfigKeyError) -> str:
+    allowed = sorted(str(key) for key in OmegaConf.to_container(error.parent_node, resolve=False))  # type: ignore[arg-type]
+    key = str(error.full_key)
+    parent, _, name = key.rpartition(".")
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"; did you mean {f'{parent}.' if parent else ''}{close[0]}?" if close else ""
+    return f"{key}: unknown option{hint} allowed under '{parent or 'the top'}': {', '.join(allowed)}".replace("? a", "? A")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()

@@ -1,0 +1,39 @@
+"""``python -m cpm_rcnn.eval ckpt=PATH``: COCO's figures of a checkpoint."""
+
+import json
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from cpm_rcnn import assembly
+from cpm_rcnn.commands import run
+from cpm_rcnn.evaluation.multi_scale import MultiScaleDetector
+from cpm_rcnn.reporting.tables import print_metrics, write_metrics
+
+
+def evaluate(config: DictConfig) -> None:
+    """One evaluation into Hydra's output folder."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    module = assembly.load_module(config.ckpt, **assembly.given(config.detector))
+    datamodule = assembly.evaluation_data(config, module)
+    if config.multi_scale.enabled:
+        module.detector = MultiScaleDetector(module.detector, **assembly.multi_scale_arguments(config, module))
+    trainer = assembly.build_evaluator(config, run_dir)
+    loop = trainer.validate if config.split == "val" else trainer.test
+    loop(module, datamodule=datamodule, verbose=False)
+    if not trainer.is_global_zero:
+        return
+    write_metrics(module.figures, run_dir / "metrics.json")
+    (run_dir / "detections.json").write_text(json.dumps(module.metric.results()))
+    print_metrics(module.figures)
+    print(run_dir)
+
+
+def main() -> None:
+    """The command."""
+    run(evaluate, "eval")
+
+
+if __name__ == "__main__":
+    main()

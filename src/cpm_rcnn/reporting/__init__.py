@@ -1,0 +1,1 @@
+"""What a person looks at: pictures, curves, tables, and the speed of training."""

@@ -1,0 +1,146 @@
+"""Plots of a training run from Lightning's ``metrics.csv``."""
+
+import csv
+import math
+from collections import defaultdict
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cpm_rcnn.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_AP_COLUMNS = ("val/AP", "val/AP50", "val/AP75")
+# The smoothed line is a moving mean over this part of the run.
+_SMOOTHED_OVER = 1 / 30
+
+_Curve = tuple[np.ndarray, np.ndarray]
+
+
+def plot_curves(csv_path: str | PathLike[str], out_dir: str | PathLike[str]) -> list[Path]:
+    """Plot a run's losses and its average precision.
+
+    ``loss.png`` has the total loss and each named one (the columns that begin with ``train/loss``) on a
+    logarithmic axis, faint as logged and solid as moving mean. ``ap.png`` has AP, AP50 and AP75 of every
+    validation (``val/AP``, ...), in percent. A picture that has nothing to show is not written.
+
+    Args:
+        csv_path: the ``metrics.csv`` of Lightning's ``CSVLogger``. Empty cells, values that are not finite, and
+            figures of -1 (undefined) are left out.
+        out_dir: the folder to write to; made where missing.
+
+    Returns:
+        The paths of the files written.
+
+    Raises:
+        UserError: the file cannot be read or has no ``step`` column.
+    """
+    curves = _read(Path(csv_path))
+    losses = {name: curve for name, curve in curves.items() if name.startswith("train/loss")}
+    precision = {name: curves[name] for name in _AP_COLUMNS if name in curves}
+    figures = {}
+    if losses:
+        figures["loss.png"] = _loss_figure(losses)
+    if precision:
+        figures["ap.png"] = _ap_figure(precision)
+
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(out_dir / name, dpi=120)
+    return [out_dir / name for name in figures]
+
+
+def _read(path: Path) -> dict[str, _Curve]:
+    """Steps and values (float64, by ascending step) of each column that has any; rows are sparse."""
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    try:
+        with path.open(newline="") as file:
+            rows = csv.DictReader(file)
+            if "step" not in (rows.fieldnames or ()):
+                raise UserError(f"{path}: is not a metrics.csv of Lightning: it has no column 'step'")
+            for row in rows:
+                step = _number(row.pop("step"))
+                for name, cell in row.items():
+                    value = _number(cell)
+                    if math.isfinite(step) and math.isfinite(value) and value != -1:
+                        points[name].append((step, value))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    curves = {}
+    for name, pairs in points.items():
+        steps, values = np.array(sorted(pairs, key=lambda pair: pair[0])).T
+        curves[name] = steps, values
+    return curves
+
+
+def _number(cell: str | None) -> float:
+    """The number in a cell; NaN where there is none (a run that was cut off may end in half a line)."""
+    try:
+        return float(cell or "nan")
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """Centred moving mean of values (N,), over what there is of the window at both ends."""
+    window = np.ones(2 * round(len(values) * _SMOOTHED_OVER / 2) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+
+
+def _loss_figure(losses: dict[str, _Curve]) -> "Figure":
+    figure, axes = _axes("Training loss", "loss")
+    axes.set_yscale("log")
+    # The total first, and black, since it is what the others add up to.
+    for k, name in enumerate(sorted(losses)):
+        steps, values = losses[name]
+        total = name == "train/loss"
+        colour = "black" if total else f"C{k % 10}"
+        axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+        axes.plot(
+            steps,
+            _smoothed(values),
+            color=colour,
+            linewidth=2.2 if total else 1.4,
+            marker="." if len(steps) < 30 else None,
+            label=name.removeprefix("train/"),
+        )
+    _add_legend(axes)
+    return figure
+
+
+def _ap_figure(precision: dict[str, _Curve]) -> "Figure":
+    figure, axes = _axes("Validation", "average precision (%)")
+    for name, (steps, values) in precision.items():
+        axes.plot(steps, 100 * values, marker="o", markersize=4, label=name.removeprefix("val/"))
+    if "val/AP" in precision:
+        steps, values = precision["val/AP"]
+        best = (steps[values.argmax()], 100 * values.max())
+        axes.annotate(f"{best[1]:.1f}", best, (0, -14), textcoords="offset points", ha="center")
+    axes.set_ylim(bottom=0)
+    _add_legend(axes)
+    return figure
+
+
+def _axes(title: str, y_label: str) -> tuple["Figure", "Axes"]:
+    # Imported here, as a command that plots nothing should not wait for it; no pyplot, which keeps every
+    # figure alive and may look for a display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.set_ylabel(y_label)
+    axes.grid(which="both", alpha=0.2)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _add_legend(axes: "Axes") -> None:
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

@@ -1,0 +1,20 @@
+"""The progress bar: steps, rate, time left and every loss by its short name."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import TQDMProgressBar
+
+
+class LossProgressBar(TQDMProgressBar):
+    """Lightning's bar with each loss beside the total; values are those of the last logging step."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """What stands right of the bar."""
+        items = super().get_metrics(trainer, pl_module)
+        items.pop("v_num", None)
+        shown = {name.removeprefix("train/"): value for name, value in items.items()}
+        for name, value in trainer.logged_metrics.items():
+            if name.startswith("train/loss_"):
+                shown[name.removeprefix("train/loss_").removeprefix("rpn_")] = f"{float(value):.3f}"
+        return shown

@@ -1,0 +1,68 @@
+"""COCO's figures for the terminal and for ``metrics.json``."""
+
+import json
+import math
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cpm_rcnn.errors import UserError
+
+# Pairs of name and figure side by side: the twelve figures fall into AP, AP by size, AR, AR by size.
+_PAIRS = 3
+
+
+def metrics_table(figures: dict[str, Any]) -> Table:
+    """The twelve figures and below them each class's AP, in percent as COCO's papers print them.
+
+    Args:
+        figures: what ``CocoMetric.compute`` returns. Figures that are not defined (-1 or NaN) show as a dash.
+    """
+    table = Table(title="COCO figures, in percent", show_header=False)
+    for _ in range(_PAIRS):
+        table.add_column()
+        table.add_column(justify="right")
+    _add_pairs(table, ((name, value) for name, value in figures.items() if name != "per_class"))
+    table.add_section()
+    _add_pairs(table, ((f"AP {name}", value) for name, value in figures["per_class"].items()))
+    return table
+
+
+def print_metrics(figures: dict[str, Any], console: Console | None = None) -> None:
+    """Print :func:`metrics_table` to ``console``, by default the terminal."""
+    (console or Console()).print(metrics_table(figures))
+
+
+def write_metrics(figures: dict[str, Any], path: str | PathLike[str]) -> None:
+    """Write the figures, from 0 to 1, as JSON; NaN, which JSON lacks, becomes null. Missing folders are made.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(_without_nan(figures), indent=2, ensure_ascii=False) + "\n", "utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _add_pairs(table: Table, pairs: Iterable[tuple[str, float]]) -> None:
+    cells = [cell for name, value in pairs for cell in (escape(name), _percent(value))]
+    for start in range(0, len(cells), 2 * _PAIRS):
+        table.add_row(*cells[start : start + 2 * _PAIRS])
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) or value == -1 else f"{100 * value:.1f}"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,243 @@
+import json
+import types
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from cpm_rcnn.data import CocoDataModule, ShapesDataModule
+from cpm_rcnn.data.shapes import CATEGORIES, write_shapes
+from cpm_rcnn.errors import UserError
+
+CONF = Path(__file__).parents[2] / "conf" / "data"
+OPTIONS = {"num_workers": 0, "short_sides": (64, 80), "max_size": 120, "test_short_side": 64, "test_max_size": 120}
+FILES = {
+    "train_json": "annotations/instances_train.json",
+    "train_images": "train",
+    "val_json": "annotations/instances_val.json",
+    "val_images": "val",
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "shapes"
+    write_shapes(root, 12, 5)
+    return root
+
+
+@pytest.fixture
+def module(root):
+    def module(**changes):
+        return CocoDataModule(**{"root": str(root), **FILES, **OPTIONS, "batch_size": 3, "max_steps": 8, **changes})
+
+    return module
+
+
+def same(batch, other):
+    return all(torch.equal(*pair) for pair in zip(batch[0], other[0])) and all(
+        torch.equal(a["boxes"], b["boxes"]) and a["image_id"] == b["image_id"] for a, b in zip(batch[1], other[1])
+    )
+
+
+def test_training_batches_are_as_configured(module):
+    batches = list(module().train_dataloader())
+    assert len(batches) == 8
+    sizes = set()
+    for images, targets in batches:
+        assert len(images) == len(targets) == 3
+        assert len({image.shape[1] > image.shape[2] for image in images}) == 1
+        assert all(image.dtype == torch.uint8 for image in images)
+        assert all(len(target["boxes"]) for target in targets)
+        sizes |= {min(image.shape[1:]) for image in images}
+    assert sizes == {64, 80}
+
+
+def test_any_number_of_workers_gives_the_same_batches(module):
+    for batch, other in zip(module().train_dataloader(), module(num_workers=2).train_dataloader(), strict=True):
+        assert same(batch, other)
+
+
+def test_resumed_run_goes_on_with_the_same_batches(module):
+    resumed = module()
+    resumed.start_step = 5
+    rest = list(resumed.train_dataloader())
+    assert len(rest) == 3
+    assert all(same(*pair) for pair in zip(list(module().train_dataloader())[5:], rest))
+
+
+def test_ranks_of_an_attached_trainer_share_out_a_global_batch(module):
+    parts = []
+    for rank in range(2):
+        part = module()
+        part.trainer = types.SimpleNamespace(global_rank=rank, world_size=2)
+        parts.append(list(part.train_dataloader()))
+    for whole, first, second in zip(module(batch_size=6).train_dataloader(), *parts, strict=True):
+        assert same(whole, (first[0] + second[0], first[1] + second[1]))
+
+
+def test_validation_yields_every_image_once_in_order(module):
+    ids = [target["image_id"] for _, targets in module(eval_batch_size=2).val_dataloader() for target in targets]
+    assert ids == [1, 2, 3, 4, 5]
+
+
+def test_lightning_fits_and_resumes_with_these_loaders(module, tmp_path):
+    class Recorder(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(()))
+            self.seen = []
+
+        def training_step(self, batch, index):
+            self.seen.append([target["image_id"] for target in batch[1]])
+            return self.weight * 1.0
+
+        def validation_step(self, batch, index):
+            pass
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def fit(data, max_steps, checkpoint=None):
+        recorder = Recorder()
+        trainer = pl.Trainer(
+            accelerator="cpu", max_steps=max_steps, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(recorder, data, ckpt_path=checkpoint, weights_only=False)
+        return trainer, recorder.seen
+
+    whole = fit(module(), 8)[1]
+    assert len(whole) == 8
+    trainer, first = fit(module(), 5)
+    trainer.save_checkpoint(tmp_path / "five.ckpt")
+    resumed = module()
+    resumed.start_step = 5
+    assert first + fit(resumed, 8, str(tmp_path / "five.ckpt"))[1] == whole
+
+
+def test_images_without_usable_object_are_left_out_of_training(root, module, tmp_path):
+    content = json.loads((root / FILES["train_json"]).read_text())
+    keep = content["annotations"][0]["image_id"]
+    content["annotations"] = [item for item in content["annotations"] if item["image_id"] == keep]
+    (tmp_path / "one.json").write_text(json.dumps(content))
+    batches = module(train_json=str(tmp_path / "one.json")).train_dataloader()
+    assert {target["image_id"] for _, targets in batches for target in targets} == {keep}
+    for item in content["annotations"]:
+        item["iscrowd"] = 1
+    (tmp_path / "one.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"one\.json: no image has an object to train on"):
+        module(train_json=str(tmp_path / "one.json")).train_dataloader()
+
+
+def test_categories_come_from_the_training_json_or_the_caller(module, tmp_path):
+    assert module().categories == CATEGORIES
+    assert module(train_json=None).categories == CATEGORIES
+    given = [{"id": 8, "name": "blob"}, *CATEGORIES]
+    assert module(categories=given, train_json="none.json").categories == [*CATEGORIES, given[0]]
+    assert module(categories=given).annotations("val").category_names[-1] == "blob"
+
+
+def test_validation_with_other_categories_than_training_is_refused(root, module, tmp_path):
+    content = json.loads((root / FILES["val_json"]).read_text())
+    content["categories"][2]["name"] = "pyramid"
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"val\.json: 1 categories that the model does not know .*3 'pyramid'"):
+        module(val_json=str(tmp_path / "val.json")).val_dataloader()
+
+
+def test_missing_root_tells_in_one_line_what_is_expected_and_where_coco_comes_from(tmp_path):
+    config = OmegaConf.load(CONF / "coco.yaml")
+    files = {key: config[key] for key in config if key.endswith(("_json", "_images"))}
+    with pytest.raises(UserError) as error:
+        CocoDataModule(root=str(tmp_path / "coco"), max_steps=1, **files).train_dataloader()
+    message = str(error.value)
+    assert "\n" not in message
+    for part in (
+        f"data.train_json={tmp_path}/coco/annotations/instances_train2017.json: not there",
+        "train2017/ or train2017.zip",
+        "annotations/instances_val2017.json",
+        "cocodataset.org",
+    ):
+        assert part in message
+
+
+def test_missing_image_folder_is_named_by_its_key(module):
+    with pytest.raises(UserError, match=r"data\.val_images=.*/nowhere: not there"):
+        module(val_images="nowhere").val_dataloader()
+
+
+def test_split_that_is_not_configured_is_named_by_its_key(module):
+    with pytest.raises(UserError, match=r"data\.test_json=null: set it to use the test split"):
+        module().test_dataloader()
+
+
+def test_test_split_needs_no_annotations(root, module, tmp_path):
+    content = json.loads((root / FILES["val_json"]).read_text())
+    del content["annotations"]
+    (tmp_path / "info.json").write_text(json.dumps(content))
+    data = module(test_json=str(tmp_path / "info.json"), test_images="val")
+    assert not data.annotations("test").has_annotations
+    assert len(list(data.test_dataloader())) == 5
+
+
+def test_training_without_a_length_is_refused(module):
+    with pytest.raises(UserError, match="max_steps=None"):
+        module(max_steps=None).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("batch_size", 0),
+        ("eval_batch_size", 0),
+        ("num_workers", -1),
+        ("short_sides", ()),
+        ("short_sides", (800, 0)),
+        ("max_size", 0),
+        ("test_short_side", 0),
+        ("test_max_size", 0),
+        ("flip_probability", 1.5),
+        ("seed", -1),
+        ("max_steps", 0),
+        ("pixels", "round"),
+    ],
+)
+def test_value_out_of_range_is_refused_by_its_key(module, key, value):
+    with pytest.raises(UserError, match=key):
+        module(**{key: value})
+
+
+def test_shapes_are_rendered_by_prepare_data_and_their_categories_known_before(tmp_path):
+    data = ShapesDataModule(root=str(tmp_path / "new"), train_count=2, val_count=1, **OPTIONS)
+    assert data.categories == CATEGORIES
+    with pytest.raises(UserError, match=r"data\.val_json="):
+        data.val_dataloader()
+    data.prepare_data()
+    assert len(data.annotations("train")) == 2
+    assert len(list(data.val_dataloader())) == 1
+    with pytest.raises(UserError, match=r"data\.train_count=0"):
+        ShapesDataModule(root=str(tmp_path), train_count=0, **OPTIONS)
+
+
+@pytest.mark.parametrize("name", ["coco", "shapes", "custom"])
+def test_config_builds_its_data_module(name):
+    schedule = {"short_sides": [640, 800], "max_size": 1333, "test_short_side": 800, "test_max_size": 1333}
+    data = OmegaConf.load(CONF / f"{name}.yaml")
+    config = OmegaConf.create({"seed": 3, "schedule": schedule, "data": data})
+    if name == "custom":
+        config.data.update(FILES)
+    built = instantiate(config.data, batch_size=4, max_steps=10)
+    assert isinstance(built, ShapesDataModule if name == "shapes" else CocoDataModule)
+    assert (built.batch_size, built.max_steps, built.seed) == (4, 10, 3)
+
+
+def test_error_in_a_worker_ends_in_the_one_line(root, module, tmp_path):
+    (tmp_path / "val").mkdir()
+    with pytest.raises(UserError) as error:
+        next(iter(module(val_images=str(tmp_path / "val"), num_workers=1).val_dataloader()))
+    last = str(error.value).strip().splitlines()[-1]
+    assert last == f"cpm_rcnn.errors.UserError: {tmp_path}/val: image 000001.jpg is listed but not there"

@@ -1,0 +1,143 @@
+import multiprocessing
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cpm_rcnn.data.images import ImageSource
+from cpm_rcnn.errors import UserError
+
+
+def picture(seed=0, size=(30, 20)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "train2017"
+    folder.mkdir()
+    picture(1).save(folder / "a.jpg")
+    picture(2).save(folder / "b.png")
+    return folder
+
+
+def zipped(folder, prefix):
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, prefix + file.name)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "train2017/", "coco/images/train2017/"])
+def test_zip_and_folder_give_equal_images(folder, prefix):
+    archive = ImageSource(zipped(folder, prefix))
+    for name in ("a.jpg", "b.png"):
+        image = ImageSource(folder).read(name)
+        assert image.shape == (3, 20, 30)
+        assert image.dtype == torch.uint8
+        assert torch.equal(image, archive.read(name))
+    assert torch.equal(image, torch.from_numpy(np.array(picture(2))).permute(2, 0, 1))
+
+
+def test_zip_serves_where_its_folder_is_missing(folder):
+    path = zipped(folder, "train2017/")
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    source = ImageSource(folder)
+    assert source.path == path
+    assert source.read("a.jpg").shape == (3, 20, 30)
+
+
+def test_zip_source_reads_after_pickling_and_in_a_forked_process(folder):
+    source = ImageSource(zipped(folder, "train2017/"))
+    expected = source.read("b.png")
+    assert torch.equal(pickle.loads(pickle.dumps(source)).read("b.png"), expected)
+
+    def child(connection):
+        parents_handle = source._archive[1]
+        total = int(source.read("b.png").sum())
+        connection.send((total, source._archive[1] is parents_handle))
+
+    here, there = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(target=child, args=(there,))
+    process.start()
+    assert here.recv() == (int(expected.sum()), False)
+    process.join()
+
+
+def test_member_with_two_possible_places_is_refused(folder):
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(folder / "a.jpg", "x/a.jpg")
+        archive.write(folder / "a.jpg", "y/a.jpg")
+    with pytest.raises(UserError, match=r"train2017\.zip: a\.jpg could be x/a\.jpg or y/a\.jpg"):
+        ImageSource(path).read("a.jpg")
+    assert ImageSource(path).read("y/a.jpg").shape == (3, 20, 30)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [("L", "a.png"), ("RGBA", "a.png"), ("P", "a.gif"), ("CMYK", "a.jpg"), ("RGB", "a.bmp")]
+)
+def test_every_colour_mode_and_format_becomes_rgb_uint8(tmp_path, mode, name):
+    Image.new("RGB", (30, 20), (204, 204, 204)).convert(mode).save(tmp_path / name)
+    image = ImageSource(tmp_path).read(name)
+    assert image.shape == (3, 20, 30)
+    assert image.dtype == torch.uint8
+    assert (image.float().mean() - 204).abs() < 6  # a palette dithers
+
+
+def test_16_bit_png_is_scaled_down(tmp_path):
+    Image.fromarray(np.full((20, 30), 40000, np.uint16)).save(tmp_path / "a.png")
+    image = ImageSource(tmp_path).read("a.png")
+    assert image.dtype == torch.uint8
+    assert torch.equal(image, torch.full((3, 20, 30), 156, dtype=torch.uint8))
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
+
+
+def test_missing_source_names_its_path(tmp_path):
+    with pytest.raises(UserError, match=r"val2017: no such image folder, and no val2017\.zip beside it"):
+        ImageSource(tmp_path / "val2017")
+
+
+def test_broken_archive_is_named(tmp_path):
+    (tmp_path / "val2017.zip").write_bytes(b"no archive")
+    with pytest.raises(UserError, match=r"val2017\.zip: not a readable zip archive"):
+        ImageSource(tmp_path / "val2017.zip")
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_missing_image_names_file_and_source(folder, as_zip):
+    source = ImageSource(zipped(folder, "train2017/") if as_zip else folder)
+    with pytest.raises(UserError, match=r"train2017(\.zip)?: image c\.jpg is listed but not there") as error:
+        source.read("c.jpg")
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+@pytest.mark.parametrize("name", ["a.jpg", "b.png"])
+@pytest.mark.parametrize("left", [0, 10, 400])
+def test_truncated_image_names_file_and_source(folder, as_zip, name, left):
+    raw = (folder / name).read_bytes()
+    (folder / name).write_bytes(raw[:left])
+    source = ImageSource(zipped(folder, "train2017/") if as_zip else folder)
+    with pytest.raises(UserError, match=rf"train2017(\.zip)?: {name} is truncated or not an image") as error:
+        source.read(name)
+    assert one_line(error)
+
+
+def test_damaged_archive_member_is_named(folder):
+    path = zipped(folder, "")
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 4] ^= 0xFF
+    path.write_bytes(raw)
+    source = ImageSource(path)
+    with pytest.raises(UserError, match=r"train2017\.zip: .* cannot be read from the archive"):
+        [source.read(name) for name in ("a.jpg", "b.png")]

@@ -1,0 +1,114 @@
+import pytest
+import torch
+from PIL import Image
+
+from cpm_rcnn.errors import UserError
+from cpm_rcnn.reporting.pictures import draw, save, sheet
+
+NAMES = ["cat", "dog with a long name"]
+
+
+def _found(boxes, scores, labels):
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "scores": torch.tensor(scores, dtype=torch.float32),
+        "labels": torch.tensor(labels, dtype=torch.int64),
+    }
+
+
+def _gray(height, width):
+    return torch.full((3, height, width), 128, dtype=torch.uint8)
+
+
+def _changed(picture):
+    """Rows and columns (min, max) of what was drawn on a gray image."""
+    rows, columns = (picture != 128).any(0).nonzero(as_tuple=True)
+    return rows.min().item(), rows.max().item(), columns.min().item(), columns.max().item()
+
+
+def test_a_box_is_drawn_where_it_is():
+    picture = draw(_gray(500, 600), _found([[100, 200, 300, 400]], [0.9], [1]), NAMES)
+    assert picture.shape == (3, 500, 600)
+    assert picture.dtype == torch.uint8
+    top, bottom, left, right = _changed(picture)
+    assert (bottom, left, right) == (400, 100, 300)
+    assert 170 < top < 200  # the tag stands on the box
+    assert (picture[:, 210:390, 110:290] == 128).all()
+
+
+def test_a_small_image_is_enlarged_and_its_boxes_with_it():
+    picture = draw(_gray(192, 256), _found([[20, 50, 120, 150]], [0.9], [1]), NAMES)
+    assert picture.shape == (3, 384, 512)
+    assert _changed(picture)[1:] == (300, 40, 240)
+
+
+def test_detections_below_the_least_score_are_left_out():
+    image = _gray(500, 500)
+    found = _found([[10, 20, 90, 90], [10, 20, 90, 90]], [0.29, 0.1], [1, 2])
+    assert torch.equal(draw(image, found, NAMES), image)
+    assert not torch.equal(draw(image, found, NAMES, min_score=0.2), image)
+
+
+def test_the_image_given_stays_as_it_is():
+    image = _gray(500, 500)
+    draw(image, _found([[10, 20, 90, 90]], [0.9], [1]), NAMES)
+    assert (image == 128).all()
+
+
+def test_a_class_keeps_its_colour_and_classes_beyond_the_palette_have_one():
+    names = [str(k) for k in range(1, 101)]
+    colours = [
+        tuple(draw(_gray(480, 480), _found([[99, 99, 300, 300]], [0.9], [k]), names)[:, 300, 200].tolist())
+        for k in (1, 2, 1, 100)
+    ]
+    assert colours[0] == colours[2] != colours[1]
+    assert colours[3] != (128, 128, 128)
+
+
+def test_tags_stay_inside_the_image_and_apart():
+    found = _found([[0, 0, 479, 479], [0, 0, 479, 479], [460, 470, 479, 479]], [0.9, 0.8, 0.7], [2, 1, 2])
+    picture = draw(_gray(480, 480), found, NAMES)
+    # A tag cut off at the border would leave its text, black or white, there: count the pixels of three full tags.
+    alone = sum(
+        (draw(_gray(480, 480), _found([[100, 200, 400, 300]], [s], [k]), NAMES) == 0).all(0).sum().item()
+        for s, k in ((0.9, 2), (0.8, 1), (0.7, 2))
+    )
+    assert (picture == 0).all(0).sum().item() == pytest.approx(alone, abs=3)
+
+
+def test_the_true_boxes_are_dashed_black_and_white():
+    picture = draw(_gray(500, 500), _found([], [], []), NAMES, truth={"boxes": torch.tensor([[50.0, 50, 400, 300]])})
+    edge = {tuple(colour) for colour in picture[:, 50, 50:400].T.tolist()}
+    assert edge == {(0, 0, 0), (255, 255, 255)}
+    assert _changed(picture) == (50, 300, 50, 400)
+
+
+def test_boxes_beyond_the_image_or_inside_out_do_not_fail():
+    found = _found([[-50, -50, 2000, 2000], [300, 300, 299, 280], [10, 10, 10, 10]], [0.9, 0.8, 0.7], [1, 1, 2])
+    assert draw(_gray(500, 400), found, NAMES).shape == (3, 500, 400)
+
+
+def test_a_sheet_holds_pictures_of_different_sizes_whole():
+    pictures = [torch.full((3, h, w), v, dtype=torch.uint8) for h, w, v in ((40, 60, 201), (80, 30, 202), (9, 9, 203))]
+    grid = sheet(pictures, columns=2)
+    assert grid.dtype == torch.uint8
+    for picture in pictures:
+        assert (grid == picture[0, 0, 0]).sum() == picture.numel()
+    assert grid.shape == (3, 2 * 80 + 3 * 6, 2 * 60 + 3 * 6)
+
+
+def test_a_sheet_of_few_pictures_has_no_empty_columns():
+    assert sheet([_gray(20, 30)], columns=4).shape == (3, 20 + 12, 30 + 12)
+
+
+def test_a_saved_picture_reads_back(tmp_path):
+    picture = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+    save(picture, tmp_path / "new" / "a.png")
+    with Image.open(tmp_path / "new" / "a.png") as image:
+        assert image.size == (30, 20)
+        assert image.getpixel((7, 3)) == tuple(picture[:, 3, 7].tolist())
+
+
+def test_an_unknown_format_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"a\.nonsense: cannot write"):
+        save(_gray(5, 5), tmp_path / "a.nonsense")
