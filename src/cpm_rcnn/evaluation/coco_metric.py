@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -152,7 +153,7 @@ class CocoMetric(Metric):
         """The ids of the images seen, each once, and their detections in COCO's results format."""
         image_ids: list[int] = dim_zero_cat(self.image_ids).tolist()
         counts = dim_zero_cat(self.counts).tolist()
-        boxes = self.pixels.to_xywh(dim_zero_cat(self.boxes).double()).tolist()
+        boxes = self.pixels.to_xywh(dim_zero_cat(self.boxes).cpu().double()).tolist()
         scores = dim_zero_cat(self.scores).tolist()
         labels = dim_zero_cat(self.labels).tolist()
         assert all(1 <= label <= len(self.category_ids) for label in labels), "labels must be in 1..C"
@@ -267,7 +268,8 @@ def _evaluate(
         {**result, "id": k, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
         for k, result in enumerate(results, start=1)
     ]
-    # Both engines tell of their progress on stdout, where commands print their own answer.
+    # Both engines tell of their progress, on stdout or in a log, where commands print their own answer.
+    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = evaluator_class(coco(truth["annotations"]), coco(found), "bbox")
         evaluator.params.imgIds = image_ids

@@ -109,8 +109,7 @@ class TimmBackbone(nn.Module):
                 weights,
                 ignore=("conv_head.", "bn2.", "classifier.", "head.", "fc."),
             )
-        # The whole net when it is one BatchNorm would come back as another module; it never is.
-        timm.utils.freeze_batch_norm_2d(self.net)
+        timm.layers.freeze_batch_norm_2d(self.net)
         if frozen_stages:
             stem = [p for n, p in self.net.named_parameters() if n.startswith(_TIMM_STEMS)]
             if not stem:
@@ -200,6 +199,7 @@ def _out_channels(stage: Sequence[nn.Module]) -> int:
 def _import_timm() -> Any:
     try:
         import timm
+        import timm.layers
     except ImportError:
         raise UserError("backbone=timm: timm is not installed; pip install 'cpm-rcnn[timm]'") from None
     return timm

@@ -1,0 +1,206 @@
+"""CPM R-CNN against torchvision's Faster R-CNN on real photographs, alike in all but the second stage.
+
+Both get the same ImageNet backbone (a timm model, stem and BatchNorm frozen), the same feature pyramid, anchors, images,
+image size, batches, steps, optimizer and schedule, one after the other in one run; each keeps its own test settings.
+The figures are COCO's, on the validation split.
+
+    python benchmarks/real_images.py --root DATA --weights tf_efficientnet_lite0.safetensors
+
+``DATA`` holds ``annotations/instances_{train,val}.json``, ``train/`` and ``val/``.
+"""
+
+import argparse
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.rpn import AnchorGenerator
+from torchvision.ops import MultiScaleRoIAlign
+
+from cpm_rcnn.data import CocoDataModule
+from cpm_rcnn.evaluation.coco_metric import FIGURES
+from cpm_rcnn.lightning_module import DetectionModule
+from cpm_rcnn.models.backbone import FPNBackbone, build_body
+from cpm_rcnn.reporting.progress import LossProgressBar
+from cpm_rcnn.reporting.validation_sheet import validation_sheet
+
+BACKBONE = "tf_efficientnet_lite0"
+ANCHOR_SIZES = (16, 32, 64, 128, 256)
+SAMPLES = 128
+PROPOSALS_TRAIN, PROPOSALS_TEST = 1000, 500
+MLP_CHANNELS = 512
+
+
+class TorchvisionDetector(nn.Module):
+    """torchvision's Faster R-CNN behind the interface of ``CPMRCNN``: uint8 images at network size."""
+
+    def __init__(self, backbone: dict[str, Any], fpn_channels: int, num_classes: int, sides: tuple[int, int]) -> None:
+        super().__init__()
+        names = ["p2", "p3", "p4", "p5"]
+        self.net = FasterRCNN(
+            FPNBackbone(build_body(**backbone), fpn_channels),
+            num_classes=None,
+            rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in ANCHOR_SIZES), ((0.5, 1.0, 2.0),) * 5),
+            box_roi_pool=MultiScaleRoIAlign(names, 7, 2),
+            box_head=_box_head(fpn_channels),
+            box_predictor=_box_predictor(num_classes),
+            rpn_pre_nms_top_n_train=PROPOSALS_TRAIN,
+            rpn_post_nms_top_n_train=PROPOSALS_TRAIN,
+            rpn_pre_nms_top_n_test=PROPOSALS_TEST,
+            rpn_post_nms_top_n_test=PROPOSALS_TEST,
+            box_batch_size_per_image=SAMPLES,
+            image_mean=[0.5, 0.5, 0.5],
+            image_std=[0.5, 0.5, 0.5],
+            min_size=sides[0],
+            max_size=sides[1],
+        )
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
+        """Losses in train mode, detections in eval mode."""
+        wanted = None if targets is None else [{key: t[key] for key in ("boxes", "labels")} for t in targets]
+        return self.net([image.float() / 255 for image in images], wanted)
+
+
+def _box_head(channels: int) -> nn.Module:
+    from torchvision.models.detection.faster_rcnn import TwoMLPHead
+
+    return TwoMLPHead(channels * 49, MLP_CHANNELS)
+
+
+def _box_predictor(num_classes: int) -> nn.Module:
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+
+    return FastRCNNPredictor(MLP_CHANNELS, num_classes + 1)
+
+
+def train(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Train one model and give its figures."""
+    pl.seed_everything(seed, verbose=False)
+    data: dict[str, Any] = {
+        "root": str(options.root),
+        "train_json": "annotations/instances_train.json",
+        "train_images": "train",
+        "val_json": "annotations/instances_val.json",
+        "val_images": "val",
+        "batch_size": options.batch,
+        "short_sides": [options.short_side],
+        "max_size": 2 * options.short_side,
+        "test_short_side": options.short_side,
+        "test_max_size": 2 * options.short_side,
+        "num_workers": 1,
+        "seed": seed,
+        "max_steps": options.steps,
+    }
+    datamodule = CocoDataModule(**data)
+    backbone = {"name": BACKBONE, "weights": str(options.weights), "frozen_stages": 1}
+    module = DetectionModule(
+        model={
+            "backbone": backbone,
+            "fpn_channels": options.channels,
+            "mlp_channels": MLP_CHANNELS,
+            "point_channels": options.point_channels,
+            "grid_convs": options.grid_convs,
+            "anchor_sizes": ANCHOR_SIZES,
+            "ignore_border_anchors": False,
+            "proposals_train": PROPOSALS_TRAIN,
+            "proposals_test": PROPOSALS_TEST,
+            "samples": SAMPLES,
+            "max_grid_rois": options.max_grid_rois,
+            "nms_iou": options.nms_iou,
+        },
+        categories=datamodule.categories,
+        schedule={
+            "max_steps": options.steps,
+            "milestones": [int(options.steps * 0.75), int(options.steps * 0.92)],
+            "optimizer": options.optimizer,
+            "base_lr": options.lr * 16 / options.batch,
+            "warmup_steps": options.steps // 10,
+            "weight_decay": options.weight_decay,
+            "bias_lr_factor": 1.0 if options.optimizer == "adamw" else 2.0,
+        },
+        data=data,
+    )
+    if kind == "faster_rcnn":
+        sides = (options.short_side, 2 * options.short_side)
+        module.detector = TorchvisionDetector(backbone, options.channels, len(datamodule.categories), sides)
+    trainer = pl.Trainer(
+        max_steps=options.steps,
+        max_epochs=-1,
+        limit_val_batches=1.0,
+        val_check_interval=options.steps,
+        callbacks=[LossProgressBar(refresh_rate=20)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        gradient_clip_val=10.0,
+        log_every_n_steps=20,
+        accelerator=options.accelerator,
+        devices=1,
+    )
+    begun = time.perf_counter()
+    trainer.fit(module, datamodule=datamodule)
+    seconds = time.perf_counter() - begun
+    dataset = datamodule.val_dataloader().dataset
+    validation_sheet(
+        module.eval(), dataset, module.class_names, options.out / f"{kind}_seed{seed}.png", 6, module.device
+    )
+    return module.figures | {"seconds": seconds}
+
+
+def main() -> None:
+    """Train both models on each seed; print the tables and write ``results.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=["faster_rcnn", "cpm_rcnn"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--short-side", type=int, default=240)
+    parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--point-channels", type=int, default=16)
+    parser.add_argument("--grid-convs", type=int, default=4)
+    parser.add_argument("--max-grid-rois", type=int, default=24)
+    parser.add_argument("--nms-iou", type=float, default=0.3)
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--weight-decay", type=float, default=1e-2)
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("outputs/real_images"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    torch.set_float32_matmul_precision("high")
+
+    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in options.models}
+    for seed in options.seeds:
+        for kind in options.models:
+            results[kind].append(train(kind, seed, options))
+            print(kind, "seed", seed, {k: round(v, 4) for k, v in results[kind][-1].items() if k != "per_class"}, flush=True)
+            (options.out / "results.json").write_text(json.dumps(results, indent=1))
+
+    table = Table(title=f"{options.root.name}: mean of seeds {options.seeds}, percent")
+    table.add_column("model")
+    for name in FIGURES:
+        table.add_column(name, justify="right")
+    table.add_column("minutes", justify="right")
+    for kind, runs in results.items():
+        means = [sum(run[name] for run in runs) / len(runs) for name in FIGURES]
+        minutes = sum(run["seconds"] for run in runs) / len(runs) / 60
+        table.add_row(kind, *(f"{100 * mean:.1f}" for mean in means), f"{minutes:.1f}")
+    Console(width=150).print(table)
+    print(options.out.absolute())
+
+
+if __name__ == "__main__":
+    main()
