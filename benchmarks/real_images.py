@@ -1,8 +1,8 @@
 """CPM R-CNN against torchvision's Faster R-CNN on real photographs, alike in all but the second stage.
 
-Both get the same ImageNet backbone (a timm model, stem and BatchNorm frozen), the same feature pyramid, anchors, images,
-image size, batches, steps, optimizer and schedule, one after the other in one run; each keeps its own test settings.
-The figures are COCO's, on the validation split.
+Both get the same ImageNet backbone (a timm model, stem and BatchNorm frozen), the same feature pyramid, anchors,
+images, image size, batches, steps, optimizer and schedule, one after the other in one run; each keeps its own test
+settings. The figures are COCO's, on the validation split.
 
     python benchmarks/real_images.py --root DATA --weights tf_efficientnet_lite0.safetensors
 
@@ -34,7 +34,7 @@ from cpm_rcnn.reporting.validation_sheet import validation_sheet
 
 BACKBONE = "tf_efficientnet_lite0"
 ANCHOR_SIZES = (16, 32, 64, 128, 256)
-SAMPLES = 128
+SAMPLES = 64
 PROPOSALS_TRAIN, PROPOSALS_TEST = 1000, 500
 MLP_CHANNELS = 512
 
@@ -164,13 +164,13 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["faster_rcnn", "cpm_rcnn"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--short-side", type=int, default=240)
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--point-channels", type=int, default=16)
     parser.add_argument("--grid-convs", type=int, default=4)
-    parser.add_argument("--max-grid-rois", type=int, default=24)
+    parser.add_argument("--max-grid-rois", type=int, default=16)
     parser.add_argument("--nms-iou", type=float, default=0.3)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -186,7 +186,13 @@ def main() -> None:
     for seed in options.seeds:
         for kind in options.models:
             results[kind].append(train(kind, seed, options))
-            print(kind, "seed", seed, {k: round(v, 4) for k, v in results[kind][-1].items() if k != "per_class"}, flush=True)
+            print(
+                kind,
+                "seed",
+                seed,
+                {k: round(v, 4) for k, v in results[kind][-1].items() if k != "per_class"},
+                flush=True,
+            )
             (options.out / "results.json").write_text(json.dumps(results, indent=1))
 
     table = Table(title=f"{options.root.name}: mean of seeds {options.seeds}, percent")

@@ -12,7 +12,9 @@ from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelChec
 from cpm_rcnn.checkpoints import read_checkpoint
 from cpm_rcnn.data import CocoDataModule, ShapesDataModule
 from cpm_rcnn.errors import UserError, check_choice, check_range
+from cpm_rcnn.evaluation.multi_scale import MultiScaleDetector
 from cpm_rcnn.lightning_module import DetectionModule
+from cpm_rcnn.pixels import CONVENTIONS
 from cpm_rcnn.reporting.progress import LossProgressBar
 from cpm_rcnn.reporting.throughput import Throughput
 from cpm_rcnn.schedule import Schedule
@@ -26,13 +28,27 @@ def plain(node: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
+def recipe(config: DictConfig) -> dict[str, Any]:
+    """The arguments of :class:`~cpm_rcnn.schedule.Schedule`, found to be in range.
+
+    Raises:
+        UserError: a value of ``schedule`` that is out of range.
+    """
+    values = plain(config.schedule)
+    check_range("schedule.images_per_device", values["images_per_device"], 1)
+    check_range("schedule.val_interval", values["val_interval"], 1)
+    arguments = {field.name: values[field.name] for field in fields(Schedule)}
+    Schedule(**arguments)
+    return arguments
+
+
 def build_datamodule(config: DictConfig) -> CocoDataModule:
     """The data module of a training run, its files in place."""
-    check_range("schedule.images_per_device", config.schedule.images_per_device, 1)
+    recipe(config)  # before the length of the run is used
     datamodule = instantiate(
         config.data,
         batch_size=config.schedule.images_per_device,
-        max_steps=config.schedule.max_steps,
+        max_steps=config.schedule.max_steps * config.trainer.accumulate_grad_batches,
         pixels=config.detector.pixels,
         _convert_="all",
     )
@@ -55,14 +71,13 @@ def model_arguments(config: DictConfig) -> dict[str, Any]:
 
 def build_module(config: DictConfig, categories: list[dict[str, Any]]) -> DetectionModule:
     """The module of a training run, with its starting weights."""
-    schedule = plain(config.schedule)
     data = plain(config.data)
     if data["root"] is not None:
         data["root"] = str(Path(data["root"]).absolute())
     return DetectionModule(
         model=model_arguments(config),
         categories=categories,
-        schedule={field.name: schedule[field.name] for field in fields(Schedule)},
+        schedule=recipe(config),
         data=data,
     )
 
@@ -70,7 +85,6 @@ def build_module(config: DictConfig, categories: list[dict[str, Any]]) -> Detect
 def build_trainer(config: DictConfig, run_dir: Path) -> pl.Trainer:
     """The Trainer of a training run: checkpoints, logs and progress under ``run_dir``."""
     steps = config.schedule.max_steps
-    check_range("schedule.val_interval", config.schedule.val_interval, 1)
     callbacks: list[Callback] = [LossProgressBar(refresh_rate=config.trainer.log_every_n_steps), Throughput()]
     if not config.trainer.fast_dev_run:
         callbacks += [
@@ -134,10 +148,15 @@ def load_module(path: str | Path, **overrides: Any) -> DetectionModule:
     wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [k for k in state if k not in own]
     if wrong:
         raise UserError(
-            f"ckpt={path}: its weights are of another model than its settings; {len(wrong)} do not fit, first {wrong[0]}"
+            f"ckpt={path}: weights of another model than its settings say; {len(wrong)} do not fit, first {wrong[0]}"
         )
     module.load_state_dict(state)
     return module.eval()
+
+
+def given(node: DictConfig) -> dict[str, Any]:
+    """The values of a config node that are not null: what replaces a checkpoint's own."""
+    return {key: value for key, value in plain(node).items() if value is not None}
 
 
 def evaluation_data(config: DictConfig, module: DetectionModule) -> CocoDataModule:
@@ -154,15 +173,25 @@ def evaluation_data(config: DictConfig, module: DetectionModule) -> CocoDataModu
     data = dict(module.hparams["data"])
     target = data.pop("_target_")
     check_choice("the checkpoint's data._target_", target, _DATA_MODULES)
-    data |= {key: value for key, value in plain(config.data).items() if value is not None}
+    data |= given(config.data)
     if config.split not in ("val", "test"):
         if config.images is None:
-            raise UserError(f"split={config.split}: needs images=FOLDER_OR_ZIP beside it (or use split=val, split=test)")
+            raise UserError(
+                f"split={config.split}: must be val, test, or a COCO-style json with images=FOLDER_OR_ZIP beside it"
+            )
         data["test_json"] = str(Path(config.split).absolute())
         data["test_images"] = str(Path(config.images).absolute())
-    if target != "cpm_rcnn.data.ShapesDataModule":
+    if target == "cpm_rcnn.data.CocoDataModule":
         data["categories"] = module.hparams["categories"]
     if config.multi_scale.enabled:
         # The multi-scale detector resizes by itself.
         data["test_short_side"] = None
     return _DATA_MODULES[target](**data, pixels=module.hparams["model"]["pixels"])
+
+
+def use_multi_scale(config: DictConfig, module: DetectionModule) -> None:
+    """Make ``module`` detect at the scales of ``config.multi_scale``, if that is on."""
+    arguments = plain(config.multi_scale)
+    if arguments.pop("enabled"):
+        pixels = CONVENTIONS[module.hparams["model"]["pixels"]]
+        module.detector = MultiScaleDetector(module.detector, **arguments, pixels=pixels)  # type: ignore[assignment]

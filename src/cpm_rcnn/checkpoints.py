@@ -12,7 +12,7 @@ _HYPERPARAMETERS = {"model", "categories", "schedule", "data"}
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint that ``train`` wrote: ``hyper_parameters`` (of ``DetectionModule``), ``state_dict`` and Lightning's rest.
+    """A checkpoint that ``train`` wrote: ``hyper_parameters`` of ``DetectionModule``, ``state_dict``, Lightning's rest.
 
     Raises:
         UserError: no such file, a damaged file, or a checkpoint of another program.
@@ -24,6 +24,6 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"ckpt={path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not _HYPERPARAMETERS <= set(checkpoint.get("hyper_parameters") or ()):
+    if not isinstance(checkpoint, dict) or not set(checkpoint.get("hyper_parameters") or ()) >= _HYPERPARAMETERS:
         raise UserError(f"ckpt={path}: not a checkpoint of cpm_rcnn.train")
     return checkpoint

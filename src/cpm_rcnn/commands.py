@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable, Iterator
 
 import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cpm_rcnn.errors import UserError
 
@@ -38,28 +38,38 @@ def describe(error: BaseException) -> str | None:
     chain = list(_causes(error))
     for cause in chain:
         if isinstance(cause, UserError):
-            return _one_line(str(cause))
+            return _own_message(str(cause))
     for cause in chain:
-        if isinstance(cause, ConfigKeyError) and cause.parent_node is not None:
+        if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.parent_node is not None:
             return _unknown_key(cause)
+    if isinstance(error, InstantiationException):
+        # A part refuses its arguments (Lightning's Trainer, a logger): its own words say it best.
+        cause = error.__cause__
+        return _one_line(str(cause)) if isinstance(cause, (TypeError, ValueError, ImportError)) else None
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _one_line(str(error))
     return None
 
 
-def _unknown_key(error: ConfigKeyError) -> str:
-    allowed = sorted(str(key) for key in OmegaConf.to_container(error.parent_node, resolve=False))  # type: ignore[arg-type]
+def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
     key = str(error.full_key)
     parent, _, name = key.rpartition(".")
+    allowed = sorted(str(option) for option in error.parent_node)
     close = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"; did you mean {f'{parent}.' if parent else ''}{close[0]}?" if close else ""
-    return f"{key}: unknown option{hint} allowed under '{parent or 'the top'}': {', '.join(allowed)}".replace("? a", "? A")
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"{key}: unknown option{hint}; {parent or 'the config'} has {', '.join(allowed)}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
+
+
+def _own_message(text: str) -> str:
+    """The message of a UserError; one from a DataLoader worker comes at the end of that worker's traceback."""
+    _, _, message = text.rpartition(f"{UserError.__module__}.{UserError.__qualname__}: ")
+    return _one_line(message)
 
 
 def _one_line(text: str) -> str:

@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 
 from cpm_rcnn import assembly
 from cpm_rcnn.commands import run
-from cpm_rcnn.evaluation.multi_scale import MultiScaleDetector
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 
 
@@ -17,8 +16,7 @@ def evaluate(config: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     module = assembly.load_module(config.ckpt, **assembly.given(config.detector))
     datamodule = assembly.evaluation_data(config, module)
-    if config.multi_scale.enabled:
-        module.detector = MultiScaleDetector(module.detector, **assembly.multi_scale_arguments(config, module))
+    assembly.use_multi_scale(config, module)
     trainer = assembly.build_evaluator(config, run_dir)
     loop = trainer.validate if config.split == "val" else trainer.test
     loop(module, datamodule=datamodule, verbose=False)

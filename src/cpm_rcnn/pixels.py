@@ -1,7 +1,7 @@
 """What a box's numbers mean: the pixel convention, in one place.
 
-A box is ``(x1, y1, x2, y2)`` in pixels. In the *continuous* convention x2 and y2 are where the box ends, so its width is
-``x2 - x1``. In the release's *inclusive* convention they are the last pixel that it holds, so its width is
+A box is ``(x1, y1, x2, y2)`` in pixels. In the *continuous* convention x2 and y2 are where the box ends, so its width
+is ``x2 - x1``. In the release's *inclusive* convention they are the last pixel that it holds, so its width is
 ``x2 - x1 + 1`` (spec section 9). Every rule that differs between the two is a method here; nothing else in the
 project asks which of the two is in force.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# exp(dw) of the box coder is held below 1000 / 16, so that one wild delta cannot overflow (spec section 3, as in the release).
+# exp(dw) of the box coder is held below 1000 / 16, as is usual, so that one wild delta cannot overflow.
 _MAX_LOG_SCALE = 4.135166556742356
 
 

@@ -81,7 +81,7 @@ class Schedule:
 
 
 def parameter_groups(module: nn.Module, lr: float, weight_decay: float, bias_lr_factor: float) -> list[dict]:
-    """Parameters that want a gradient in three groups: weights, norm weights (no decay), biases (no decay, own rate)."""
+    """What wants a gradient, in three groups: weights, norm weights (no decay), biases (no decay, own rate)."""
     weights, norms, biases = [], [], []
     for layer in module.modules():
         for name, parameter in layer.named_parameters(recurse=False):

@@ -23,7 +23,8 @@ def train(config: DictConfig) -> None:
     if trainer.is_global_zero:
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     trainer.fit(module, datamodule=datamodule)
-    best = "best" if trainer.checkpoint_callback and trainer.checkpoint_callback.best_model_path else None
+    # A rehearsal (fast_dev_run) leaves no checkpoint to go back to.
+    best = None if config.trainer.fast_dev_run else "best"
     trainer.validate(module, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
     if not trainer.is_global_zero:
         return

@@ -40,7 +40,7 @@ class CocoDataModule(pl.LightningDataModule):
         num_workers: worker processes of each loader.
         short_sides: scales to train at, the shorter side in pixels.
         max_size: most pixels of the longer side in training.
-        test_short_side: shorter side in pixels in validation and test.
+        test_short_side: shorter side in pixels in validation and test; None leaves images at their size.
         test_max_size: most pixels of the longer side in validation and test.
         flip_probability: of a horizontal flip in training, 0 to 1.
         seed: of the order and the augmentation.
@@ -70,7 +70,7 @@ class CocoDataModule(pl.LightningDataModule):
         num_workers: int = 2,
         short_sides: Sequence[int] = (800,),
         max_size: int = 1333,
-        test_short_side: int = 800,
+        test_short_side: int | None = 800,
         test_max_size: int = 1333,
         flip_probability: float = 0.5,
         seed: int = 0,
@@ -85,7 +85,8 @@ class CocoDataModule(pl.LightningDataModule):
             check_range("data.short_sides", short_side, 1)
         check_range("number of data.short_sides", len(short_sides), 1)
         check_range("data.max_size", max_size, 1)
-        check_range("data.test_short_side", test_short_side, 1)
+        if test_short_side is not None:
+            check_range("data.test_short_side", test_short_side, 1)
         check_range("data.test_max_size", test_max_size, 1)
         check_range("data.flip_probability", flip_probability, 0, 1)
         check_range("seed", seed, 0, 2**32 - 1)

@@ -93,13 +93,15 @@ class EvalTransform:
     """One scale for all.
 
     Attributes:
-        short_side: shorter side in pixels.
-        max_size: most pixels of the longer side.
+        short_side: shorter side in pixels; None leaves images at their size.
+        max_size: most pixels of the longer side; not asked for where ``short_side`` is None.
     """
 
-    short_side: int
+    short_side: int | None
     max_size: int
 
     def __call__(self, image: Tensor, boxes: Tensor, sample_number: int) -> tuple[Tensor, Tensor]:
         """Image (3, h, w) uint8 and boxes (N, 4) at network size; ``sample_number`` plays no part."""
+        if self.short_side is None:
+            return image, boxes
         return resize(image, boxes, network_size(_size(image), self.short_side, self.max_size))

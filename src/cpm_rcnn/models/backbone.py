@@ -156,7 +156,8 @@ def build_body(
     Args:
         name: ``tiny``, one of :data:`RESNETS`, or a timm model.
         weights: None, a weight name of torchvision, ``pretrained`` (timm), or a local file.
-        frozen_stages: how many of stem, C2, ... get no gradient; None: stem and C2 of a ResNet, the stem of a timm model, if it has weights.
+        frozen_stages: how many of stem, C2, ... get no gradient; None: with weights, stem and C2 of a ResNet and the
+            stem of a timm model; without, none.
         deformable: ResNets only: deformable 3x3 convolutions in C3..C5.
         stride_in_1x1: ResNets only: Caffe-style stride placement.
 

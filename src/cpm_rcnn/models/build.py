@@ -48,7 +48,8 @@ def build_detector(
         backbone: a name (``tiny``, ``resnet18`` .. ``resnext101_64x4d``, or a timm model), or the arguments of
             :func:`~cpm_rcnn.models.backbone.build_body` with, optionally, ``pixel_format`` (order, scale, mean, std).
         num_classes: foreground classes C; labels are 1..C.
-        stages: one mapping a grid stage with ``positive_iou``, ``mapping_ratio`` and ``loss_weight``; three are CMM, one is the Grid R-CNN baseline.
+        stages: one mapping a grid stage with ``positive_iou``, ``mapping_ratio`` and ``loss_weight``; three are CMM,
+            one is the Grid R-CNN baseline.
         ism: instance scoring.
         rsm: re-scoring.
         fusion: Grid R-CNN's feature fusion.
@@ -90,7 +91,7 @@ def build_detector(
     if not stages:
         raise UserError("cmm.stages=[]: at least one grid stage is needed")
 
-    body_arguments = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
+    body_arguments: dict[str, Any] = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
     given_format = body_arguments.pop("pixel_format", None)
     body = build_body(**body_arguments)
     convention = CONVENTIONS[pixels]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import batched_nms
 
-from cpm_rcnn.models.init import init_linear
+from cpm_rcnn.models.init import init_linear, init_predictor
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.pooling import PyramidRoIAlign
 from cpm_rcnn.models.rois import Rois
@@ -41,8 +41,7 @@ class Classifier(nn.Module):
         self.mlp = TwoMLPHead(in_channels * _POOLED_SIZE**2, mlp_channels)
         self.predictor = nn.Linear(mlp_channels, num_classes + 1)
         init_linear(self.mlp)
-        nn.init.normal_(self.predictor.weight, std=0.01)
-        nn.init.zeros_(self.predictor.bias)
+        init_predictor(self.predictor)
 
     def forward(self, features: Sequence[Tensor], rois: Rois) -> Tensor:
         """Logits (R, C + 1) for ``rois`` on ``features``."""

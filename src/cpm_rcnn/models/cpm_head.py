@@ -101,7 +101,7 @@ class CPMHead(nn.Module):
         rois, scores, labels = select_detections(
             probabilities, proposals, score_threshold=self.score_threshold, nms_iou=self.nms_iou
         )
-        for stage in self.stages:
+        for stage in self._stages():
             output = stage(features, rois)
             rois = stage.decode(output, rois)
         if self.ism is not None:
@@ -117,12 +117,12 @@ class CPMHead(nn.Module):
         losses = {"loss_cls": classification_loss(logits, sampled.labels)}
 
         rois, match = sampled.rois.keep(sampled.for_grid), sampled.match.keep(sampled.for_grid)
-        for k, stage in enumerate(self.stages):
-            if k:
-                rois, match = self._next_rois(rois, decoded, match, truth, stage.settings.positive_iou)
+        for k, stage in enumerate(self._stages()):
             output = stage(features, rois)
             losses[f"loss_grid{k}"] = stage.loss(output, rois, match.boxes)
-            decoded = stage.decode(output, rois)
+            if k + 1 < len(self.stages):
+                decoded = stage.decode(output, rois)
+                rois, match = self._next_rois(rois, decoded, match, truth, self._stages()[k + 1].settings.positive_iou)
         if self.ism is not None:
             losses["loss_ism"] = instance_score_loss(self.ism(output.point_features), match.iou)
         if self.rsm is not None:
@@ -130,6 +130,9 @@ class CPMHead(nn.Module):
             resampled = self._sample(negatives.join(rois), truth)
             losses["loss_rsm"] = classification_loss(self.rsm(features, resampled.rois), resampled.labels)
         return losses
+
+    def _stages(self) -> list[GridStage]:
+        return list(self.stages)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def _sample(self, rois: Rois, truth: Truth) -> "_SampledRois":

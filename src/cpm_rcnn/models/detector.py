@@ -29,7 +29,8 @@ class CPMRCNN(nn.Module):
     ) -> None:
         super().__init__()
         self.pixel_format = pixel_format
-        self.backbone = backbone
+        # The format that convolutions are fastest in; the grid heads stay as they are, GroupNorm would copy there.
+        self.backbone = backbone.to(memory_format=torch.channels_last)
         self.rpn = rpn
         self.head = head
 
@@ -61,14 +62,19 @@ class CPMRCNN(nn.Module):
         if not images:
             return []
         batch, sizes = self.pixel_format(images)
-        features = list(self.backbone(batch).values())
+        features = list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values())
         if not self.training:
             proposals, _ = self.rpn(features, sizes)
-            return _split(self.head.detect(features, proposals), len(images))
+            return _split(self.head.detect(_for_pooling(features), proposals), len(images))
         assert targets is not None
         truth = Truth.stack(targets)
         proposals, losses = self.rpn(features, sizes, truth)
-        return resolve(losses | self.head.losses(features, proposals, truth))
+        return resolve(losses | self.head.losses(_for_pooling(features), proposals, truth))
+
+
+def _for_pooling(features: Sequence[Tensor]) -> list[Tensor]:
+    """The pyramid in RoIAlign's format, converted once for the many poolings of the head."""
+    return [feature.contiguous() for feature in features]
 
 
 def _split(detections: Detections, num_images: int) -> list[dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cpm_rcnn.errors import check_range
 from cpm_rcnn.models.heatmaps import NUM_POINTS, decode_heatmaps, grid_loss, grid_targets
+from cpm_rcnn.models.init import init_conv, init_deconv
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.pooling import PyramidRoIAlign
 from cpm_rcnn.models.rois import Rois
@@ -133,22 +134,15 @@ class GridStage(nn.Module):
         layers: list[nn.Module] = []
         for i in range(num_convs):
             conv = nn.Conv2d(width if i else in_channels, width, 3, stride=1 if i else 2, padding=1)
-            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(conv.bias)
+            init_conv(conv)
             layers += [conv, nn.GroupNorm(_NORM_GROUPS, width), nn.ReLU(inplace=True)]
         self.convs = nn.Sequential(*layers)
         self.fusion = PointFusion(point_channels) if fusion else None
+        first = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, groups=NUM_POINTS)
         last = nn.ConvTranspose2d(width, NUM_POINTS, 4, stride=2, padding=1, groups=NUM_POINTS)
-        self.deconvs = nn.Sequential(
-            nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, groups=NUM_POINTS),
-            nn.GroupNorm(NUM_POINTS, width),
-            nn.ReLU(inplace=True),
-            last,
-        )
-        for deconv in (self.deconvs[0], last):
-            nn.init.normal_(deconv.weight, std=0.001)
-        nn.init.zeros_(self.deconvs[0].bias)
-        nn.init.constant_(last.bias, _PRIOR_LOGIT)
+        init_deconv(first, bias=0.0)
+        init_deconv(last, bias=_PRIOR_LOGIT)
+        self.deconvs = nn.Sequential(first, nn.GroupNorm(NUM_POINTS, width), nn.ReLU(inplace=True), last)
 
     def forward(self, features: Sequence[Tensor], rois: Rois) -> GridOutput:
         """Heatmaps of R ``rois`` on the pyramid ``features``."""

@@ -47,8 +47,8 @@ def enlarge(rois: Tensor, mapping_ratio: float) -> tuple[Tensor, Tensor]:
 def grid_targets(rois: Tensor, boxes: Tensor, mapping_ratio: float) -> Tensor:
     """Which heatmap cells should light up for ``rois`` whose objects are ``boxes``.
 
-    The cell that a ground-truth point falls in and its four neighbours are 1, the rest is 0. All zero where the enlarged RoI is at most
-    3 pixels wide or high.
+    The cell that a ground-truth point falls in and its four neighbours are 1, the rest is 0. All is 0 where the
+    enlarged RoI is at most 3 pixels wide or high.
 
     Args:
         rois: (R, 4) float32 xyxy pixels.

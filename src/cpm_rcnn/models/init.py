@@ -1,4 +1,4 @@
-"""Initial weights of spec section 8."""
+"""Initial weights: of the FC layers, spec section 8; of the grid heads, Grid R-CNN's."""
 
 from torch import nn
 
@@ -9,3 +9,23 @@ def init_linear(module: nn.Module) -> None:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=1)
             nn.init.zeros_(layer.bias)
+
+
+def init_predictor(layer: nn.Linear) -> None:
+    """A classifier's last layer: N(0, 0.01), bias 0."""
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+
+
+def init_conv(layer: nn.Conv2d) -> None:
+    """A convolution before a ReLU: kaiming-normal over its outputs, bias 0."""
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def init_deconv(layer: nn.ConvTranspose2d, bias: float) -> None:
+    """A transposed convolution of the grid heads: N(0, 0.001) and a constant bias."""
+    nn.init.normal_(layer.weight, std=0.001)
+    if layer.bias is not None:
+        nn.init.constant_(layer.bias, bias)

@@ -1,13 +1,14 @@
 """Losses as (sum, count), so that a mean is over the RoIs of all processes and not the mean of their means."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-class LossTerm(NamedTuple):
+@dataclass(frozen=True)
+class LossTerm:
     """A loss before its division.
 
     Attributes:

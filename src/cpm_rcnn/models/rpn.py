@@ -27,8 +27,8 @@ class RegionProposalNetwork(nn.Module):
         in_channels: channels of the pyramid.
         strides: strides of its levels, in pixels.
         anchor_sizes: one anchor size a level: square root of its area in pixels.
-        ignore_border_anchors: whether anchors that cross the image border teach nothing (the release's rule). With images hardly larger
-            than their objects, hardly an anchor is left, so that small-image recipes turn it off.
+        ignore_border_anchors: whether anchors that cross the image border teach nothing (the release's rule). Where
+            images are hardly larger than their objects that leaves hardly an anchor; small-image recipes turn it off.
         proposals_train: proposals kept per level before NMS and per image after it, in training.
         proposals_test: the same at test.
         pixels: the pixel convention.

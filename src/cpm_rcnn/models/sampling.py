@@ -1,4 +1,4 @@
-"""Which RoIs train: random subsets with a share of positives, for all images of a batch at once (spec sections 3, 4, 7)."""
+"""Which RoIs train: random subsets with a share of positives, for a whole batch at once (spec sections 3, 4, 7)."""
 
 from typing import NamedTuple
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cpm_rcnn.models.classification import probability_of
-from cpm_rcnn.models.init import init_linear
+from cpm_rcnn.models.init import init_linear, init_predictor
 from cpm_rcnn.models.losses import LossTerm
 
 _MLP_CHANNELS = 1024
@@ -29,8 +29,7 @@ class InstanceScorer(nn.Module):
         )
         self.predictor = nn.Linear(_MLP_CHANNELS, 2)
         init_linear(self.mlp)
-        nn.init.normal_(self.predictor.weight, std=0.01)
-        nn.init.zeros_(self.predictor.bias)
+        init_predictor(self.predictor)
 
     def forward(self, point_features: Tensor) -> Tensor:
         """(R, 2) predictions from ``point_features`` (R, 9 * channels, 7, 7)."""
@@ -49,5 +48,5 @@ def instance_rescale(scores: Tensor, predictions: Tensor) -> Tensor:
 
 
 def rescore(scores: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """RSM at test: scores (R,) mixed with the refined boxes' own probability; ``logits`` (R, C + 1), ``labels`` (R,)."""
+    """RSM at test: scores (R,) mixed with the refined boxes' probability; ``logits`` (R, C + 1), ``labels`` (R,)."""
     return scores.pow(1 - _RESCORE_POWER) * probability_of(logits, labels).pow(_RESCORE_POWER)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpm_rcnn.models.init import init_conv
+
 _NORM_GROUPS = 8
 
 
@@ -16,8 +18,8 @@ class _Block(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(_NORM_GROUPS, channels)
         self.shortcut = nn.Conv2d(in_channels, channels, 1, stride)
-        for module in (self.conv1, self.conv2, self.shortcut):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for conv in (self.conv1, self.conv2, self.shortcut):
+            init_conv(conv)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))

@@ -65,12 +65,13 @@ class DeformConv2d(nn.Module):
         if conv.bias is not None:
             raise ValueError("DeformConv2d replaces convolutions without bias only")
         height, width = conv.kernel_size
+        kernel_size = (height, width)
         self.weight = conv.weight
         self.stride = (conv.stride[0], conv.stride[1])
         self.padding = (int(conv.padding[0]), int(conv.padding[1]))
         self.dilation = (conv.dilation[0], conv.dilation[1])
         self.conv_offset = nn.Conv2d(
-            conv.in_channels, 2 * height * width, conv.kernel_size, self.stride, self.padding, self.dilation
+            conv.in_channels, 2 * height * width, kernel_size, self.stride, self.padding, self.dilation
         )
         nn.init.zeros_(self.conv_offset.weight)
         assert self.conv_offset.bias is not None

@@ -1,0 +1,94 @@
+"""``python -m cpm_rcnn.predict ckpt=PATH source=FILE_OR_FOLDER``: boxes drawn on copies of images."""
+
+import json
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+from PIL import Image
+from rich.progress import track
+
+from cpm_rcnn import assembly
+from cpm_rcnn.commands import run
+from cpm_rcnn.data import ImageSource
+from cpm_rcnn.data.transforms import EvalTransform
+from cpm_rcnn.errors import UserError, check_range
+from cpm_rcnn.lightning_module import to_original
+from cpm_rcnn.pixels import CONVENTIONS
+from cpm_rcnn.reporting.pictures import draw, save
+
+
+def predict(config: DictConfig) -> None:
+    """Detect in every image of ``source``, into Hydra's output folder: ``images/`` and ``detections.json``."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    check_range("min_score", config.min_score, 0, 1)
+    folder, names = find_images(Path(config.source))
+    device = choose_device(config.device)
+    module = assembly.load_module(config.ckpt, **assembly.given(config.detector)).to(device)
+    data = module.hparams["data"] | assembly.given(config.data)
+    transform = EvalTransform(data["test_short_side"], data["test_max_size"])
+    pixels = CONVENTIONS[module.hparams["model"]["pixels"]]
+    source = ImageSource(folder)
+    results = []
+    for image_id, name in enumerate(track(names, description="predict"), start=1):
+        image = source.read(name)
+        small, _ = transform(image, torch.zeros(0, 4), 0)
+        with torch.inference_mode():
+            found = {key: value.cpu() for key, value in module([small.to(device)])[0].items()}
+        found["boxes"] = to_original(found["boxes"], small.shape[-2:], image.shape[-2:])
+        for box, score, label in zip(
+            pixels.to_xywh(found["boxes"]).tolist(), found["scores"].tolist(), found["labels"].tolist()
+        ):
+            category = module.hparams["categories"][label - 1]["id"]
+            results.append(
+                {"image_id": image_id, "file_name": name, "category_id": category, "bbox": box, "score": score}
+            )
+        target = run_dir / "images" / f"{name}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save(draw(image, found, module.class_names, min_score=config.min_score), target)
+    (run_dir / "detections.json").write_text(json.dumps(results))
+    print(f"{len(names)} images, {len(results)} detections")
+    print(run_dir)
+
+
+def find_images(source: Path) -> tuple[Path, list[str]]:
+    """A folder and the names of the images to read from it, sorted; of a file, its folder and its name.
+
+    Raises:
+        UserError: ``source`` is not there, or a folder without an image.
+    """
+    if source.is_file():
+        return source.parent, [source.name]
+    if not source.is_dir():
+        raise UserError(f"source={source}: no such file or folder")
+    known = set(Image.registered_extensions())
+    names = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.suffix.lower() in known)
+    if not names:
+        raise UserError(f"source={source}: no image in this folder")
+    return source, names
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; ``auto``: an accelerator where there is one.
+
+    Raises:
+        UserError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def main() -> None:
+    """The command."""
+    run(predict, "predict")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Overrides of a training run that takes seconds."""
+
+SMALL = [
+    "experiment=quickstart",
+    "data.train_count=6",
+    "data.val_count=5",
+    "data.num_workers=0",
+    "schedule.max_steps=4",
+    "schedule.val_interval=2",
+    "schedule.images_per_device=2",
+    "detector.point_channels=4",
+    "detector.grid_convs=1",
+    "detector.fpn_channels=16",
+    "detector.mlp_channels=16",
+    "detector.samples=16",
+    "detector.proposals_test=20",
+    "trainer.log_every_n_steps=1",
+    "sheet_images=3",
+]

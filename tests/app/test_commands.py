@@ -1,0 +1,280 @@
+"""The commands, run for real on a small data set: what they leave, what they print, and how they refuse."""
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from cpm_rcnn.assembly import load_module
+from cpm_rcnn.evaluation.coco_metric import FIGURES
+from small_run import SMALL
+
+KEYS = {*FIGURES, "per_class"}
+
+
+def metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_train_leaves_config_checkpoints_figures_and_pictures(trained):
+    folder = trained.folder
+    assert OmegaConf.load(folder / "config.yaml").schedule.max_steps == 4
+    assert set(metrics(folder)) == KEYS
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    for column in (
+        "train/loss",
+        "train/loss_grid2",
+        "train/loss_ism",
+        "train/loss_rsm",
+        "train/images_per_s",
+        "val/AP",
+    ):
+        assert column in rows[0].split(",")
+    for picture in ("loss.png", "ap.png", "validation.png"):
+        assert min(Image.open(folder / picture).size) > 100
+
+
+def test_eval_of_the_best_checkpoint_repeats_the_figures_that_training_ended_with(command, trained, checkpoint):
+    answer = command("eval", f"ckpt={checkpoint}", "trainer=cpu")
+    assert answer.status == 0, answer.err
+    assert metrics(answer.folder) == metrics(trained.folder)
+
+
+def test_detections_json_scores_the_same_in_pycocotools(command, checkpoint, workplace):
+    answer = command("eval", f"ckpt={checkpoint}", "trainer=cpu", "detector.score_threshold=0.01")
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(workplace / "data/shapes/annotations/instances_val.json"))
+        evaluation = COCOeval(truth, truth.loadRes(str(answer.folder / "detections.json")), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    ours = metrics(answer.folder)
+    np.testing.assert_allclose([ours[name] for name in FIGURES], evaluation.stats, atol=1e-12)
+
+
+def test_eval_takes_a_json_of_your_own(command, checkpoint, workplace):
+    content = json.loads((workplace / "data/shapes/annotations/instances_val.json").read_text())
+    kept = content["images"][:2]
+    ids = {image["id"] for image in kept}
+    content |= {"images": kept, "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
+    own = workplace / "own.json"
+    own.write_text(json.dumps(content))
+    answer = command("eval", f"ckpt={checkpoint}", "trainer=cpu", f"split={own}", "images=data/shapes/val")
+    assert answer.status == 0, answer.err
+    assert set(metrics(answer.folder)) == KEYS
+    assert {d["image_id"] for d in json.loads((answer.folder / "detections.json").read_text())} <= ids
+
+
+def test_a_split_without_annotations_gives_detections_and_empty_figures(command, checkpoint, workplace):
+    content = json.loads((workplace / "data/shapes/annotations/instances_val.json").read_text())
+    del content["annotations"]
+    own = workplace / "image_info.json"
+    own.write_text(json.dumps(content))
+    answer = command("eval", f"ckpt={checkpoint}", "trainer=cpu", f"split={own}", "images=data/shapes/val")
+    assert answer.status == 0, answer.err
+    assert metrics(answer.folder)["AP"] is None
+    assert isinstance(json.loads((answer.folder / "detections.json").read_text()), list)
+
+
+def test_multi_scale_eval_runs_at_the_scales_it_is_given(command, checkpoint):
+    answer = command(
+        "eval",
+        f"ckpt={checkpoint}",
+        "trainer=cpu",
+        "multi_scale=on",
+        "multi_scale.scales=[96,128]",
+        "multi_scale.max_size=256",
+    )
+    assert answer.status == 0, answer.err
+    assert set(metrics(answer.folder)) == KEYS
+
+
+def test_eval_on_two_processes_equals_eval_on_one(command, checkpoint, workplace):
+    one = command("eval", f"ckpt={checkpoint}", "trainer=cpu", "detector.score_threshold=0.01")
+    two = subprocess.run(
+        [sys.executable, "-m", "cpm_rcnn.eval", f"ckpt={checkpoint}", "trainer=cpu", "trainer.devices=2"]
+        + ["detector.score_threshold=0.01", "name=two_processes"],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert two.returncode == 0, two.stderr
+    folder = Path(two.stdout.strip().splitlines()[-1])
+    assert metrics(folder) == metrics(one.folder)
+    key = lambda detection: (detection["image_id"], -detection["score"], detection["bbox"])  # noqa: E731
+    own, other = (sorted(json.loads((f / "detections.json").read_text()), key=key) for f in (one.folder, folder))
+    assert own == other
+
+
+def test_predict_draws_every_image_of_a_folder(command, checkpoint, workplace):
+    source = workplace / "photos"
+    (source / "deep").mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(["a.jpg", "deep/b.png"]):
+        Image.fromarray(np.full((60 + 40 * i, 90, 3), 99, np.uint8)).save(source / name)
+    answer = command("predict", f"ckpt={checkpoint}", f"source={source}", "device=cpu", "detector.score_threshold=0.01")
+    assert answer.status == 0, answer.err
+    drawn = sorted(str(p.relative_to(answer.folder / "images")) for p in (answer.folder / "images").rglob("*.png"))
+    assert drawn == ["a.jpg.png", "deep/b.png.png"]
+    found = json.loads((answer.folder / "detections.json").read_text())
+    assert {d["file_name"] for d in found} <= {"a.jpg", "deep/b.png"}
+    assert all(set(d) == {"image_id", "file_name", "category_id", "bbox", "score"} for d in found)
+
+
+def test_predict_and_eval_find_the_same_boxes(command, checkpoint, workplace):
+    evaluated = command("eval", f"ckpt={checkpoint}", "trainer=cpu", "detector.score_threshold=0.01")
+    predicted = command(
+        "predict", f"ckpt={checkpoint}", "source=data/shapes/val", "device=cpu", "detector.score_threshold=0.01"
+    )
+    content = json.loads((workplace / "data/shapes/annotations/instances_val.json").read_text())
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    one = sorted(
+        (names[d["image_id"]], *np.round(d["bbox"], 3))
+        for d in json.loads((evaluated.folder / "detections.json").read_text())
+    )
+    two = sorted(
+        (d["file_name"], *np.round(d["bbox"], 3))
+        for d in json.loads((predicted.folder / "detections.json").read_text())
+    )
+    assert one
+    assert one == two
+
+
+def test_multirun_trains_every_mix_that_it_is_given(command, workplace):
+    answer = command(
+        "train", "-m", *SMALL, "schedule.max_steps=1", "sheet_images=1", "cmm=on,off", "ism=off", "rsm=on,off"
+    )
+    assert answer.status == 0, answer.err
+    folders = sorted((workplace / "outputs").glob("multirun_*/*/metrics.json"))
+    assert len(folders) == 4
+    assert len({str(OmegaConf.load(f.parent / "config.yaml").cmm) for f in folders}) == 2
+
+
+def test_a_checkpoint_knows_its_model_classes_and_pixel_format(checkpoint):
+    module = load_module(checkpoint)
+    assert module.class_names == ["circle", "square", "triangle", "star", "cross"]
+    assert module.hparams["model"]["backbone"]["name"] == "tiny"
+    assert module.hparams["model"]["pixels"] == "continuous"
+    assert not module.training
+
+
+def refused(answer) -> str:
+    """The one line that a command refused with."""
+    assert answer.status == 2, (answer.status, answer.out, answer.err)
+    lines = [line for line in answer.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in answer.err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["backbone=r99"], ["backbone/r99", "r50", "x101_dcn"]),
+        (["trainer.devces=8"], ["trainer.devces", "did you mean devices?", "precision"]),
+        (["no_such=1"], ["no_such", "backbone", "schedule"]),
+        (["schedule.max_steps=many"], ["schedule.max_steps=many", "number"]),
+        (["detector.score_threshold=3"], ["detector.score_threshold=3", "0 to 1"]),
+        (["detector.nms_iou=-1"], ["detector.nms_iou=-1", "0 to 1"]),
+        (["detector.point_channels=10"], ["detector.point_channels=10", "multiple of 4"]),
+        (["detector.pixels=round"], ["pixels=round", "continuous", "inclusive"]),
+        (["schedule.optimizer=lion"], ["schedule.optimizer=lion", "sgd", "adamw"]),
+        (["schedule.milestones=[9,1]"], ["schedule.milestones", "ascend"]),
+        (["data.flip_probability=2"], ["data.flip_probability=2", "0 to 1"]),
+        (["cmm.stages=[]"], ["cmm.stages", "at least one"]),
+        (["cmm.stages.0.positive_iou=7"], ["cmm.stages.positive_iou=7", "0 to 1"]),
+        (["backbone=r18", "backbone.weights=nowhere.pth"], ["backbone.weights=nowhere.pth"]),
+        (["trainer.precision=7"], ["Precision 7", "32-true", "bf16-mixed"]),
+        (["data=coco", "data.root=nowhere"], ["nowhere", "annotations/instances_train2017.json", "cocodataset.org"]),
+        (["data=custom"], ["data.train_json"]),
+    ],
+)
+def test_train_refuses_a_faulty_option_in_one_line(command, arguments, parts):
+    small = [o for o in SMALL if not (o.startswith("data.") and arguments[0].startswith("data="))]
+    line = refused(command("train", *small, *arguments))
+    for part in parts:
+        assert part in line
+
+
+def test_eval_and_predict_refuse_what_is_no_checkpoint(command, checkpoint, workplace):
+    damaged = workplace / "damaged.ckpt"
+    damaged.write_bytes(checkpoint.read_bytes()[:5000])
+    foreign = workplace / "foreign.ckpt"
+    torch.save({"state_dict": {}}, foreign)
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["model"]["mlp_channels"] = 24
+    other = workplace / "other.ckpt"
+    torch.save(content, other)
+    for path, part in (
+        (workplace / "none.ckpt", "no such file"),
+        (damaged, "damaged"),
+        (foreign, "not a checkpoint of cpm_rcnn"),
+        (other, "do not fit"),
+    ):
+        for name, more in (("eval", ["trainer=cpu"]), ("predict", ["source=data/shapes/val"])):
+            line = refused(command(name, f"ckpt={path}", *more))
+            assert path.name in line
+            assert part in line
+    assert "ckpt" in refused(command("eval"))
+
+
+def test_eval_refuses_a_split_or_data_that_is_not_there(command, checkpoint):
+    assert "val, test" in refused(command("eval", f"ckpt={checkpoint}", "split=train"))
+    assert "data.test_json" in refused(command("eval", f"ckpt={checkpoint}", "split=test"))
+    assert "source=nowhere" in refused(command("predict", f"ckpt={checkpoint}", "source=nowhere"))
+    assert "device=" in refused(command("predict", f"ckpt={checkpoint}", "source=data/shapes/val", "device=tpu7"))
+
+
+def test_a_missing_or_truncated_image_is_one_line_also_from_a_worker(command, checkpoint, workplace):
+    copy = workplace / "broken"
+    if not copy.exists():
+        shutil.copytree(workplace / "data/shapes", copy)
+    victims = sorted((copy / "val").iterdir())
+    victims[0].unlink()
+    victims[1].write_bytes(victims[1].read_bytes()[:300])
+    for workers in (0, 1):
+        line = refused(
+            command("eval", f"ckpt={checkpoint}", "trainer=cpu", f"data.root={copy}", f"data.num_workers={workers}")
+        )
+        assert victims[0].name in line
+    shutil.copy(workplace / "data/shapes/val" / victims[0].name, victims[0])
+    line = refused(command("eval", f"ckpt={checkpoint}", "trainer=cpu", f"data.root={copy}", "data.num_workers=0"))
+    assert victims[1].name in line
+    assert "truncated" in line
+
+
+def test_the_commands_work_from_a_wheel_outside_a_checkout(tmp_path):
+    root = Path(__file__).parents[2]
+    built = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(root)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert built.returncode == 0, built.stderr
+    site = tmp_path / "site"
+    shutil.unpack_archive(next(tmp_path.glob("*.whl")), site, "zip")
+    assert (site / "cpm_rcnn/conf/experiment/quickstart.yaml").is_file()
+    assert (site / "cpm_rcnn/kernels/README.md").is_file()
+    shown = subprocess.run(
+        [sys.executable, "-m", "cpm_rcnn.train", "--cfg", "job", "experiment=quickstart"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "name: tiny" in shown.stdout

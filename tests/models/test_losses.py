@@ -1,0 +1,86 @@
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from cpm_rcnn.models.losses import LossTerm, resolve
+
+
+def test_mean_is_total_over_count_whether_the_count_is_an_int_or_a_tensor():
+    means = resolve(
+        {
+            "a": LossTerm(torch.tensor(6.0), 4),
+            "b": LossTerm(torch.tensor(6.0), torch.tensor(3)),
+            "c": LossTerm(torch.tensor(1.0), torch.tensor(1.0)),
+        }
+    )
+    assert {name: mean.item() for name, mean in means.items()} == {"a": 1.5, "b": 2.0, "c": 1.0}
+    assert all(mean.shape == () for mean in means.values())
+
+
+@pytest.mark.parametrize("count", [0, torch.tensor(0)], ids=["int", "tensor"])
+def test_nothing_counted_is_a_zero_that_still_has_a_gradient(count):
+    values = torch.zeros(0, requires_grad=True)
+    mean = resolve({"loss": LossTerm(values.sum(), count)})["loss"]
+    assert mean.item() == 0
+    mean.backward()
+    assert values.grad is not None
+
+
+def test_gradient_is_that_of_the_mean():
+    values = torch.arange(4.0, requires_grad=True)
+    resolve({"loss": LossTerm(values.square().sum(), 4)})["loss"].backward()
+    torch.testing.assert_close(values.grad, 2 * torch.arange(4.0) / 4)
+
+
+def test_weight_scales_the_total_and_not_the_count():
+    assert LossTerm(torch.tensor(3.0), 7).weighted(0.5) == LossTerm(torch.tensor(1.5), 7)
+
+
+# How many rows each of two images gives a loss: "grid" has none in image 1, "rare" less than one an image, "none" none.
+ROWS = {"cls": (3, 5), "grid": (4, 0), "rare": (0, 1), "none": (0, 0)}
+
+
+class Toy(nn.Module):
+    """One linear layer and the mean squares of its outputs on the rows of some images."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.linear = nn.Linear(6, 2, bias=False)
+        self.linear.weight.data = torch.randn(2, 6, generator=generator)
+        self.rows = {name: [torch.randn(n, 6, generator=generator) for n in counts] for name, counts in ROWS.items()}
+
+    def forward(self, images):
+        terms = {}
+        for i, (name, per_image) in enumerate(self.rows.items()):
+            rows = torch.cat([per_image[image] for image in images])
+            count = torch.tensor(len(rows)) if i % 2 else len(rows)
+            terms[name] = LossTerm(self.linear(rows).square().sum(), count)
+        return resolve(terms)
+
+
+def train_one_image(rank, file, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(Toy())
+    losses = model([rank])
+    sum(losses.values()).backward()
+    result = {name: loss.item() for name, loss in losses.items()}, model.module.linear.weight.grad
+    torch.save(result, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_with_an_image_each_get_the_gradient_of_one_with_both(tmp_path):
+    whole = Toy()
+    losses = whole([0, 1])
+    sum(losses.values()).backward()
+    mp.spawn(train_one_image, (tmp_path / "rendezvous", tmp_path), nprocs=2)
+    (first, gradient), (second, same_gradient) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert torch.equal(gradient, same_gradient)
+    torch.testing.assert_close(gradient, whole.linear.weight.grad)
+    assert {name: (first[name] + second[name]) / 2 for name in ROWS} == pytest.approx(
+        {name: loss.item() for name, loss in losses.items()}, rel=1e-5
+    )
+    assert first["none"] == second["none"] == second["grid"] == first["rare"] == 0
