@@ -44,8 +44,8 @@ def describe(error: BaseException) -> str | None:
             return _unknown_key(cause)
     if isinstance(error, InstantiationException):
         # A part refuses its arguments (Lightning's Trainer, a logger): its own words say it best.
-        cause = error.__cause__
-        return _one_line(str(cause)) if isinstance(cause, (TypeError, ValueError, ImportError)) else None
+        reason = error.__cause__
+        return _one_line(str(reason)) if isinstance(reason, (TypeError, ValueError, ImportError)) else None
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _one_line(str(error))
     return None

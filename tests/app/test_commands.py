@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from small_run import SMALL
 
 from cpm_rcnn.assembly import load_module
 from cpm_rcnn.evaluation.coco_metric import FIGURES
-from small_run import SMALL
 
 KEYS = {*FIGURES, "per_class"}
 
@@ -104,8 +104,10 @@ def test_multi_scale_eval_runs_at_the_scales_it_is_given(command, checkpoint):
 def test_eval_on_two_processes_equals_eval_on_one(command, checkpoint, workplace):
     one = command("eval", f"ckpt={checkpoint}", "trainer=cpu", "detector.score_threshold=0.01")
     two = subprocess.run(
-        [sys.executable, "-m", "cpm_rcnn.eval", f"ckpt={checkpoint}", "trainer=cpu", "trainer.devices=2"]
-        + ["detector.score_threshold=0.01", "name=two_processes"],
+        [
+            *(sys.executable, "-m", "cpm_rcnn.eval", f"ckpt={checkpoint}", "trainer=cpu", "trainer.devices=2"),
+            *("detector.score_threshold=0.01", "name=two_processes"),
+        ],
         cwd=workplace,
         capture_output=True,
         text=True,

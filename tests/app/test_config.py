@@ -84,7 +84,7 @@ def test_ddp_and_wandb_compose():
     assert config.logger.wandb._target_ == "pytorch_lightning.loggers.WandbLogger"
 
 
-@pytest.mark.parametrize("experiment", [name for name in options("experiment")])
+@pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_builds_its_model(experiment):
     config = composed(f"experiment={experiment}", "backbone.weights=null")
     with torch.device("meta"):

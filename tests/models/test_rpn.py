@@ -1,0 +1,227 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork as TorchvisionRPN
+from torchvision.ops import box_iou
+
+from cpm_rcnn.models import rpn as rpn_module
+from cpm_rcnn.models.rois import Truth
+from cpm_rcnn.models.rpn import RATIOS, RegionProposalNetwork, level_anchors
+from cpm_rcnn.pixels import CONTINUOUS, CONVENTIONS, INCLUSIVE
+
+CPU = torch.device("cpu")
+both = pytest.mark.parametrize("pixels", CONVENTIONS.values(), ids=lambda pixels: pixels.name)
+
+
+def make_rpn(strides=(8, 16), anchor_sizes=(32, 64), *, pixels=CONTINUOUS, border=False, train=200, test=100):
+    torch.manual_seed(0)
+    return RegionProposalNetwork(
+        4, strides, anchor_sizes=anchor_sizes, ignore_border_anchors=border, proposals_train=train, proposals_test=test, pixels=pixels
+    )
+
+
+def pyramid(batch=2, size=128, strides=(8, 16)):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(batch, 4, size // stride, size // stride, generator=generator) for stride in strides]
+
+
+def truth(*boxes_per_image):
+    return Truth.stack(
+        [{"boxes": torch.tensor(b, dtype=torch.float32).reshape(-1, 4), "labels": torch.ones(len(b), dtype=torch.int64)} for b in boxes_per_image]
+    )
+
+
+@both
+def test_anchors_run_row_by_row_cell_by_cell_ratio_by_ratio(pixels):
+    anchors = level_anchors(pixels, 8, 32, (2, 3), CPU)
+    cell = pixels.cell_anchors(8, 32, RATIOS)
+    expected = [cell[k] + torch.tensor([8 * x, 8 * y] * 2) for y in range(2) for x in range(3) for k in range(3)]
+    assert torch.equal(anchors, torch.stack(expected))
+
+
+@both
+@pytest.mark.parametrize(("level", "image", "row", "column", "ratio"), [(0, 0, 3, 5, 0), (0, 1, 9, 2, 2), (1, 1, 4, 6, 1)])
+def test_output_of_the_head_moves_the_anchor_of_its_own_place(pixels, level, image, row, column, ratio):
+    rpn = make_rpn(pixels=pixels, test=3).eval()
+    features = pyramid()
+    logits = [torch.full((2, 3, *x.shape[-2:]), -9.0) for x in features]
+    deltas = [torch.zeros(2, 12, *x.shape[-2:]) for x in features]
+    logits[level][image, ratio, row, column] = 9.0
+    moves = torch.tensor([0.1, -0.2, 0.15, -0.3])
+    deltas[level][image, 4 * ratio : 4 * ratio + 4, row, column] = moves
+    rpn.head.forward = lambda _: (logits, deltas)
+    proposals, losses = rpn(features, torch.tensor([[400, 400], [400, 400]]))
+    stride = rpn.strides[level]
+    anchor = pixels.cell_anchors(stride, rpn.anchor_sizes[level], RATIOS)[ratio]
+    anchor = anchor + torch.tensor([column * stride, row * stride] * 2)
+    best = proposals.boxes[proposals.images == image][0]
+    torch.testing.assert_close(best, pixels.decode(moves, anchor))
+    assert losses == {}
+
+
+@both
+def test_proposals_are_inside_their_image_limited_apart_and_best_first(pixels):
+    rpn = make_rpn(pixels=pixels, test=20).eval()
+    nn.init.normal_(rpn.head.bbox_pred.weight, std=0.5)
+    nn.init.normal_(rpn.head.cls_logits.weight, std=1.0)
+    sizes = torch.tensor([[100, 128], [128, 60]])
+    features = pyramid()
+    proposals, _ = rpn(features, sizes)
+    assert proposals.boxes.dtype == torch.float32
+    assert not proposals.boxes.requires_grad
+    for image, (height, width) in enumerate(sizes.tolist()):
+        boxes = proposals.boxes[proposals.images == image]
+        assert len(boxes) == 20
+        assert (boxes >= 0).all()
+        assert (boxes[:, 2] <= width - pixels.extra).all()
+        assert (boxes[:, 3] <= height - pixels.extra).all()
+        assert all((side > 0).all() for side in pixels.sizes(boxes))
+        # Best first, an image at a time, is what one NMS a level and one sort give.
+        assert torch.equal(boxes, slow_proposals(rpn, [x[image : image + 1] for x in features], sizes[image], 20))
+
+
+def slow_proposals(rpn, features, size, limit):
+    """Proposals of one image, a level at a time."""
+    from torchvision.ops import nms
+
+    boxes, scores = [], []
+    logits, deltas = rpn.head(features)
+    for stride, anchor_size, level_logits, level_deltas in zip(rpn.strides, rpn.anchor_sizes, logits, deltas):
+        anchors = level_anchors(rpn.pixels, stride, anchor_size, level_logits.shape[-2:], CPU)
+        score = level_logits[0].permute(1, 2, 0).flatten()
+        delta = level_deltas[0].permute(1, 2, 0).reshape(-1, 4)
+        best = score.argsort(descending=True)[:limit]
+        box = rpn.pixels.clip(rpn.pixels.decode(delta[best], anchors[best]), size)
+        some = torch.stack(rpn.pixels.sizes(box)).amin(dim=0) > 0
+        box, score = box[some], score[best][some]
+        kept = nms(box, score, 0.7)
+        boxes.append(box[kept])
+        scores.append(score[kept])
+    return torch.cat(boxes)[torch.cat(scores).argsort(descending=True)[:limit]]
+
+
+def test_training_and_testing_have_their_own_limit():
+    rpn = make_rpn(train=30, test=7)
+    sizes = torch.tensor([[128, 128]] * 2)
+    counts = {mode: rpn.train(mode)(pyramid(), sizes)[0].images.bincount().tolist() for mode in (True, False)}
+    assert counts == {True: [30, 30], False: [7, 7]}
+
+
+def test_losses_and_proposals_are_torchvisions_where_nothing_is_drawn_at_random(monkeypatch):
+    monkeypatch.setattr(rpn_module, "_SAMPLES", 100_000)
+    monkeypatch.setattr(rpn_module, "_POSITIVE_FRACTION", 1.0)  # int(1.0 * n): room for every negative is left
+    ours = make_rpn(strides=(8,), anchor_sizes=(32,), train=50, test=50)
+    nn.init.normal_(ours.head.cls_logits.weight, std=0.5)
+    nn.init.normal_(ours.head.bbox_pred.weight, std=0.2)
+    generator = AnchorGenerator(((32,),), (RATIOS,))
+    # torchvision's anchors stand on the corner of a cell, rounded.
+    generator.cell_anchors = [CONTINUOUS.cell_anchors(8, 32, RATIOS)]
+    limits = {"training": 50, "testing": 50}
+    theirs = TorchvisionRPN(generator, ours.head, 0.7, 0.3, 100_000, 1.0, limits, limits, 0.7)
+    features, boxes = pyramid(strides=(8,)), [[[10, 10, 50, 40], [60, 60, 90, 110]], [[30, 20, 70, 60]]]
+    images = ImageList(torch.zeros(2, 3, 128, 128), [(128, 128), (128, 128)])
+    targets = [{"boxes": torch.tensor(b, dtype=torch.float32)} for b in boxes]
+    expected_proposals, expected = theirs.train()(images, {"0": features[0]}, targets)
+    proposals, losses = ours(features, torch.tensor([[128, 128]] * 2), truth(*boxes))
+    for image in range(2):
+        torch.testing.assert_close(proposals.boxes[proposals.images == image], expected_proposals[image])
+    for name, theirs_name in (("loss_rpn_objectness", "loss_objectness"), ("loss_rpn_box", "loss_rpn_box_reg")):
+        torch.testing.assert_close(losses[name].total / losses[name].count, expected[theirs_name])
+
+
+@both
+def test_overlap_decides_and_the_best_anchor_teaches_even_below_it(pixels):
+    rpn = make_rpn(pixels=pixels)
+    anchors = torch.tensor([[0.0, 0, 100, 100], [0, 0, 100, 80], [0, 0, 100, 50], [0, 0, 100, 20], [200, 200, 300, 240], [200, 200, 300, 230]])
+    objects = truth([[0, 0, 100, 100], [200, 200, 300, 300]])
+    labels, boxes = rpn._assign(anchors, torch.tensor([[400, 400]]), objects)
+    # 1.0 and 0.8: object; 0.5: neither; 0.2: background; 0.4, the second object's best: object; 0.3: not background.
+    assert labels[0, :5].tolist() == [1, 1, -1, 0, 1]
+    assert labels[0, 5] != 1
+    assert boxes[0, (0, 1, 4)].tolist() == [[0, 0, 100, 100]] * 2 + [[200, 200, 300, 300]]
+
+
+def test_all_anchors_that_share_an_objects_best_overlap_teach_it():
+    anchors = torch.tensor([[0.0, 0, 40, 100], [60, 0, 100, 100], [0, 0, 100, 31]])
+    labels, _ = make_rpn()._assign(anchors, torch.tensor([[400, 400]]), truth([[0, 0, 100, 100]]))
+    assert labels.tolist() == [[1, 1, -1]]
+
+
+def test_object_out_of_every_anchors_reach_has_no_best():
+    anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
+    labels, _ = make_rpn()._assign(anchors, torch.tensor([[400, 400]]), truth([[200, 200, 300, 300]]))
+    assert labels.tolist() == [[0, 0]]
+
+
+@both
+def test_anchors_that_cross_the_border_of_their_image_teach_nothing_if_set(pixels):
+    last = 100 - pixels.extra
+    anchors = torch.tensor([[0.0, 0, 50, last], [-1, 0, 50, 50], [0, 0, last + 1, 50], [0, 0, 50, last + 1]])
+    sizes = torch.tensor([[100, 100], [200, 200]])
+    objects = truth([[0, 0, 50, 99]], [[0, 0, 50, 99]])
+    strict, _ = make_rpn(pixels=pixels, border=True)._assign(anchors, sizes, objects)
+    assert (strict == -1).tolist()[0][1:] == [True] * 3
+    assert strict[:, 0].tolist() == [1, 1]
+    assert strict[1].tolist()[1] == -1
+    assert strict[1].tolist()[3] == 1
+    lenient, _ = make_rpn(pixels=pixels)._assign(anchors, sizes, objects)
+    assert lenient[0, 3] == 1
+
+
+def test_image_without_objects_is_all_background_and_lends_its_neighbour_no_object():
+    anchors = level_anchors(CONTINUOUS, 8, 32, (8, 8), CPU)
+    labels, boxes = make_rpn()._assign(anchors, torch.tensor([[64, 64]] * 2), truth([], [[0, 0, 30, 30], [4, 4, 60, 60]]))
+    assert (labels[0] == 0).all()
+    assert (labels[1] == 1).any()
+    assert boxes.shape == (2, len(anchors), 4)
+
+
+def test_objects_padding_teaches_nothing():
+    anchors = torch.tensor([[0.0, 0, 1, 1], [10, 10, 30, 30]])
+    rpn = make_rpn(pixels=INCLUSIVE)  # where a box of zeros has an area
+    labels, _ = rpn._assign(anchors, torch.tensor([[64, 64]] * 2), truth([[10, 10, 30, 30]], [[0, 0, 9, 9], [3, 3, 5, 5]]))
+    assert labels[0].tolist() == [0, 1]
+
+
+def test_losses_average_over_the_sampled_anchors_of_the_batch():
+    rpn = make_rpn()
+    features, sizes = pyramid(), torch.tensor([[128, 128]] * 2)
+    _, losses = rpn(features, sizes, truth([[10, 10, 50, 40]], []))
+    # 16^2 + 8^2 cells of three anchors are more than the 256 that an image samples.
+    assert {name: int(term.count) for name, term in losses.items()} == {"loss_rpn_objectness": 512, "loss_rpn_box": 512}
+    untrained = losses["loss_rpn_objectness"].total / 512
+    torch.testing.assert_close(untrained, torch.tensor(2.0).log(), rtol=0.05, atol=0)
+
+
+def test_box_loss_is_smooth_l1_of_the_positives_only():
+    rpn = make_rpn(strides=(8,), anchor_sizes=(32,))
+    anchors = level_anchors(CONTINUOUS, 8, 32, (4, 4), CPU)
+    objects = truth([[2, 2, 30, 30]])
+    logits, deltas = torch.zeros(1, len(anchors)), torch.randn(1, len(anchors), 4)
+    losses = rpn._losses(logits, deltas, anchors, torch.tensor([[32, 32]]), objects)
+    iou = box_iou(objects.boxes[0], anchors)[0]
+    positive = (iou >= 0.7) | (iou == iou.max())
+    encoded = CONTINUOUS.encode(objects.boxes[0], anchors[positive])
+    expected = F.smooth_l1_loss(deltas[0, positive], encoded, beta=1 / 9, reduction="sum")
+    torch.testing.assert_close(losses["loss_rpn_box"].total, expected)
+
+
+def test_batch_without_any_object_has_finite_losses_and_gradients():
+    rpn = make_rpn()
+    _, losses = rpn(pyramid(), torch.tensor([[128, 128]] * 2), truth([], []))
+    assert losses["loss_rpn_box"].total.item() == 0
+    sum(term.total / term.count for term in losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in rpn.parameters())
+
+
+def test_proposals_of_an_image_do_not_depend_on_the_batch():
+    rpn = make_rpn().eval()
+    nn.init.normal_(rpn.head.cls_logits.weight, std=1.0)
+    features, sizes = pyramid(batch=3), torch.tensor([[128, 128], [100, 90], [64, 128]])
+    together, _ = rpn(features, sizes)
+    for image in range(3):
+        alone, _ = rpn([x[image : image + 1] for x in features], sizes[image : image + 1])
+        torch.testing.assert_close(together.boxes[together.images == image], alone.boxes)
