@@ -58,14 +58,8 @@ def test_each_roi_is_pooled_from_its_level_and_image_into_its_row(pixels):
     levels = pyramid_levels(rois().boxes, 4, pixels).tolist()
     assert set(levels) == {0, 1, 2, 3}
     for row, (box, image, level) in enumerate(zip(BOXES, IMAGES, levels)):
-        alone = roi_align(
-            features[level][image : image + 1],
-            [torch.tensor([box])],
-            7,
-            1 / STRIDES[level],
-            2,
-            aligned=pixels.name == "continuous",
-        )
+        feature, box = features[level][image : image + 1], torch.tensor([box], dtype=torch.float32)
+        alone = roi_align(feature, [box], 7, 1 / STRIDES[level], 2, aligned=pixels is CONTINUOUS)
         torch.testing.assert_close(pooled[row], alone[0])
 
 

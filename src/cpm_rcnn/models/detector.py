@@ -10,6 +10,7 @@ from cpm_rcnn.models.backbone import FPNBackbone
 from cpm_rcnn.models.cpm_head import CPMHead, Detections
 from cpm_rcnn.models.losses import resolve
 from cpm_rcnn.models.pixel_format import PixelFormat
+from cpm_rcnn.models.pooling import pooling_format
 from cpm_rcnn.models.rois import Truth
 from cpm_rcnn.models.rpn import RegionProposalNetwork
 
@@ -65,16 +66,11 @@ class CPMRCNN(nn.Module):
         features = list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values())
         if not self.training:
             proposals, _ = self.rpn(features, sizes)
-            return _split(self.head.detect(_for_pooling(features), proposals), len(images))
+            return _split(self.head.detect(pooling_format(features), proposals), len(images))
         assert targets is not None
         truth = Truth.stack(targets)
         proposals, losses = self.rpn(features, sizes, truth)
-        return resolve(losses | self.head.losses(_for_pooling(features), proposals, truth))
-
-
-def _for_pooling(features: Sequence[Tensor]) -> list[Tensor]:
-    """The pyramid in RoIAlign's format, converted once for the many poolings of the head."""
-    return [feature.contiguous() for feature in features]
+        return resolve(losses | self.head.losses(pooling_format(features), proposals, truth))
 
 
 def _split(detections: Detections, num_images: int) -> list[dict[str, Tensor]]:

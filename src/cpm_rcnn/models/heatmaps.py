@@ -14,8 +14,8 @@ from cpm_rcnn.models.losses import LossTerm
 NUM_POINTS = 9
 MAP_SIZE = 56
 SUB_SIZE = 28
-# Where the sub-region of column (or row) 0, 1, 2 starts on the whole map, in cells.
-SUB_STARTS = (0, 14, 28)
+# The sub-regions of columns (or rows) 0, 1, 2 start at cells 0, 14, 28 of the whole map.
+SUB_STEP = 14
 # The factor of the grid loss (spec section 5): with about 5 of 784 cells positive, a plain mean would be tiny.
 GRID_LOSS_FACTOR = 15.0
 # RoIs whose enlarged side is at most this many pixels teach only zeros.
@@ -24,10 +24,14 @@ _MIN_SIDE = 3.0
 
 def sub_regions() -> Tensor:
     """The sub-region of each point on the whole map: (9, 4) int64 cells, x1, y1, x2, y2 with x2 and y2 exclusive."""
-    starts = torch.tensor(SUB_STARTS)
-    x = starts.repeat_interleave(3)
-    y = starts.repeat(3)
-    return torch.stack([x, y, x + SUB_SIZE, y + SUB_SIZE], dim=1)
+    starts = _sub_starts(torch.empty(0, dtype=torch.int64))
+    return torch.cat([starts, starts + SUB_SIZE], dim=1)
+
+
+def _sub_starts(like: Tensor) -> Tensor:
+    """Where each point's sub-region starts, (9, x or y) cells, in dtype and on device of ``like``; made there."""
+    start = torch.arange(3, dtype=like.dtype, device=like.device) * SUB_STEP
+    return torch.stack([start.repeat_interleave(3), start.repeat(3)], dim=-1)
 
 
 def enlarge(rois: Tensor, mapping_ratio: float) -> tuple[Tensor, Tensor]:
@@ -64,7 +68,7 @@ def grid_targets(rois: Tensor, boxes: Tensor, mapping_ratio: float) -> Tensor:
     usable = (size > _MIN_SIDE).all(dim=1)
     side = torch.where(usable[:, None], size, 1.0)
     cells = ((points - corner[:, None]) / side[:, None] * MAP_SIZE).trunc()
-    cells = cells - cells.new_tensor(SUB_STARTS)[:, None]
+    cells = cells - SUB_STEP * torch.arange(3, dtype=cells.dtype, device=cells.device)[:, None]
     axis = torch.arange(SUB_SIZE, dtype=cells.dtype, device=cells.device)
     distance = (cells[..., None] - axis).abs()  # (R, column or row, x or y, cell)
     dx, dy = distance[:, :, 0], distance[:, :, 1]
@@ -89,9 +93,7 @@ def decode_heatmaps(heatmaps: Tensor, rois: Tensor, mapping_ratio: float) -> Ten
     corner, size = enlarge(rois, mapping_ratio)
     scores, best = heatmaps.float().sigmoid().flatten(2).max(dim=2)
     cells = torch.stack([best % SUB_SIZE, best // SUB_SIZE], dim=-1).to(rois.dtype)  # (R, 9, x or y)
-    starts = cells.new_tensor(SUB_STARTS)
-    starts = torch.stack([starts.repeat_interleave(3), starts.repeat(3)], dim=-1)
-    points = corner[:, None] + (cells + starts + 0.5) / MAP_SIZE * size[:, None]
+    points = corner[:, None] + (cells + _sub_starts(cells) + 0.5) / MAP_SIZE * size[:, None]
     points, weights = points.unflatten(1, (3, 3)), scores.unflatten(1, (3, 3))  # (R, column, row, ...)
     x = _weighted_mean(points[..., 0], weights, dim=2)  # one x for each column
     y = _weighted_mean(points[..., 1], weights, dim=1)  # one y for each row

@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from cpm_rcnn.models.rois import Rois
 from cpm_rcnn.pixels import PixelConvention
+
+# Samples a bin side (spec section 4).
+_SAMPLING_RATIO = 2
 
 
 def pyramid_levels(boxes: Tensor, num_levels: int, pixels: PixelConvention) -> Tensor:
@@ -26,8 +30,17 @@ def pyramid_levels(boxes: Tensor, num_levels: int, pixels: PixelConvention) -> T
     return level.clamp(2, 1 + num_levels).long() - 2
 
 
+def pooling_format(features: Sequence[Tensor]) -> list[Tensor]:
+    """The pyramid in the memory format that RoIAlign reads, converted once for the many poolings of a head."""
+    wanted = torch.channels_last if features[0].device.type == "cpu" else torch.contiguous_format
+    return [feature.contiguous(memory_format=wanted) for feature in features]
+
+
 class PyramidRoIAlign(nn.Module):
-    """Pool each RoI from the pyramid level of its size, two samples a bin side.
+    """Pool each RoI from the pyramid level of its size, two samples a bin side, as ``torchvision.ops.roi_align`` does.
+
+    On a CPU, torchvision works out every sample's weights anew for each channel, in one thread backward; there the
+    same sums run as one ``embedding_bag`` over all levels, whose bags are the bins (``benchmarks/roi_align.py``).
 
     Args:
         output_size: bins a side.
@@ -45,19 +58,72 @@ class PyramidRoIAlign(nn.Module):
         """Pooled features (R, C, output_size, output_size) in the features' dtype.
 
         Args:
-            features: the levels from P2 on, each (B, C, H, W); more than ``strides`` are ignored.
+            features: the levels from P2 on, each (B, C, H, W), best as :func:`pooling_format` gives them; more than
+                ``strides`` are ignored.
             rois: R boxes in pixels at network size.
         """
         features = features[: len(self.strides)]
-        boxes = torch.cat([rois.images.to(rois.boxes.dtype)[:, None], rois.boxes], dim=1)
         levels = pyramid_levels(rois.boxes, len(features), self.pixels)
+        # Coordinates do not survive half precision, so pooling runs in float32 whatever the features are.
+        pool = self._pool_bags if features[0].device.type == "cpu" else self._pool_levels
+        return pool([feature.float() for feature in features], rois, levels).to(features[0].dtype)
+
+    def _pool_levels(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
+        boxes = torch.cat([rois.images.to(rois.boxes.dtype)[:, None], rois.boxes], dim=1)
         size = self.output_size
         pooled = features[0].new_zeros(len(boxes), features[0].shape[1], size, size)
         for level, (feature, stride) in enumerate(zip(features, self.strides)):
             rows = (levels == level).nonzero().squeeze(1)
-            # Coordinates do not survive half precision, so pooling runs in float32 whatever the features are.
-            part = roi_align(
-                feature.float(), boxes[rows], size, 1 / stride, sampling_ratio=2, aligned=self.pixels.aligned
-            )
-            pooled = pooled.index_copy(0, rows, part.to(pooled.dtype))
+            part = roi_align(feature, boxes[rows], size, 1 / stride, _SAMPLING_RATIO, self.pixels.aligned)
+            pooled = pooled.index_copy(0, rows, part)
         return pooled
+
+    def _pool_bags(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
+        batch, channels = features[0].shape[:2]
+        cells = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features])
+        shapes = torch.tensor([feature.shape[-2:] for feature in features])
+        starts = batch * shapes.prod(1).cumsum(0) - batch * shapes.prod(1)
+        height, width = shapes[levels].unbind(1)
+        scale = 1 / torch.tensor(self.strides, dtype=torch.float32)[levels]
+        x1, y1, x2, y2 = rois.boxes.float().unbind(1)
+        rows, row_weights = self._taps(y1 * scale, y2 * scale, height)
+        columns, column_weights = self._taps(x1 * scale, x2 * scale, width)
+        # (R, bins down, bins across, taps down, taps across)
+        first = (starts[levels] + rois.images * height * width).view(-1, 1, 1, 1, 1)
+        indices = first + rows[:, :, None, :, None] * width.view(-1, 1, 1, 1, 1) + columns[:, None, :, None, :]
+        weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
+        taps = rows.shape[-1] ** 2
+        pooled = F.embedding_bag(
+            indices.view(-1, taps), cells, mode="sum", per_sample_weights=weights.view(-1, taps)
+        )
+        size = self.output_size
+        return pooled.view(-1, size, size, channels).permute(0, 3, 1, 2)
+
+    def _taps(self, start: Tensor, end: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+        """Cells that the bins along one axis read, and their shares of the bin's mean.
+
+        Args:
+            start: (R,) where the RoIs begin, in cells.
+            end: (R,) where they end.
+            size: (R,) int64, cells of the map.
+
+        Returns:
+            (R, bins, 4) int64 cells and (R, bins, 4) float32 weights: two samples a bin, two cells a sample.
+        """
+        if self.pixels.aligned:
+            start, end = start - 0.5, end - 0.5
+            length = end - start
+        else:
+            length = (end - start).clamp(min=1)
+        samples = self.output_size * _SAMPLING_RATIO
+        positions = start[:, None] + length[:, None] * ((torch.arange(samples) + 0.5) / samples)
+        last = (size - 1)[:, None]
+        # A sample more than one cell outside the map is zero; nearer ones read the border.
+        inside = (positions >= -1) & (positions <= size[:, None])
+        positions = positions.clamp(min=0)
+        low = torch.minimum(positions.long(), last)
+        high = torch.minimum(low + 1, last)
+        share = torch.where(low == last, 0.0, positions - low) / _SAMPLING_RATIO
+        weights = torch.stack([1 / _SAMPLING_RATIO - share, share], dim=-1) * inside[..., None]
+        cells = torch.stack([low, high], dim=-1)
+        return cells.view(-1, self.output_size, 4), weights.view(-1, self.output_size, 4)

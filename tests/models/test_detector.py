@@ -1,0 +1,297 @@
+import itertools
+
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from cpm_rcnn.errors import UserError
+from cpm_rcnn.models.build import CMM_STAGES, build_detector
+from cpm_rcnn.models.grid_stage import GridStage
+from cpm_rcnn.pixels import CONTINUOUS
+
+SMALL = {
+    "fpn_channels": 16,
+    "mlp_channels": 32,
+    "point_channels": 8,
+    "grid_convs": 2,
+    "anchor_sizes": (8, 16, 32, 64, 128),
+    "ignore_border_anchors": False,
+    "proposals_train": 8,
+    "proposals_test": 8,
+    "samples": 64,
+}
+EVERYTHING = {
+    "loss_rpn_objectness",
+    "loss_rpn_box",
+    "loss_cls",
+    "loss_grid0",
+    "loss_grid1",
+    "loss_grid2",
+    "loss_ism",
+    "loss_rsm",
+}
+
+
+def make_detector(seed=0, **arguments):
+    torch.manual_seed(seed)
+    return build_detector("tiny", 2, **SMALL | arguments)
+
+
+def make_noisy_detector(**arguments):
+    """One whose untrained layers disagree about everything, so that it detects many boxes with distinct scores."""
+    detector = make_detector(**{"proposals_test": 40, "score_threshold": 0.05} | arguments).eval()
+    for name, parameter in detector.named_parameters():
+        if "predictor.weight" in name or "cls_logits.weight" in name or ("deconvs" in name and parameter.ndim == 4):
+            torch.nn.init.normal_(parameter, std=0.3)
+    if detector.head.ism is not None:
+        detector.head.ism.predictor.bias.data.fill_(0.5)
+    return detector
+
+
+def two_objects():
+    """An image with a red and a blue rectangle."""
+    image = torch.full((3, 64, 64), 40, dtype=torch.uint8)
+    image[0, 6:40, 4:34] = 230
+    image[2, 22:58, 36:60] = 230
+    boxes = torch.tensor([[4.0, 6, 34, 40], [36, 22, 60, 58]])
+    return image, {"boxes": boxes, "labels": torch.tensor([1, 2])}
+
+
+def no_objects(height=64, width=64):
+    return torch.full((3, height, width), 90, dtype=torch.uint8), {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+    }
+
+
+def random_image(height, width, seed=0):
+    return torch.randint(256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def backward(detector, *samples):
+    images, targets = zip(*samples)
+    losses = detector(images, targets)
+    sum(losses.values()).backward()
+    return losses
+
+
+def assert_all_learn(detector):
+    for name, parameter in detector.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+MIXES = list(itertools.product((True, False), repeat=3))
+
+
+@pytest.mark.parametrize(
+    ("cmm", "ism", "rsm"),
+    MIXES,
+    ids=["+".join(n for n, on in zip(("cmm", "ism", "rsm"), mix) if on) or "none" for mix in MIXES],
+)
+def test_one_image_is_learned_to_nearly_no_loss_and_then_detected(cmm, ism, rsm):
+    detector = make_detector(stages=CMM_STAGES if cmm else CMM_STAGES[:1], ism=ism, rsm=rsm)
+    image, target = two_objects()
+    steps, rate = 240, 8e-3
+    optimizer = torch.optim.Adam(detector.parameters(), lr=rate, fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    history = []
+    for _ in range(steps):
+        losses = detector([image], [target])
+        sum(losses.values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        history.append({name: loss.item() for name, loss in losses.items()})
+    first, last = history[0], {name: sum(losses[name] for losses in history[-5:]) / 5 for name in history[0]}
+    assert sum(last.values()) < 0.1 * sum(first.values())
+    # A cross of 5 of 784 cells is learned slowly: the heatmaps come close, all other losses vanish.
+    grid = [name for name in last if "grid" in name]
+    assert all(last[name] < 0.35 * first[name] for name in grid)
+    assert sum(last[name] for name in set(last) - set(grid)) < 0.02 * sum(first[name] for name in set(last) - set(grid))
+
+    with torch.no_grad():
+        [found] = detector.eval()([image])
+    scores, order = found["scores"], found["labels"][:2].argsort()
+    assert found["labels"][order].tolist() == [1, 2]
+    assert (CONTINUOUS.iou(found["boxes"][order], target["boxes"]) > 0.75).all()
+    assert scores[1] > 0.3
+    assert (scores[2:] < 0.5 * scores[1]).all()
+
+
+def test_losses_are_named_positive_scalars_that_every_parameter_learns_from():
+    detector = make_detector(fusion=True)
+    losses = backward(detector, two_objects())
+    assert set(losses) == EVERYTHING
+    for loss in losses.values():
+        assert (loss.shape, loss.dtype) == ((), torch.float32)
+        assert loss > 0
+    assert_all_learn(detector)
+
+
+@pytest.mark.parametrize("fusion", [False, True], ids=["plain", "fusion"])
+@pytest.mark.parametrize("others", [0, 1], ids=["alone", "mixed"])
+def test_image_without_objects_trains_and_every_parameter_gets_a_gradient(others, fusion):
+    detector = make_detector(fusion=fusion)
+    losses = backward(detector, *[no_objects()] * 2, *[two_objects()] * others)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert_all_learn(detector)
+    if not others:
+        assert losses["loss_grid0"] == losses["loss_grid2"] == losses["loss_ism"] == losses["loss_rpn_box"] == 0
+
+
+def test_losses_of_equal_images_are_a_mean_and_not_a_sum():
+    detector = make_detector(samples=10_000, proposals_train=4)
+    with torch.no_grad():
+        one = detector(*zip(two_objects()))
+        four = detector(*zip(*[two_objects()] * 4))
+    for name in ("loss_cls", "loss_grid0", "loss_rpn_objectness"):
+        torch.testing.assert_close(one[name], four[name], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("pixels", ["continuous", "inclusive"])
+def test_detections_are_a_dict_an_image_best_score_first(pixels):
+    detector = make_noisy_detector(pixels=pixels)
+    with torch.no_grad():
+        detections = detector([random_image(64, 96), random_image(50, 40, 1), random_image(33, 65, 2)])
+    assert len(detections) == 3
+    assert sum(len(found["scores"]) for found in detections) > 10
+    for found in detections:
+        count = len(found["scores"])
+        assert set(found) == {"boxes", "scores", "labels"}
+        assert (found["boxes"].shape, found["boxes"].dtype) == ((count, 4), torch.float32)
+        assert (found["scores"].shape, found["scores"].dtype) == ((count,), torch.float32)
+        assert (found["labels"].shape, found["labels"].dtype) == ((count,), torch.int64)
+        assert torch.equal(found["scores"], found["scores"].sort(descending=True).values)
+        assert ((found["scores"] >= 0) & (found["scores"] <= 1)).all()
+        assert set(found["labels"].tolist()) <= {1, 2}
+
+
+def test_images_without_detections_give_empty_tensors():
+    detector = make_detector(score_threshold=1.0).eval()
+    for found in detector([random_image(64, 64), random_image(32, 32)]):
+        assert (found["boxes"].shape, found["scores"].shape, found["labels"].shape) == ((0, 4), (0,), (0,))
+        assert (found["boxes"].dtype, found["labels"].dtype) == (torch.float32, torch.int64)
+
+
+def test_no_images_give_no_detections():
+    assert make_detector().eval()([]) == []
+
+
+@pytest.mark.parametrize(
+    "mix", [{}, {"ism": False, "rsm": False}, {"fusion": True, "stages": CMM_STAGES[:1]}], ids=["all", "cmm", "fused"]
+)
+def test_detections_of_an_image_do_not_depend_on_its_neighbour(mix):
+    detector = make_noisy_detector(**mix)
+    image, other, dark = random_image(64, 60), random_image(50, 64, 1), no_objects(64, 64)[0]
+    with torch.no_grad():
+        [alone] = detector([image])
+        for batch, place in (([image, other], 0), ([other, image], 1), ([dark, other, image], 2)):
+            found = detector(batch)[place]
+            assert torch.equal(found["labels"], alone["labels"])
+            torch.testing.assert_close(found["boxes"], alone["boxes"], rtol=0, atol=1e-2)
+            torch.testing.assert_close(found["scores"], alone["scores"], rtol=0, atol=1e-4)
+    assert len(alone["labels"]) > 3
+
+
+def test_evaluation_is_repeatable_and_changes_nothing():
+    detector, image = make_noisy_detector(), random_image(64, 64)
+    kept, state = image.clone(), {k: v.clone() for k, v in detector.state_dict().items()}
+    with torch.no_grad():
+        first, second = detector([image])[0], detector([image])[0]
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert torch.equal(image, kept)
+    assert all(torch.equal(value, state[key]) for key, value in detector.state_dict().items())
+
+
+def test_training_leaves_the_callers_targets_alone():
+    image, target = two_objects()
+    kept = {key: value.clone() for key, value in target.items()}
+    make_detector()([image], [target])
+    assert all(torch.equal(target[key], kept[key]) for key in kept)
+
+
+def test_same_seed_gives_the_same_losses():
+    def again():
+        detector = make_detector()
+        return default_collate([detector([two_objects()[0]], [two_objects()[1]])])
+
+    first, second = again(), again()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        torch.zeros(3, 8, 8),
+        torch.zeros(1, 8, 8, dtype=torch.uint8),
+        torch.zeros(8, 8, dtype=torch.uint8),
+        torch.zeros(8, 8, 3, dtype=torch.uint8),
+    ],
+    ids=["float", "grey", "flat", "channels last"],
+)
+def test_image_of_the_wrong_kind_is_named_by_its_place(image):
+    detector = make_detector().eval()
+    with pytest.raises(UserError, match=r"images\[1\].*uint8"):
+        detector([no_objects()[0], image])
+
+
+@pytest.mark.parametrize("targets", [None, [], [two_objects()[1]] * 2])
+def test_training_needs_a_target_an_image(targets):
+    with pytest.raises(UserError, match="one target for each of the 1 images"):
+        make_detector()([two_objects()[0]], targets)
+
+
+def test_autocast_to_bfloat16_keeps_losses_and_boxes_in_float32():
+    detector = make_detector(fusion=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = backward(detector, two_objects(), no_objects())
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    assert_all_learn(detector)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        [found] = make_noisy_detector()([random_image(64, 64)])
+    assert len(found["boxes"]) > 0
+    assert (found["boxes"].dtype, found["scores"].dtype) == (torch.float32, torch.float32)
+
+
+def test_autocast_losses_are_near_those_of_float32():
+    exact = make_detector()([two_objects()[0]], [two_objects()[1]])
+    detector = make_detector()
+    with torch.autocast("cpu", torch.bfloat16):
+        near = detector([two_objects()[0]], [two_objects()[1]])
+    for name in ("loss_cls", "loss_rpn_objectness", "loss_grid0"):
+        torch.testing.assert_close(near[name], exact[name], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_whole_model_may_be_of_another_dtype(dtype):
+    detector = make_detector(fusion=True).to(dtype)
+    losses = backward(detector, two_objects(), no_objects())
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+    assert_all_learn(detector)
+    with torch.no_grad():
+        [found] = make_noisy_detector().to(dtype)([random_image(64, 64)])
+    assert found["boxes"].dtype == torch.float32
+    assert found["scores"].isfinite().all()
+
+
+def test_state_of_one_detector_makes_another_detect_the_same():
+    detector, other = make_noisy_detector(), make_detector(seed=1, proposals_test=40, score_threshold=0.05).eval()
+    other.load_state_dict(detector.state_dict())
+    image = random_image(64, 64)
+    with torch.no_grad():
+        [expected], [found] = detector([image]), other([image])
+    assert len(expected["scores"]) > 0
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_only_boxes_that_survive_classification_are_mapped_at_test(monkeypatch):
+    counts, forward = [], GridStage.forward
+    monkeypatch.setattr(
+        GridStage,
+        "forward",
+        lambda self, features, rois: counts.append(len(rois.boxes)) or forward(self, features, rois),
+    )
+    with torch.no_grad():
+        [found] = make_noisy_detector()([random_image(64, 64)])
+    assert counts == [len(found["scores"])] * 3
