@@ -54,7 +54,6 @@ def test_frozen_parameters_are_in_no_group():
     assert not grouped & set(detector.backbone.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="parameter_groups knows GroupNorm only; timm's ConvNeXt and Swin have LayerNorm")
 def test_layer_norms_get_no_decay_either():
     net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     decays = {p: group["weight_decay"] for group in parameter_groups(net, 0.1, 1e-4, 2.0) for p in group["params"]}

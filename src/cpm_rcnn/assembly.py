@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelChec
 
 from cpm_rcnn.checkpoints import read_checkpoint
 from cpm_rcnn.data import CocoDataModule, ShapesDataModule
-from cpm_rcnn.errors import UserError, check_choice, check_range
+from cpm_rcnn.errors import UserError, check_choice, check_count
 from cpm_rcnn.evaluation.multi_scale import MultiScaleDetector
 from cpm_rcnn.lightning_module import DetectionModule
 from cpm_rcnn.pixels import CONVENTIONS
@@ -35,8 +35,8 @@ def recipe(config: DictConfig) -> dict[str, Any]:
         UserError: a value of ``schedule`` that is out of range.
     """
     values = plain(config.schedule)
-    check_range("schedule.images_per_device", values["images_per_device"], 1)
-    check_range("schedule.val_interval", values["val_interval"], 1)
+    check_count("schedule.images_per_device", values["images_per_device"])
+    check_count("schedule.val_interval", values["val_interval"])
     arguments = {field.name: values[field.name] for field in fields(Schedule)}
     Schedule(**arguments)
     return arguments

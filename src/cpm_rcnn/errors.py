@@ -1,6 +1,6 @@
 """The one error that is the user's to mend, and the checks that raise it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 
@@ -19,7 +19,23 @@ def check_range(key: str, value: float, low: float, high: float = float("inf")) 
         raise UserError(f"{key}={value}: must be a number, {allowed}")
 
 
+def check_count(key: str, value: Any, low: int = 1) -> None:
+    """Raise :class:`UserError` unless ``value`` is a whole number, at least ``low``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UserError(f"{key}={value}: must be a whole number, at least {low}")
+
+
 def check_choice(key: str, value: Any, allowed: Collection[Any]) -> None:
     """Raise :class:`UserError` unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise UserError(f"{key}={value}: must be one of {', '.join(map(str, allowed))}")
+
+
+def check_keys(key: str, mapping: Mapping[str, Any], allowed: Iterable[str], required: Iterable[str]) -> None:
+    """Raise :class:`UserError` unless ``mapping`` has all of the ``required`` keys and none but the ``allowed``."""
+    allowed = list(allowed)
+    unknown = [name for name in mapping if name not in allowed]
+    missing = [name for name in required if name not in mapping]
+    for what, names in (("unknown", unknown), ("missing", missing)):
+        if names:
+            raise UserError(f"{key}: {what} key {', '.join(map(str, names))}; allowed: {', '.join(allowed)}")

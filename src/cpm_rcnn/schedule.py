@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cpm_rcnn.errors import UserError, check_choice, check_range
+from cpm_rcnn.errors import UserError, check_choice, check_count, check_range
 
 # The batch that ``base_lr`` is meant for: 8 GPUs with 2 images each.
 REFERENCE_BATCH = 16
@@ -44,17 +44,17 @@ class Schedule:
     bias_lr_factor: float = 2.0
 
     def __post_init__(self) -> None:
-        check_range("schedule.max_steps", self.max_steps, 1)
+        check_count("schedule.max_steps", self.max_steps)
         check_range("schedule.base_lr", self.base_lr, 0)
         check_range("schedule.gamma", self.gamma, 0, 1)
-        check_range("schedule.warmup_steps", self.warmup_steps, 0)
+        check_count("schedule.warmup_steps", self.warmup_steps, 0)
         check_range("schedule.warmup_factor", self.warmup_factor, 0, 1)
         check_choice("schedule.optimizer", self.optimizer, ("sgd", "adamw"))
         check_range("schedule.momentum", self.momentum, 0, 1)
         check_range("schedule.weight_decay", self.weight_decay, 0)
         check_range("schedule.bias_lr_factor", self.bias_lr_factor, 0)
         for milestone in self.milestones:
-            check_range("schedule.milestones", milestone, 0)
+            check_count("schedule.milestones", milestone, 0)
         if list(self.milestones) != sorted(self.milestones):
             raise UserError(f"schedule.milestones={list(self.milestones)}: must ascend")
 
@@ -89,7 +89,7 @@ def parameter_groups(module: nn.Module, lr: float, weight_decay: float, bias_lr_
                 continue
             if name == "bias":
                 biases.append(parameter)
-            elif isinstance(layer, nn.GroupNorm):
+            elif isinstance(layer, (nn.GroupNorm, nn.LayerNorm)):
                 norms.append(parameter)
             else:
                 weights.append(parameter)

@@ -170,7 +170,6 @@ def test_file_of_another_net_and_file_of_no_weights_are_named(resnet18, tmp_path
             build_body("resnet18", str(tmp_path / name))
 
 
-@pytest.mark.xfail(strict=True, reason="_read_state_dict takes whatever was unpickled for a mapping")
 def test_file_that_holds_no_mapping_is_named(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(UserError, match=r"list\.pth"):

@@ -116,7 +116,6 @@ def test_bad_stage_is_the_users_error_and_named(stages, key):
         build_detector("tiny", 3, stages=stages, **SMALL)
 
 
-@pytest.mark.xfail(strict=True, reason="values of the wrong kind and unknown keys reach torch or Python unchecked")
 @pytest.mark.parametrize(
     ("arguments", "key"),
     [

@@ -61,7 +61,6 @@ def test_nothing_above_the_threshold_and_no_rois_give_no_detections():
         assert labels.dtype == torch.int64
 
 
-@pytest.mark.xfail(strict=True, reason="batched_nms adds group * (largest coordinate + 1) to float32 boxes")
 def test_choice_in_an_image_does_not_depend_on_its_place_in_a_large_batch():
     # Boxes at fractions of a pixel whose IoU is near the threshold; 16 images of 80 classes at network size.
     generator = torch.Generator().manual_seed(0)

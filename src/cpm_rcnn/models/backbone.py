@@ -1,7 +1,7 @@
 """Backbones under one roof: images in, C2..C5 out; with an FPN on top, P2..P6 (spec section 2)."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,12 @@ def _read_state_dict(file: str, allowed: str = "'pretrained' or a local file") -
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"backbone.weights={file}: cannot be read as weights ({type(error).__name__})") from None
-    return state.get("state_dict", state.get("model", state))
+    for key in ("state_dict", "model"):
+        if isinstance(state, Mapping) and key in state:
+            state = state[key]
+    if not isinstance(state, Mapping):
+        raise UserError(f"backbone.weights={file}: holds a {type(state).__name__}, not weights by name")
+    return dict(state)
 
 
 def _load(net: nn.Module, state: dict[str, Tensor], source: str, ignore: tuple[str, ...]) -> None:

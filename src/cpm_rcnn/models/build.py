@@ -1,9 +1,11 @@
 """From plain arguments to a detector: what a checkpoint stores is what is given here."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from inspect import signature
 from typing import Any
 
-from cpm_rcnn.errors import UserError, check_choice, check_range
+from cpm_rcnn.errors import UserError, check_choice, check_count, check_keys, check_range
 from cpm_rcnn.models.backbone import STRIDES, FPNBackbone, build_body, default_pixel_format
 from cpm_rcnn.models.cpm_head import CPMHead
 from cpm_rcnn.models.detector import CPMRCNN
@@ -11,6 +13,8 @@ from cpm_rcnn.models.grid_stage import StageSettings
 from cpm_rcnn.models.pixel_format import PixelFormat
 from cpm_rcnn.models.rpn import RegionProposalNetwork
 from cpm_rcnn.pixels import CONVENTIONS
+
+_PIXEL_FORMAT_KEYS = ("order", "scale", "mean", "std")
 
 # CMM's cascade (spec section 5).
 CMM_STAGES = (
@@ -70,7 +74,7 @@ def build_detector(
     Raises:
         UserError: a value out of range, or a backbone that does not exist or whose weights do not fit.
     """
-    check_range("detector.num_classes", num_classes, 1)
+    check_count("detector.num_classes", num_classes)
     check_choice("detector.pixels", pixels, tuple(CONVENTIONS))
     for key, value in (
         ("fpn_channels", fpn_channels),
@@ -81,18 +85,27 @@ def build_detector(
         ("samples", samples),
         ("max_grid_rois", max_grid_rois),
     ):
-        check_range(f"detector.{key}", value, 1)
+        check_count(f"detector.{key}", value)
     check_range("detector.score_threshold", score_threshold, 0, 1)
     check_range("detector.nms_iou", nms_iou, 0, 1)
-    if point_channels < 4 or point_channels % 4:
+    check_count("detector.point_channels", point_channels, 4)
+    if point_channels % 4:
         raise UserError(f"detector.point_channels={point_channels}: must be a multiple of 4")
     if len(anchor_sizes) != len(STRIDES):
         raise UserError(f"detector.anchor_sizes={list(anchor_sizes)}: must be {len(STRIDES)} sizes, one a level P2..P6")
+    for size in anchor_sizes:
+        check_range("detector.anchor_sizes", size, 1)
     if not stages:
         raise UserError("cmm.stages=[]: at least one grid stage is needed")
 
     body_arguments: dict[str, Any] = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
+    stage_keys = [field.name for field in fields(StageSettings)]
+    for k, stage in enumerate(stages):
+        check_keys(f"cmm.stages[{k}]", stage, stage_keys, stage_keys)
+    check_keys("backbone", body_arguments, [*signature(build_body).parameters, "pixel_format"], ["name"])
     given_format = body_arguments.pop("pixel_format", None)
+    if given_format:
+        check_keys("backbone.pixel_format", given_format, _PIXEL_FORMAT_KEYS, _PIXEL_FORMAT_KEYS)
     body = build_body(**body_arguments)
     convention = CONVENTIONS[pixels]
     pixel_format = PixelFormat(**(given_format or default_pixel_format(body_arguments["name"])), pixels=convention)

@@ -71,7 +71,8 @@ def select_detections(
     labels = labels + 1
     candidates, scores = rois.keep(rows), probabilities[rows, labels]
     group = candidates.images * probabilities.shape[1] + labels
-    kept = batched_nms(candidates.boxes, scores, group, nms_iou)
+    # batched_nms moves each group by whole images; in float32 that would round the coordinates.
+    kept = batched_nms(candidates.boxes.double(), scores.double(), group, nms_iou)
     return candidates.keep(kept), scores[kept], labels[kept]
 
 

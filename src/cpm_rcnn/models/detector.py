@@ -58,10 +58,10 @@ class CPMRCNN(nn.Module):
                 raise UserError(
                     f"images[{i}] is {image.dtype} {tuple(image.shape)}: must be torch.uint8 (3, H, W), RGB"
                 )
+        if not len(images):
+            raise UserError("images is empty: at least one is needed")
         if self.training and (targets is None or len(targets) != len(images)):
             raise UserError(f"train mode needs one target for each of the {len(images)} images")
-        if not images:
-            return []
         batch, sizes = self.pixel_format(images)
         features = list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values())
         if not self.training:

@@ -39,10 +39,12 @@ class PixelFormat(nn.Module):
         for key, values in (("mean", mean), ("std", std)):
             if len(values) != 3:
                 raise UserError(f"backbone.pixel_format.{key}={list(values)}: must be three numbers")
+        if min(std) <= 0:
+            raise UserError(f"backbone.pixel_format.std={list(std)}: must be above 0")
         self.flip_channels = order == "bgr"
         # Folded into the raw range, so that normalising is one subtraction and one product.
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1) * scale, persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1) * scale, persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1) * scale, persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1) * scale, persistent=False)
         self.pixels = pixels
 
     def forward(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -99,8 +99,8 @@ class RegionProposalNetwork(nn.Module):
         width, height = self.pixels.sizes(box)
         keep = ((width > 0) & (height > 0)).nonzero().squeeze(1)
         box, score, group = box[keep], score[keep], image[keep] * len(anchors) + level_of[keep]
-        # Best score first, so that rank_in_group keeps each image's best.
-        kept = batched_nms(box, score, group, _NMS_IOU)
+        # In float64, since batched_nms moves each group by whole images.
+        kept = batched_nms(box.double(), score.double(), group, _NMS_IOU)
         box, image = box[kept], image[keep][kept]
         rank, _ = rank_in_group(-score[kept], image, batch)
         return Rois(box, image).keep((rank < limit).nonzero().squeeze(1))
