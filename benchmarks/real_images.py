@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
@@ -34,7 +35,7 @@ from cpm_rcnn.reporting.validation_sheet import validation_sheet
 
 BACKBONE = "tf_efficientnet_lite0"
 ANCHOR_SIZES = (16, 32, 64, 128, 256)
-SAMPLES = 64
+SAMPLES = 128
 PROPOSALS_TRAIN, PROPOSALS_TEST = 1000, 500
 MLP_CHANNELS = 512
 
@@ -50,8 +51,8 @@ class TorchvisionDetector(nn.Module):
             num_classes=None,
             rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in ANCHOR_SIZES), ((0.5, 1.0, 2.0),) * 5),
             box_roi_pool=MultiScaleRoIAlign(names, 7, 2),
-            box_head=_box_head(fpn_channels),
-            box_predictor=_box_predictor(num_classes),
+            box_head=TwoMLPHead(fpn_channels * 49, MLP_CHANNELS),
+            box_predictor=FastRCNNPredictor(MLP_CHANNELS, num_classes + 1),
             rpn_pre_nms_top_n_train=PROPOSALS_TRAIN,
             rpn_post_nms_top_n_train=PROPOSALS_TRAIN,
             rpn_pre_nms_top_n_test=PROPOSALS_TEST,
@@ -67,18 +68,6 @@ class TorchvisionDetector(nn.Module):
         """Losses in train mode, detections in eval mode."""
         wanted = None if targets is None else [{key: t[key] for key in ("boxes", "labels")} for t in targets]
         return self.net([image.float() / 255 for image in images], wanted)
-
-
-def _box_head(channels: int) -> nn.Module:
-    from torchvision.models.detection.faster_rcnn import TwoMLPHead
-
-    return TwoMLPHead(channels * 49, MLP_CHANNELS)
-
-
-def _box_predictor(num_classes: int) -> nn.Module:
-    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-
-    return FastRCNNPredictor(MLP_CHANNELS, num_classes + 1)
 
 
 def train(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -150,6 +139,7 @@ def train(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
     trainer.fit(module, datamodule=datamodule)
     seconds = time.perf_counter() - begun
+    torch.save(module.detector.state_dict(), options.out / f"{kind}_seed{seed}.pth")
     dataset = datamodule.val_dataloader().dataset
     validation_sheet(
         module.eval(), dataset, module.class_names, options.out / f"{kind}_seed{seed}.png", 6, module.device
@@ -164,13 +154,13 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["faster_rcnn", "cpm_rcnn"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--short-side", type=int, default=240)
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--point-channels", type=int, default=16)
     parser.add_argument("--grid-convs", type=int, default=4)
-    parser.add_argument("--max-grid-rois", type=int, default=16)
+    parser.add_argument("--max-grid-rois", type=int, default=24)
     parser.add_argument("--nms-iou", type=float, default=0.3)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--lr", type=float, default=3e-4)
