@@ -1,9 +1,11 @@
 """What the commands share: Hydra around a task, and one line for an error that is the user's to mend."""
 
 import difflib
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 
 import hydra
@@ -20,6 +22,7 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     Exits with status 2 and one line on standard error where the user's input is at fault; any other exception is a
     fault of the program and keeps its traceback.
     """
+    _hush()
     # Let exceptions through to here, where the user's are told from the program's.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     main = hydra.main(version_base="1.3", config_path="pkg://cpm_rcnn.conf", config_name=config_name)(task)
@@ -31,6 +34,19 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def _hush() -> None:
+    """Silence what other libraries say at every run and no user of these commands can act on."""
+    # Which devices exist, and advertisements; Lightning's warnings stay.
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        # Hydra has made the run folder by then; a run of the same name replaces the last one's log.
+        r"Experiment logs directory .* exists and is not empty",
+        r".*does not have many workers",
+    ):
+        warnings.filterwarnings("ignore", message)
 
 
 def describe(error: BaseException) -> str | None:

@@ -121,6 +121,24 @@ def test_eval_on_two_processes_equals_eval_on_one(command, checkpoint, workplace
     assert own == other
 
 
+def test_training_on_two_processes_leaves_one_run_folder(workplace, trained):
+    ran = subprocess.run(
+        [
+            *(sys.executable, "-m", "cpm_rcnn.train", *SMALL, "trainer.devices=2", "trainer.strategy=ddp"),
+            *("schedule.max_steps=2", "schedule.images_per_device=1", "name=two_trainers"),
+        ],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    folder = workplace / "outputs/two_trainers"
+    assert ran.stdout.strip().splitlines()[-1] == str(folder)
+    assert set(metrics(folder)) == KEYS
+    assert (folder / "checkpoints/last.ckpt").is_file()
+
+
 def test_predict_draws_every_image_of_a_folder(command, checkpoint, workplace):
     source = workplace / "photos"
     (source / "deep").mkdir(parents=True, exist_ok=True)

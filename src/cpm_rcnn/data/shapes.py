@@ -21,7 +21,7 @@ from cpm_rcnn.errors import UserError
 
 CLASSES = ("circle", "square", "triangle", "star", "cross")
 CATEGORIES: list[dict[str, Any]] = [{"id": number + 1, "name": name} for number, name in enumerate(CLASSES)]
-TRAIN_IMAGES = 400
+TRAIN_IMAGES = 600
 VAL_IMAGES = 100
 
 # Part of the marker file: raise it whenever the same arguments would render other images.
@@ -160,7 +160,7 @@ class _Canvas:
     def _leaves_others_visible(self, mask: np.ndarray) -> bool:
         hidden = np.bincount(self.owner[mask] + 1, minlength=len(self.objects) + 1)[1:]
         shown = np.bincount(self.owner.ravel() + 1, minlength=len(self.objects) + 1)[1:]
-        return all(left >= 0.35 * full for left, (_, _, full) in zip(shown - hidden, self.objects))
+        return all(left >= 0.5 * full for left, (_, _, full) in zip(shown - hidden, self.objects))
 
 
 def _outline(rng: np.random.Generator, kind: int) -> np.ndarray:
