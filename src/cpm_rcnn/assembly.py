@@ -10,17 +10,15 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 
 from cpm_rcnn.checkpoints import read_checkpoint
-from cpm_rcnn.data import CocoDataModule, ShapesDataModule
-from cpm_rcnn.errors import UserError, check_choice, check_count
+from cpm_rcnn.data import CocoDataModule
+from cpm_rcnn.errors import UserError, check_count
 from cpm_rcnn.evaluation.multi_scale import MultiScaleDetector
 from cpm_rcnn.lightning_module import DetectionModule
+from cpm_rcnn.models.backbone import default_pixel_format
 from cpm_rcnn.pixels import CONVENTIONS
 from cpm_rcnn.reporting.progress import LossProgressBar
 from cpm_rcnn.reporting.throughput import Throughput
 from cpm_rcnn.schedule import Schedule
-
-# The data modules that a checkpoint may name.
-_DATA_MODULES = {f"cpm_rcnn.data.{kind.__name__}": kind for kind in (CocoDataModule, ShapesDataModule)}
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
@@ -45,6 +43,7 @@ def recipe(config: DictConfig) -> dict[str, Any]:
 def build_datamodule(config: DictConfig) -> CocoDataModule:
     """The data module of a training run, its files in place."""
     recipe(config)  # before the length of the run is used
+    check_count("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
     datamodule = instantiate(
         config.data,
         batch_size=config.schedule.images_per_device,
@@ -59,8 +58,11 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
 
 def model_arguments(config: DictConfig) -> dict[str, Any]:
     """The arguments of ``build_detector`` but ``num_classes``."""
+    backbone = plain(config.backbone)
+    # Settled here, so that a checkpoint does not depend on what a later timm says of the model.
+    backbone["pixel_format"] = backbone["pixel_format"] or default_pixel_format(backbone["name"])
     return {
-        "backbone": plain(config.backbone),
+        "backbone": backbone,
         "stages": plain(config.cmm)["stages"],
         "ism": config.ism.enabled,
         "rsm": config.rsm.enabled,
@@ -69,40 +71,39 @@ def model_arguments(config: DictConfig) -> dict[str, Any]:
     }
 
 
-def build_module(config: DictConfig, categories: list[dict[str, Any]]) -> DetectionModule:
+def build_module(config: DictConfig, datamodule: CocoDataModule) -> DetectionModule:
     """The module of a training run, with its starting weights."""
-    data = plain(config.data)
-    if data["root"] is not None:
-        data["root"] = str(Path(data["root"]).absolute())
     return DetectionModule(
         model=model_arguments(config),
-        categories=categories,
+        categories=datamodule.categories,
         schedule=recipe(config),
-        data=data,
+        data=datamodule.evaluation_arguments,
     )
 
 
 def build_trainer(config: DictConfig, run_dir: Path) -> pl.Trainer:
     """The Trainer of a training run: checkpoints, logs and progress under ``run_dir``."""
+    if config.trainer.limit_val_batches == 0:
+        raise UserError(
+            "trainer.limit_val_batches=0: the best checkpoint is chosen by validation; null means all batches"
+        )
     steps = config.schedule.max_steps
     callbacks: list[Callback] = [LossProgressBar(refresh_rate=config.trainer.log_every_n_steps), Throughput()]
     if not config.trainer.fast_dev_run:
         callbacks += [
             ModelCheckpoint(
-                run_dir / "checkpoints",
-                filename="best",
-                monitor="val/AP",
-                mode="max",
-                save_last=True,
-                enable_version_counter=False,
+                run_dir / "checkpoints", filename="best", monitor="val/AP", mode="max", enable_version_counter=False
             ),
+            # Without a monitor it follows every validation; ``save_last`` would follow a new best only.
+            ModelCheckpoint(run_dir / "checkpoints", filename="last", enable_version_counter=False),
             LearningRateMonitor("step"),
         ]
     return instantiate(
         config.trainer,
         max_steps=steps,
         max_epochs=-1,
-        val_check_interval=min(config.schedule.val_interval, steps),
+        # In batches, as Lightning counts.
+        val_check_interval=min(config.schedule.val_interval, steps) * config.trainer.accumulate_grad_batches,
         callbacks=callbacks,
         logger=[instantiate(logger, save_dir=str(run_dir)) for logger in config.logger.values()],
         default_root_dir=str(run_dir),
@@ -143,7 +144,10 @@ def load_module(path: str | Path, **overrides: Any) -> DetectionModule:
     model = {**arguments["model"], **overrides}
     # The checkpoint's own weights follow; the starting point need not be at hand.
     model["backbone"] = {**model["backbone"], "weights": None}
-    module = DetectionModule(**{**arguments, "model": model})
+    try:
+        module = DetectionModule(**{**arguments, "model": model})
+    except TypeError as error:
+        raise UserError(f"ckpt={path}: of another version of this program ({error})") from None
     state, own = checkpoint["state_dict"], module.state_dict()
     wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [k for k in state if k not in own]
     if wrong:
@@ -170,23 +174,18 @@ def evaluation_data(config: DictConfig, module: DetectionModule) -> CocoDataModu
     Raises:
         UserError: no such split, or a value out of range.
     """
-    data = dict(module.hparams["data"])
-    target = data.pop("_target_")
-    check_choice("the checkpoint's data._target_", target, _DATA_MODULES)
-    data |= given(config.data)
+    data = module.hparams["data"] | given(config.data)
     if config.split not in ("val", "test"):
         if config.images is None:
             raise UserError(
                 f"split={config.split}: must be val, test, or a COCO-style json with images=FOLDER_OR_ZIP beside it"
             )
-        data["test_json"] = str(Path(config.split).absolute())
-        data["test_images"] = str(Path(config.images).absolute())
-    if target == "cpm_rcnn.data.CocoDataModule":
-        data["categories"] = module.hparams["categories"]
+        data["test_json"] = str(Path(config.split).expanduser().absolute())
+        data["test_images"] = str(Path(config.images).expanduser().absolute())
     if config.multi_scale.enabled:
         # The multi-scale detector resizes by itself.
         data["test_short_side"] = None
-    return _DATA_MODULES[target](**data, pixels=module.hparams["model"]["pixels"])
+    return CocoDataModule(**data, categories=module.hparams["categories"], pixels=module.hparams["model"]["pixels"])
 
 
 def use_multi_scale(config: DictConfig, module: DetectionModule) -> None:

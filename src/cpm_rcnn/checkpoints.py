@@ -17,7 +17,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, a damaged file, or a checkpoint of another program.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise UserError(f"ckpt={path}: no such file")
     try:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import hydra
 from hydra.errors import HydraException, InstantiationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -45,6 +46,8 @@ def _hush() -> None:
         # Hydra has made the run folder by then; a run of the same name replaces the last one's log.
         r"Experiment logs directory .* exists and is not empty",
         r".*does not have many workers",
+        # The order of the run is a function of the step: the loader starts where it is told.
+        r".*dataloader is not resumable",
     ):
         warnings.filterwarnings("ignore", message)
 
@@ -61,7 +64,8 @@ def describe(error: BaseException) -> str | None:
     if isinstance(error, InstantiationException):
         # A part refuses its arguments (Lightning's Trainer, a logger): its own words say it best.
         reason = error.__cause__
-        return _one_line(str(reason)) if isinstance(reason, (TypeError, ValueError, ImportError)) else None
+        theirs = (TypeError, ValueError, ImportError, MisconfigurationException)
+        return _one_line(str(reason)) if isinstance(reason, theirs) else None
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _one_line(str(error))
     return None
@@ -79,7 +83,7 @@ def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _own_message(text: str) -> str:

@@ -1,6 +1,6 @@
 """The one error that is the user's to mend, and the checks that raise it."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -23,6 +23,12 @@ def check_count(key: str, value: Any, low: int = 1) -> None:
     """Raise :class:`UserError` unless ``value`` is a whole number, at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise UserError(f"{key}={value}: must be a whole number, at least {low}")
+
+
+def check_list(key: str, value: Any) -> None:
+    """Raise :class:`UserError` unless ``value`` is a list or a tuple."""
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
+        raise UserError(f"{key}={value}: must be a list, for example [{value}]")
 
 
 def check_choice(key: str, value: Any, allowed: Collection[Any]) -> None:

@@ -25,7 +25,7 @@ class DetectionModule(pl.LightningModule):
         model: arguments of :func:`~cpm_rcnn.models.build.build_detector` but ``num_classes``.
         categories: what labels 1..C mean: a mapping with ``id`` and ``name`` each.
         schedule: arguments of :class:`~cpm_rcnn.schedule.Schedule`.
-        data: the data module's arguments, so that ``eval`` finds the same data and image sizes again.
+        data: what evaluates it: :attr:`CocoDataModule.evaluation_arguments`.
 
     Attributes:
         metric: of the current evaluation; its ``results()`` are the detections after it.
@@ -65,6 +65,11 @@ class DetectionModule(pl.LightningModule):
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(images))
         self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(images))
         return total
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        # The run's last step is evaluated and saved, also where it is no multiple of the validation interval.
+        if self.trainer.global_step >= self.trainer.max_steps:
+            self.trainer.should_stop = True
 
     def on_validation_start(self) -> None:
         self.metric = self._new_metric("val")
@@ -111,9 +116,9 @@ class DetectionModule(pl.LightningModule):
 
     def _finish(self, split: str) -> None:
         self.figures = self.metric.compute()
-        # Every process holds the same figures already, gathered by the metric.
-        self.log_dict({f"{split}/{name}": self.figures[name] for name in FIGURES}, rank_zero_only=False)
-        self.log(f"{split}_AP", self.figures["AP"], logger=False, prog_bar=True)
+        # Every process holds the same figures already, gathered by the metric; sync_dist only tells Lightning so.
+        self.log_dict({f"{split}/{name}": self.figures[name] for name in FIGURES if name != "AP"}, sync_dist=True)
+        self.log(f"{split}/AP", self.figures["AP"], prog_bar=True, sync_dist=True)
 
 
 def to_original(boxes: Tensor, size: Sequence[int], original_size: Sequence[int]) -> Tensor:

@@ -2,8 +2,8 @@
 
 A box is ``(x1, y1, x2, y2)`` in pixels. In the *continuous* convention x2 and y2 are where the box ends, so its width
 is ``x2 - x1``. In the release's *inclusive* convention they are the last pixel that it holds, so its width is
-``x2 - x1 + 1`` (spec section 9). Every rule that differs between the two is a method here; nothing else in the
-project asks which of the two is in force.
+``x2 - x1 + 1`` (spec section 9). Every rule that differs between the two is a method or a named property
+here; nothing else in the project asks which of the two is in force.
 """
 
 from collections.abc import Sequence

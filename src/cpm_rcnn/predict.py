@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from PIL import Image
 from rich.progress import track
 
 from cpm_rcnn import assembly
@@ -18,12 +17,15 @@ from cpm_rcnn.lightning_module import to_original
 from cpm_rcnn.pixels import CONVENTIONS
 from cpm_rcnn.reporting.pictures import draw, save
 
+# Files of other kinds in a folder are passed over.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
 
 def predict(config: DictConfig) -> None:
     """Detect in every image of ``source``, into Hydra's output folder: ``images/`` and ``detections.json``."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     check_range("min_score", config.min_score, 0, 1)
-    folder, names = find_images(Path(config.source))
+    folder, names = find_images(Path(config.source).expanduser())
     device = choose_device(config.device)
     module = assembly.load_module(config.ckpt, **assembly.given(config.detector)).to(device)
     data = module.hparams["data"] | assembly.given(config.data)
@@ -62,10 +64,13 @@ def find_images(source: Path) -> tuple[Path, list[str]]:
         return source.parent, [source.name]
     if not source.is_dir():
         raise UserError(f"source={source}: no such file or folder")
-    known = set(Image.registered_extensions())
-    names = sorted(str(path.relative_to(source)) for path in source.rglob("*") if path.suffix.lower() in known)
+    names = sorted(
+        str(path.relative_to(source))
+        for path in source.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    )
     if not names:
-        raise UserError(f"source={source}: no image in this folder")
+        raise UserError(f"source={source}: no image in this folder ({' '.join(IMAGE_SUFFIXES)})")
     return source, names
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from cpm_rcnn.errors import UserError, check_choice, check_count, check_range
+from cpm_rcnn.errors import UserError, check_choice, check_count, check_list, check_range
 
 # The batch that ``base_lr`` is meant for: 8 GPUs with 2 images each.
 REFERENCE_BATCH = 16
@@ -53,6 +53,7 @@ class Schedule:
         check_range("schedule.momentum", self.momentum, 0, 1)
         check_range("schedule.weight_decay", self.weight_decay, 0)
         check_range("schedule.bias_lr_factor", self.bias_lr_factor, 0)
+        check_list("schedule.milestones", self.milestones)
         for milestone in self.milestones:
             check_count("schedule.milestones", milestone, 0)
         if list(self.milestones) != sorted(self.milestones):

@@ -1,13 +1,19 @@
 """``python -m cpm_rcnn.train``: train a model, evaluate its best checkpoint, leave pictures and tables."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cpm_rcnn import assembly
+from cpm_rcnn.checkpoints import read_checkpoint
 from cpm_rcnn.commands import run
+from cpm_rcnn.errors import UserError, check_count
 from cpm_rcnn.reporting.curves import plot_curves
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 from cpm_rcnn.reporting.validation_sheet import validation_sheet
@@ -16,31 +22,54 @@ from cpm_rcnn.reporting.validation_sheet import validation_sheet
 def train(config: DictConfig) -> None:
     """One training run into Hydra's output folder."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return train_apart(run_dir)
+    check_count("sheet_images", config.sheet_images, 0)
+    check_count("seed", config.seed, 0)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = assembly.build_datamodule(config)
-    module = assembly.build_module(config, datamodule.categories)
+    module = assembly.build_module(config, datamodule)
     trainer = assembly.build_trainer(config, run_dir)
+    # The same weights on every process, but not the same random RoIs.
+    torch.manual_seed(config.seed + trainer.global_rank)
     if trainer.is_global_zero:
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    trainer.fit(module, datamodule=datamodule)
+    if config.resume is not None:
+        done = read_checkpoint(config.resume)["global_step"]
+        datamodule.start_step = done * config.trainer.accumulate_grad_batches
+    trainer.fit(module, datamodule=datamodule, ckpt_path=config.resume, weights_only=True)
     # A rehearsal (fast_dev_run) leaves no checkpoint to go back to.
-    best = None if config.trainer.fast_dev_run else "best"
+    best = None if config.trainer.fast_dev_run else run_dir / "checkpoints" / "best.ckpt"
     trainer.validate(module, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
     if not trainer.is_global_zero:
         return
     write_metrics(module.figures, run_dir / "metrics.json")
     if not config.trainer.fast_dev_run:
         plot_curves(run_dir / "metrics.csv", run_dir)
-    validation_sheet(
-        module.eval(),
-        datamodule.val_dataloader().dataset,
-        module.class_names,
-        run_dir / "validation.png",
-        config.sheet_images,
-        module.device,
-    )
+    if config.sheet_images:
+        validation_sheet(
+            # Lightning has moved it back to the CPU.
+            module.to(trainer.strategy.root_device).eval(),
+            datamodule.val_dataloader().dataset,
+            module.class_names,
+            run_dir / "validation.png",
+            config.sheet_images,
+            module.device,
+        )
     print_metrics(module.figures)
     print(run_dir)
+
+
+def train_apart(run_dir: Path) -> None:
+    """A job of a multirun, as a command of its own: no process group, logger or device memory is left to the next.
+
+    Raises:
+        UserError: the job failed; it has said why.
+    """
+    overrides = HydraConfig.get().overrides.task
+    job = [sys.executable, "-m", "cpm_rcnn.train", *overrides, f"hydra.run.dir='{run_dir}'"]
+    if subprocess.run(job).returncode:
+        raise UserError(f"the job with {' '.join(overrides)} failed, see above")
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ def test_every_mix_of_modules_builds_on_every_backbone(backbone):
 
 @pytest.mark.parametrize("schedule", options("schedule"))
 @pytest.mark.parametrize("data", options("data"))
-def test_every_schedule_with_every_data_makes_a_recipe_and_a_data_module(schedule, data, tmp_path):
+def test_every_schedule_with_every_data_makes_a_recipe_and_a_data_module(schedule, data):
     paths = [f"data.{key}=x" for key in ("train_json", "train_images", "val_json", "val_images")]
     config = composed(f"schedule={schedule}", f"data={data}", *(paths if data == "custom" else []))
     recipe = Schedule(**{key: assembly.plain(config.schedule)[key] for key in Schedule.__dataclass_fields__})
@@ -76,19 +76,26 @@ def test_every_trainer_with_every_logger_makes_a_trainer(trainer, logger, tmp_pa
     assert {type(each).__name__ for each in built.loggers} >= {"CSVLogger"}
 
 
-def test_ddp_and_wandb_compose():
-    # Eight GPUs and an account are not at hand: composed, not made.
-    config = composed("trainer=ddp", "logger=wandb")
-    assert config.trainer.devices == 8
-    assert config.trainer.strategy == "ddp"
-    assert config.logger.wandb._target_ == "pytorch_lightning.loggers.WandbLogger"
+def test_ddp_makes_a_trainer_of_several_processes(tmp_path):
+    config = composed("trainer=ddp")
+    assert (config.trainer.devices, config.trainer.accelerator) == (8, "gpu")
+    config = composed("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    assert assembly.build_trainer(config, tmp_path).world_size == 2
+
+
+def test_wandb_composes():
+    # Neither the package nor an account is at hand: composed, not made.
+    assert composed("logger=wandb").logger.wandb._target_ == "pytorch_lightning.loggers.WandbLogger"
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_experiment_builds_its_model(experiment):
+def test_every_experiment_makes_its_parts(experiment, tmp_path):
     config = composed(f"experiment={experiment}", "backbone.weights=null")
     with torch.device("meta"):
         build_detector(**assembly.model_arguments(config), num_classes=80)
+    assert assembly.recipe(config)["max_steps"] == config.schedule.max_steps
+    instantiate(config.data, batch_size=config.schedule.images_per_device, max_steps=1, _convert_="all")
+    assert assembly.build_trainer(composed(f"experiment={experiment}", "trainer.accelerator=cpu"), tmp_path).max_steps
 
 
 def test_the_issue_s_commands_mean_what_they_say():

@@ -223,3 +223,37 @@ def test_frozen_batch_norm_keeps_its_parameters_in_the_checkpoint():
     norms = [name for name, layer in body.named_modules() if isinstance(layer, FrozenBatchNorm2d)]
     assert len(norms) == 20
     assert all(f"{name}.running_var" in body.state_dict() for name in norms)
+
+
+def test_timm_model_whose_layers_timm_renames_loads_a_local_file(tmp_path):
+    timm = pytest.importorskip("timm")
+    file = tmp_path / "convnext.safetensors"
+    whole = timm.create_model("convnext_atto", pretrained=False)
+    save_file(whole.state_dict(), file)
+    body = build_body("convnext_atto", weights=str(file))
+    torch.testing.assert_close(body.net.stem_0.weight, whole.stem[0].weight)
+    assert not body.net.stem_0.weight.requires_grad
+    with pytest.raises(UserError, match=r"convnext\.safetensors"):
+        build_body("convnext_femto", weights=str(file))
+
+
+def test_timm_model_with_channels_last_gives_maps_with_channels_first():
+    pytest.importorskip("timm")
+    body = build_body("swin_tiny_patch4_window7_224").eval()
+    with torch.inference_mode():
+        shapes = [tuple(feature.shape[1:]) for feature in body(torch.zeros(1, 3, 224, 224))]
+    assert shapes == [(channels, 56 // 2**k, 56 // 2**k) for k, channels in enumerate(body.channels)]
+
+
+def test_timm_weights_that_cannot_be_fetched_are_one_line(monkeypatch):
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+
+    def offline(name, pretrained=False, **arguments):
+        if pretrained:
+            raise ConnectionError("no network")
+        return create(name, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError, match=r"backbone\.weights=pretrained.*tf_efficientnet_lite0"):
+        build_body("tf_efficientnet_lite0", weights="pretrained")

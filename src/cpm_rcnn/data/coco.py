@@ -102,6 +102,8 @@ class CocoAnnotations:
         category_ids = [int(category["id"]) for category in known]
 
         images, objects = content["images"], content.get("annotations", [])
+        if not images:
+            raise UserError(f"{path}: lists no images")
         _refuse(path, _problems(images, objects, set(category_ids)))
         image_ids = np.array([image["id"] for image in images], dtype=np.int64)
         heights = np.array([image["height"] for image in images], dtype=np.int64)

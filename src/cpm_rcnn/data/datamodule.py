@@ -13,7 +13,7 @@ from cpm_rcnn.data.coco import CocoAnnotations, CocoDataset
 from cpm_rcnn.data.images import ImageSource
 from cpm_rcnn.data.shapes import CATEGORIES, TRAIN_IMAGES, VAL_IMAGES, write_shapes
 from cpm_rcnn.data.transforms import EvalTransform, TrainTransform
-from cpm_rcnn.errors import UserError, check_choice, check_range
+from cpm_rcnn.errors import UserError, check_choice, check_count, check_list, check_range
 from cpm_rcnn.pixels import CONVENTIONS
 
 Split = Literal["train", "val", "test"]
@@ -78,22 +78,23 @@ class CocoDataModule(pl.LightningDataModule):
         pixels: str = "continuous",
     ) -> None:
         super().__init__()
-        check_range("data.batch_size", batch_size, 1)
-        check_range("data.eval_batch_size", eval_batch_size, 1)
-        check_range("data.num_workers", num_workers, 0)
+        check_count("data.batch_size", batch_size)
+        check_count("data.eval_batch_size", eval_batch_size)
+        check_count("data.num_workers", num_workers, 0)
+        check_list("data.short_sides", short_sides)
         for short_side in short_sides:
-            check_range("data.short_sides", short_side, 1)
+            check_count("data.short_sides", short_side)
         check_range("number of data.short_sides", len(short_sides), 1)
-        check_range("data.max_size", max_size, 1)
+        check_count("data.max_size", max_size)
         if test_short_side is not None:
-            check_range("data.test_short_side", test_short_side, 1)
-        check_range("data.test_max_size", test_max_size, 1)
+            check_count("data.test_short_side", test_short_side)
+        check_count("data.test_max_size", test_max_size)
         check_range("data.flip_probability", flip_probability, 0, 1)
         check_range("seed", seed, 0, 2**32 - 1)
         if max_steps is not None:
             check_range("max_steps", max_steps, 1)
         check_choice("pixels", pixels, CONVENTIONS)
-        self.root = Path(root or "")
+        self.root = Path(root or "").expanduser()
         self._files = {
             "train": (train_json, train_images),
             "val": (val_json, val_images),
@@ -110,6 +111,25 @@ class CocoDataModule(pl.LightningDataModule):
         self._train_transform = TrainTransform(tuple(short_sides), max_size, flip_probability, seed, self._pixels)
         self._eval_transform = EvalTransform(test_short_side, test_max_size)
         self._annotations: dict[str, CocoAnnotations] = {}
+
+    @property
+    def evaluation_arguments(self) -> dict[str, Any]:
+        """Plain arguments that make a module of the same validation and test data: what a checkpoint stores."""
+        (val_json, val_images), (test_json, test_images) = self._files["val"], self._files["test"]
+        return {
+            # Absolute, since eval may be called from another folder.
+            "root": str(self.root.absolute()),
+            "train_json": None,
+            "train_images": None,
+            "val_json": val_json,
+            "val_images": val_images,
+            "test_json": test_json,
+            "test_images": test_images,
+            "eval_batch_size": self.eval_batch_size,
+            "num_workers": self.num_workers,
+            "test_short_side": self._eval_transform.short_side,
+            "test_max_size": self._eval_transform.max_size,
+        }
 
     @property
     def categories(self) -> list[dict[str, Any]]:
@@ -229,8 +249,8 @@ class ShapesDataModule(CocoDataModule):
     def __init__(
         self, *, root: str, train_count: int = TRAIN_IMAGES, val_count: int = VAL_IMAGES, **options: Any
     ) -> None:
-        check_range("data.train_count", train_count, 1)
-        check_range("data.val_count", val_count, 1)
+        check_count("data.train_count", train_count)
+        check_count("data.val_count", val_count)
         super().__init__(
             root=root,
             train_json="annotations/instances_train.json",

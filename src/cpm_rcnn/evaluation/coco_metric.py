@@ -57,7 +57,7 @@ class CocoMetric(Metric):
         Args:
             annotation_file: a COCO ``instances`` JSON file; one without ``annotations`` (COCO's test-dev)
                 gives results but no figures. An annotation without ``area`` has that of its box, one without
-                ``iscrowd`` is no crowd.
+                ``iscrowd`` is no crowd, one without ``id`` has its place in the file.
             category_ids: the file's category id of each label: label l means ``category_ids[l - 1]``.
             category_names: their names, in the same order. A name that occurs twice is told apart by its id.
             pixels: the meaning of the detections' x2 and y2.
@@ -210,14 +210,14 @@ def _read_truth(path: Path) -> dict[str, Any]:
         if "annotations" in content:
             truth["annotations"] = [
                 {
-                    "id": annotation["id"],
+                    "id": annotation.get("id", number),
                     "image_id": annotation["image_id"],
                     "category_id": annotation["category_id"],
                     "bbox": annotation["bbox"],
                     "area": annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3]),
                     "iscrowd": annotation.get("iscrowd", 0),
                 }
-                for annotation in content["annotations"]
+                for number, annotation in enumerate(content["annotations"], start=1)
             ]
     except KeyError as error:
         raise UserError(f"{path}: is not a COCO annotation file: an entry lacks {error}") from error

@@ -12,7 +12,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from cpm_rcnn.errors import UserError, check_choice, check_range
+from cpm_rcnn.errors import UserError, check_choice
 from cpm_rcnn.models.tiny_backbone import TinyBackbone
 from cpm_rcnn.ops import DeformConv2d
 
@@ -100,15 +100,10 @@ class TimmBackbone(nn.Module):
                 f"backbone.name={name}: its features have strides {reductions}, but 4, 8, 16 and 32 are needed"
             )
         indices = [reductions.index(stride) for stride in wanted]
-        self.net = timm.create_model(name, features_only=True, out_indices=indices, pretrained=weights == "pretrained")
+        self.net = _create_timm(timm, name, weights, indices)
         self.channels = tuple(self.net.feature_info.channels())
-        if weights not in (None, "pretrained"):
-            _load(
-                self.net,
-                _read_state_dict(weights),
-                weights,
-                ignore=("conv_head.", "bn2.", "classifier.", "head.", "fc."),
-            )
+        # Some transformers keep their channels last.
+        self.channels_last = str(getattr(self.net, "output_fmt", "NCHW")).endswith("NHWC")
         timm.layers.freeze_batch_norm_2d(self.net)
         if frozen_stages:
             stem = [p for n, p in self.net.named_parameters() if n.startswith(_TIMM_STEMS)]
@@ -119,7 +114,8 @@ class TimmBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """C2..C5 of ``images`` (B, 3, H, W)."""
-        return self.net(images)
+        outputs = self.net(images)
+        return [output.permute(0, 3, 1, 2) for output in outputs] if self.channels_last else outputs
 
 
 class FPNBackbone(nn.Module):
@@ -165,7 +161,7 @@ def build_body(
         UserError: anything that does not fit together.
     """
     if frozen_stages is not None:
-        check_range("backbone.frozen_stages", frozen_stages, 0, 5)
+        check_choice("backbone.frozen_stages", frozen_stages, range(6))
     if name in RESNETS:
         frozen = (2 if weights else 0) if frozen_stages is None else frozen_stages
         return ResNet(name, weights, frozen_stages=frozen, deformable=deformable, stride_in_1x1=stride_in_1x1)
@@ -185,9 +181,7 @@ def default_pixel_format(name: str) -> dict[str, Any]:
         return {"order": "rgb", "scale": 255.0, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     config = _import_timm().get_pretrained_cfg(name)
     if config is None:
-        raise UserError(
-            f"backbone.name={name}: neither 'tiny', nor one of {', '.join(RESNETS)}, nor a model that timm knows"
-        )
+        raise UserError(f"backbone.name={name}: timm does not know it, or its pixel format; see backbone.pixel_format")
     return {"order": "rgb", "scale": 255.0, "mean": tuple(config.mean), "std": tuple(config.std)}
 
 
@@ -201,9 +195,35 @@ def _import_timm() -> Any:
     try:
         import timm
         import timm.layers
+        import timm.models
     except ImportError:
         raise UserError("backbone=timm: timm is not installed; pip install 'cpm-rcnn[timm]'") from None
     return timm
+
+
+def _create_timm(timm: Any, name: str, weights: str | None, indices: list[int]) -> Any:
+    """Timm's feature extractor with its weights."""
+    arguments = {"features_only": True, "out_indices": indices}
+    if weights is None:
+        return timm.create_model(name, **arguments)
+    if weights == "pretrained":
+        try:
+            return timm.create_model(name, pretrained=True, **arguments)
+        except Exception as error:  # each hub client has errors of its own
+            raise UserError(
+                f"backbone.weights=pretrained: timm cannot fetch {name} ({type(error).__name__}); "
+                "download it elsewhere and give the file"
+            ) from None
+    state = _read_state_dict(weights)
+    net = timm.create_model(name, **arguments)
+    if not isinstance(net, (timm.models.FeatureListNet, timm.models.FeatureDictNet, timm.models.FeatureHookNet)):
+        _load(net, state, weights, ignore=("conv_head.", "bn2.", "classifier.", "head.", "fc."))
+        return net
+    # timm renames the layers of these; it loads the file into the whole model before it takes the features.
+    try:
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": weights}, **arguments)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"backbone.weights={weights}: does not fit {name}: {str(error).splitlines()[0]}") from None
 
 
 def _read_resnet_weights(name: str, weights: str) -> dict[str, Tensor]:

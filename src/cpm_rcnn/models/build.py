@@ -5,7 +5,7 @@ from dataclasses import fields
 from inspect import signature
 from typing import Any
 
-from cpm_rcnn.errors import UserError, check_choice, check_count, check_keys, check_range
+from cpm_rcnn.errors import UserError, check_choice, check_count, check_keys, check_list, check_range
 from cpm_rcnn.models.backbone import STRIDES, FPNBackbone, build_body, default_pixel_format
 from cpm_rcnn.models.cpm_head import CPMHead
 from cpm_rcnn.models.detector import CPMRCNN
@@ -91,10 +91,12 @@ def build_detector(
     check_count("detector.point_channels", point_channels, 4)
     if point_channels % 4:
         raise UserError(f"detector.point_channels={point_channels}: must be a multiple of 4")
+    check_list("detector.anchor_sizes", anchor_sizes)
     if len(anchor_sizes) != len(STRIDES):
         raise UserError(f"detector.anchor_sizes={list(anchor_sizes)}: must be {len(STRIDES)} sizes, one a level P2..P6")
     for size in anchor_sizes:
         check_range("detector.anchor_sizes", size, 1)
+    check_list("cmm.stages", stages)
     if not stages:
         raise UserError("cmm.stages=[]: at least one grid stage is needed")
 

@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.ops import batched_nms
 
 from cpm_rcnn.models.init import init_linear, init_predictor
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.pooling import PyramidRoIAlign
-from cpm_rcnn.models.rois import Rois
+from cpm_rcnn.models.rois import Rois, grouped_nms
 from cpm_rcnn.pixels import PixelConvention
 
 _POOLED_SIZE = 7
@@ -71,8 +70,7 @@ def select_detections(
     labels = labels + 1
     candidates, scores = rois.keep(rows), probabilities[rows, labels]
     group = candidates.images * probabilities.shape[1] + labels
-    # batched_nms moves each group by whole images; in float32 that would round the coordinates.
-    kept = batched_nms(candidates.boxes.double(), scores.double(), group, nms_iou)
+    kept = grouped_nms(candidates.boxes, scores, group, nms_iou)
     return candidates.keep(kept), scores[kept], labels[kept]
 
 

@@ -1,4 +1,4 @@
-"""Initial weights: of the FC layers, spec section 8; of the grid heads, Grid R-CNN's."""
+"""Initial weights: of FC layers, spec section 8; of the grid heads' convolutions and deconvolutions, Grid R-CNN's."""
 
 from torch import nn
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import batched_nms
 
 from cpm_rcnn.pixels import PixelConvention
 
@@ -28,6 +29,24 @@ class Rois(NamedTuple):
     def join(self, other: "Rois") -> "Rois":
         """Both, ``other`` after these."""
         return Rois(torch.cat([self.boxes, other.boxes]), torch.cat([self.images, other.images]))
+
+
+def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+    """Non-maximum suppression within each group, plain areas.
+
+    Args:
+        boxes: (R, 4) xyxy pixels.
+        scores: (R,).
+        groups: (R,) int64; boxes of different groups leave each other alone.
+        iou_threshold: of two boxes that overlap more, the lower-scored one goes.
+
+    Returns:
+        (K,) int64 indices of the survivors, best score first.
+    """
+    # batched_nms tells groups apart by moving each by whole images; in float32 that would round the coordinates.
+    # Apple's GPUs have nothing wider.
+    dtype = torch.float32 if boxes.device.type == "mps" else torch.float64
+    return batched_nms(boxes.to(dtype), scores.to(dtype), groups, iou_threshold)
 
 
 class Truth(NamedTuple):
@@ -55,7 +74,7 @@ class Truth(NamedTuple):
         if missing:
             boxes = torch.nn.functional.pad(boxes, (0, 0, 0, missing))
             labels = torch.nn.functional.pad(labels, (0, missing))
-        valid = torch.arange(most, device=device) < torch.tensor(counts, device=device)[:, None]
+        valid = torch.arange(most, device=device) < torch.tensor(counts).to(device, non_blocking=True)[:, None]
         return cls(boxes, labels, valid)
 
     def rois(self) -> Rois:
@@ -78,7 +97,7 @@ class Match(NamedTuple):
     labels: Tensor
 
     def keep(self, mask: Tensor) -> "Match":
-        """Those where ``mask`` (R,) is true."""
+        """Those where ``mask`` (R,) is true, or those at the indices ``mask`` (K,)."""
         return Match(self.iou[mask], self.boxes[mask], self.labels[mask])
 
 

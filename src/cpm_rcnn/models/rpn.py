@@ -6,10 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import batched_nms
 
 from cpm_rcnn.models.losses import LossTerm
-from cpm_rcnn.models.rois import Rois, Truth
+from cpm_rcnn.models.rois import Rois, Truth, grouped_nms
 from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
 from cpm_rcnn.pixels import PixelConvention
 
@@ -99,8 +98,7 @@ class RegionProposalNetwork(nn.Module):
         width, height = self.pixels.sizes(box)
         keep = ((width > 0) & (height > 0)).nonzero().squeeze(1)
         box, score, group = box[keep], score[keep], image[keep] * len(anchors) + level_of[keep]
-        # In float64, since batched_nms moves each group by whole images.
-        kept = batched_nms(box.double(), score.double(), group, _NMS_IOU)
+        kept = grouped_nms(box, score, group, _NMS_IOU)
         box, image = box[kept], image[keep][kept]
         rank, _ = rank_in_group(-score[kept], image, batch)
         return Rois(box, image).keep((rank < limit).nonzero().squeeze(1))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-class Sample(NamedTuple):
+class BalancedSample(NamedTuple):
     """A random subset of a batch's RoIs or anchors.
 
     Attributes:
@@ -29,7 +29,7 @@ def sample_balanced(
     *,
     count: int,
     positive_fraction: float,
-) -> Sample:
+) -> BalancedSample:
     """Choose at random, for each image, up to ``count`` of which at most ``positive_fraction`` are positive.
 
     Negatives fill what the positives leave. No host sync.
@@ -49,7 +49,7 @@ def sample_balanced(
     chosen_positive = positive & (rank < most_positives)
     room = count - sizes[:num_images].clamp(max=most_positives)
     chosen_negative = negative & (rank < room[images])
-    return Sample(chosen_positive, chosen_negative, rank)
+    return BalancedSample(chosen_positive, chosen_negative, rank)
 
 
 def rank_in_group(key: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
