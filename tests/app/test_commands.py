@@ -293,6 +293,9 @@ def test_eval_refuses_a_split_or_data_that_is_not_there(command, checkpoint):
     assert "val, test" in refused(command("eval", f"ckpt={checkpoint}", "split=train"))
     assert "data.test_json" in refused(command("eval", f"ckpt={checkpoint}", "split=test"))
     assert "source=nowhere" in refused(command("predict", f"ckpt={checkpoint}", "source=nowhere"))
+    assert "multi_scale.scales" in refused(
+        command("eval", f"ckpt={checkpoint}", "multi_scale=on", "multi_scale.scales=[]")
+    )
     assert "device=" in refused(command("predict", f"ckpt={checkpoint}", "source=data/shapes/val", "device=tpu7"))
 
 

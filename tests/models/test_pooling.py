@@ -91,3 +91,21 @@ def test_half_precision_features_are_pooled_at_full_coordinates_and_kept_in_thei
     pooled = pool(half, rois())
     assert pooled.dtype == torch.bfloat16
     torch.testing.assert_close(pooled, pool([feature.float() for feature in half], rois()).bfloat16())
+
+
+@pytest.mark.parametrize("pixels", [CONTINUOUS, INCLUSIVE], ids=lambda pixels: pixels.name)
+@pytest.mark.parametrize("size", [7, 14])
+def test_both_ways_of_pooling_agree_forward_and_backward_far_beyond_the_image_too(pixels, size):
+    torch.manual_seed(0)
+    features = [torch.randn(2, 8, 64 // k, 96 // k, requires_grad=True) for k in (1, 2, 4, 8)]
+    corner = torch.rand(300, 2) * 500 - 80
+    # Some turned inside out, as early grid stages decode them.
+    rois = Rois(torch.cat([corner, corner + torch.rand(300, 2) ** 2 * 600 - 5], dim=1), torch.randint(0, 2, (300,)))
+    levels = pyramid_levels(rois.boxes, 4, pixels)
+    assert len(levels.unique()) == 4
+    pool = PyramidRoIAlign(size, (4, 8, 16, 32), pixels)
+    one, other = pool._pool_levels(features, rois, levels), pool._pool_bags(features, rois, levels)
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    gradient = torch.randn_like(one)
+    for a, b in zip(torch.autograd.grad(one, features, gradient), torch.autograd.grad(other, features, gradient)):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)

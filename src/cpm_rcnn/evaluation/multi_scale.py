@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from cpm_rcnn.data.transforms import network_size
+from cpm_rcnn.errors import check_count, check_list
 from cpm_rcnn.evaluation.soft_nms import soft_nms
 from cpm_rcnn.pixels import CONTINUOUS, PixelConvention
 
@@ -39,8 +40,16 @@ class MultiScaleDetector(nn.Module):
             iou_threshold: overlap above which soft-NMS lowers scores.
             max_detections: the most to return per image, those with the highest scores.
             pixels: the meaning of the detector's x2 and y2.
+
+        Raises:
+            UserError: scales or sizes that are no whole numbers, or no scale at all.
         """
         super().__init__()
+        check_list("multi_scale.scales", scales)
+        check_count("number of multi_scale.scales", len(scales))
+        for scale in scales:
+            check_count("multi_scale.scales", scale)
+        check_count("multi_scale.max_size", max_size)
         self.detector = detector
         self.scales = tuple(scales)
         self.max_size = max_size

@@ -70,13 +70,15 @@ class PyramidRoIAlign(nn.Module):
 
     def _pool_levels(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
         boxes = torch.cat([rois.images.to(rois.boxes.dtype)[:, None], rois.boxes], dim=1)
-        size = self.output_size
-        pooled = features[0].new_zeros(len(boxes), features[0].shape[1], size, size)
-        for level, (feature, stride) in enumerate(zip(features, self.strides)):
-            rows = (levels == level).nonzero().squeeze(1)
-            part = roi_align(feature, boxes[rows], size, 1 / stride, _SAMPLING_RATIO, self.pixels.aligned)
-            pooled = pooled.index_copy(0, rows, part)
-        return pooled
+        # Level after level: one wait for the device, for the counts, and not one a level.
+        order = levels.argsort(stable=True)
+        counts = torch.bincount(levels, minlength=len(features)).tolist()
+        parts = [
+            roi_align(feature, part, self.output_size, 1 / stride, _SAMPLING_RATIO, self.pixels.aligned)
+            for feature, stride, part in zip(features, self.strides, boxes[order].split(counts))
+        ]
+        pooled = torch.cat(parts)
+        return torch.empty_like(pooled).index_copy(0, order, pooled)
 
     def _pool_bags(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
         batch, channels = features[0].shape[:2]
