@@ -25,7 +25,7 @@ TRAIN_IMAGES = 600
 VAL_IMAGES = 100
 
 # Part of the marker file: raise it whenever the same arguments would render other images.
-_VERSION = 2
+_VERSION = 3
 _MARKER = "shapes.json"
 # Shapes are drawn at this multiple of the image's resolution and averaged down, which smooths their edges.
 _SUPERSAMPLING = 4
@@ -92,7 +92,7 @@ def render(
             canvas.add(rng, int(rng.integers(5)), [rng.uniform(100, 125)])
         for _ in range(rng.integers(1, 7)):
             # Uniform in the logarithm: as many shapes from 12 to 24 pixels as from 24 to 48.
-            canvas.add(rng, int(rng.integers(5)), [math.exp(rng.uniform(math.log(12), math.log(85)))])
+            canvas.add(rng, int(rng.integers(5)), [math.exp(rng.uniform(math.log(12), math.log(110)))])
     return canvas.finish()
 
 
