@@ -1,11 +1,12 @@
 """The embedded data set: drawn shapes on textured grounds, written to disk in COCO's form.
 
-It stands in for COCO where a small detector should learn something within minutes. Shapes of five classes
-come in COCO's small, medium and large areas, rotated, overlapping and cut by the image's edge; some images
+It stands in for COCO where a small detector should learn something within minutes. Shapes of five classes, each with
+its family of colours, come in COCO's small, medium and large areas, rotated, overlapping and cut by the image's edge; some images
 hold a crowd (a cluster of tiny shapes under one ``iscrowd`` box), some hold nothing. Boxes and areas are
 those of the visible pixels.
 """
 
+import colorsys
 import json
 import math
 import os
@@ -25,7 +26,7 @@ TRAIN_IMAGES = 600
 VAL_IMAGES = 100
 
 # Part of the marker file: raise it whenever the same arguments would render other images.
-_VERSION = 3
+_VERSION = 4
 _MARKER = "shapes.json"
 # Shapes are drawn at this multiple of the image's resolution and averaged down, which smooths their edges.
 _SUPERSAMPLING = 4
@@ -114,7 +115,7 @@ class _Canvas:
                 break
         else:
             return
-        color = _contrasting_color(rng, self.image[mask].mean(axis=0))
+        color = _contrasting_color(rng, kind, self.image[mask].mean(axis=0))
         shade = color * rng.uniform(0.35, 0.55)
         slope = np.linspace(1.1, 0.9, mask.shape[0])[:, None, None]
         # Painting no more than the window that the object touches saves much of the time.
@@ -193,12 +194,18 @@ def _crowd_sizes(rng: np.random.Generator) -> list[float]:
     return list(rng.uniform(5, 9, rng.integers(12, 22)))
 
 
-def _contrasting_color(rng: np.random.Generator, ground: np.ndarray) -> np.ndarray:
-    """A strong colour (3,) in 0..255 that stands out from the mean colour of what it is drawn on."""
-    while True:
-        color = rng.uniform(20, 255, 3)
-        if np.ptp(color) > 90 and np.abs(color - ground).sum() > 180:
-            return color
+def _contrasting_color(rng: np.random.Generator, kind: int, ground: np.ndarray) -> np.ndarray:
+    """A strong colour (3,) in 0..255 of the class's family that stands out from the mean colour of what it is drawn on.
+
+    The families are a fifth of the colour circle apart and do not quite touch: what takes a small network long is to
+    tell the classes apart by their outlines alone.
+    """
+    for contrast in range(180, -1, -10):  # less where the family leaves no choice, as on a shape of the same class
+        hue = (kind + rng.uniform(-0.45, 0.45)) / len(CLASSES)
+        color = 255 * np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.65, 1), rng.uniform(0.6, 1)))
+        if np.abs(color - ground).sum() > contrast:
+            break
+    return color
 
 
 def _ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
