@@ -1,9 +1,9 @@
 """The embedded data set: drawn shapes on textured grounds, written to disk in COCO's form.
 
-It stands in for COCO where a small detector should learn something within minutes. Shapes of five classes, each with
-its family of colours, come in COCO's small, medium and large areas, rotated, overlapping and cut by the image's edge; some images
-hold a crowd (a cluster of tiny shapes under one ``iscrowd`` box), some hold nothing. Boxes and areas are
-those of the visible pixels.
+It stands in for COCO where a small detector should learn something within minutes. Shapes of five classes, each
+with its family of colours, come in COCO's small, medium and large areas, rotated, overlapping and cut by the
+image's edge; some images hold a crowd (a cluster of tiny shapes under one ``iscrowd`` box), some hold nothing.
+Boxes and areas are those of the visible pixels.
 """
 
 import colorsys
