@@ -26,7 +26,7 @@ TRAIN_IMAGES = 600
 VAL_IMAGES = 100
 
 # Part of the marker file: raise it whenever the same arguments would render other images.
-_VERSION = 4
+_VERSION = 1
 _MARKER = "shapes.json"
 # Shapes are drawn at this multiple of the image's resolution and averaged down, which smooths their edges.
 _SUPERSAMPLING = 4
