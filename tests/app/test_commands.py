@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -103,10 +104,14 @@ def test_multi_scale_eval_runs_at_the_scales_it_is_given(command, checkpoint):
 
 
 def test_eval_on_two_processes_equals_eval_on_one(command, checkpoint, workplace):
-    # One image a batch: what images are padded to does not depend on how they are dealt out.
+    # One image a batch: what images are padded to does not depend on how they are dealt out. One thread a process:
+    # sums are taken in the same order.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     one = command(
         "eval", f"ckpt={checkpoint}", "trainer=cpu", "detector.score_threshold=0.01", "data.eval_batch_size=1"
     )
+    torch.set_num_threads(threads)
     two = subprocess.run(
         [
             *(sys.executable, "-m", "cpm_rcnn.eval", f"ckpt={checkpoint}", "trainer=cpu", "trainer.devices=2"),
@@ -115,6 +120,7 @@ def test_eval_on_two_processes_equals_eval_on_one(command, checkpoint, workplace
         cwd=workplace,
         capture_output=True,
         text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=300,
     )
     assert two.returncode == 0, two.stderr
