@@ -1,4 +1,5 @@
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -90,7 +91,8 @@ MIXES = list(itertools.product((True, False), repeat=3))
     ids=["+".join(n for n, on in zip(("cmm", "ism", "rsm"), mix) if on) or "none" for mix in MIXES],
 )
 def test_one_image_is_learned_to_nearly_no_loss_and_then_detected(cmm, ism, rsm):
-    detector = make_detector(stages=CMM_STAGES if cmm else CMM_STAGES[:1], ism=ism, rsm=rsm)
+    # Wide enough that no seed or summation order leaves a classifier of dead ReLUs.
+    detector = make_detector(stages=CMM_STAGES if cmm else CMM_STAGES[:1], ism=ism, rsm=rsm, mlp_channels=128)
     image, target = two_objects()
     steps, rate = 240, 8e-3
     optimizer = torch.optim.Adam(detector.parameters(), lr=rate, fused=True)
@@ -103,7 +105,8 @@ def test_one_image_is_learned_to_nearly_no_loss_and_then_detected(cmm, ism, rsm)
         optimizer.zero_grad()
         scheduler.step()
         history.append({name: loss.item() for name, loss in losses.items()})
-    first, last = history[0], {name: sum(losses[name] for losses in history[-5:]) / 5 for name in history[0]}
+    # The median: now and then a step draws an RoI that no step drew before.
+    first, last = history[0], {name: statistics.median(losses[name] for losses in history[-20:]) for name in history[0]}
     assert sum(last.values()) < 0.1 * sum(first.values())
     # A cross of 5 of 784 cells is learned slowly: the heatmaps come close, all other losses vanish.
     grid = [name for name in last if "grid" in name]
@@ -174,8 +177,9 @@ def test_images_without_detections_give_empty_tensors():
         assert (found["boxes"].dtype, found["labels"].dtype) == (torch.float32, torch.int64)
 
 
-def test_no_images_give_no_detections():
-    assert make_detector().eval()([]) == []
+def test_no_images_are_refused():
+    with pytest.raises(UserError, match="images is empty"):
+        make_detector().eval()([])
 
 
 @pytest.mark.parametrize(
