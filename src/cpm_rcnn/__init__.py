@@ -1,7 +1,7 @@
 """CPM R-CNN (arXiv 2003.03570): a two-stage detector whose boxes come from grid points.
 
-``CPMRCNN`` and ``build_detector`` are the library's face; ``python -m cpm_rcnn.train``, ``.eval`` and ``.predict`` are
-its commands.
+``CPMRCNN``, ``build_detector`` and ``from_release`` are the library's face; ``python -m cpm_rcnn.train``, ``.eval``,
+``.predict`` and ``.convert`` are its commands.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cpm_rcnn.models.build import build_detector
     from cpm_rcnn.models.detector import CPMRCNN
+    from cpm_rcnn.release import from_release
 
-__all__ = ["CPMRCNN", "build_detector"]
+__all__ = ["CPMRCNN", "build_detector", "from_release"]
 __version__ = "0.1.0"
 
 
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from cpm_rcnn.models.detector import CPMRCNN
 
         return CPMRCNN
+    if name == "from_release":
+        from cpm_rcnn.release import from_release
+
+        return from_release
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,12 +13,14 @@ from cpm_rcnn.checkpoints import read_checkpoint
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_count
 from cpm_rcnn.evaluation.multi_scale import MultiScaleDetector
+from cpm_rcnn.finetuning import start_from
 from cpm_rcnn.lightning_module import DetectionModule
 from cpm_rcnn.models.backbone import default_pixel_format
 from cpm_rcnn.pixels import CONVENTIONS
 from cpm_rcnn.reporting.progress import LossProgressBar
 from cpm_rcnn.reporting.throughput import Throughput
 from cpm_rcnn.schedule import Schedule
+from cpm_rcnn.weights import check_names
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
@@ -58,7 +60,11 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
 
 def model_arguments(config: DictConfig) -> dict[str, Any]:
     """The arguments of ``build_detector`` but ``num_classes``."""
-    backbone = plain(config.backbone)
+    node = config.backbone.copy()
+    if config.init is not None:
+        # The detector's weights bring the backbone's, whose file need not be at hand.
+        node.weights = None
+    backbone = plain(node)
     # Settled here, so that a checkpoint does not depend on what a later timm says of the model.
     backbone["pixel_format"] = backbone["pixel_format"] or default_pixel_format(backbone["name"])
     return {
@@ -73,12 +79,15 @@ def model_arguments(config: DictConfig) -> dict[str, Any]:
 
 def build_module(config: DictConfig, datamodule: CocoDataModule) -> DetectionModule:
     """The module of a training run, with its starting weights."""
-    return DetectionModule(
+    module = DetectionModule(
         model=model_arguments(config),
         categories=datamodule.categories,
         schedule=recipe(config),
         data=datamodule.evaluation_arguments,
     )
+    if config.init is not None:
+        start_from(module, config.init)
+    return module
 
 
 def build_trainer(config: DictConfig, run_dir: Path) -> pl.Trainer:
@@ -134,7 +143,8 @@ def load_module(path: str | Path, **overrides: Any) -> DetectionModule:
 
     Args:
         path: a checkpoint that ``train`` wrote.
-        **overrides: arguments of ``build_detector`` that replace the checkpoint's (``score_threshold``, ``nms_iou``).
+        **overrides: arguments of ``build_detector`` that replace the checkpoint's (``score_threshold``, ``nms_iou``);
+            ``ism=False`` and ``rsm=False`` leave those parts out.
 
     Raises:
         UserError: no such file, a damaged file, or a checkpoint of another program or model.
@@ -148,12 +158,11 @@ def load_module(path: str | Path, **overrides: Any) -> DetectionModule:
         module = DetectionModule(**{**arguments, "model": model})
     except TypeError as error:
         raise UserError(f"ckpt={path}: of another version of this program ({error})") from None
-    state, own = checkpoint["state_dict"], module.state_dict()
-    wrong = [k for k in own if k not in state or state[k].shape != own[k].shape] + [k for k in state if k not in own]
-    if wrong:
-        raise UserError(
-            f"ckpt={path}: weights of another model than its settings say; {len(wrong)} do not fit, first {wrong[0]}"
-        )
+    state = checkpoint["state_dict"]
+    for part in ("ism", "rsm"):
+        if overrides.get(part) is False:
+            state = {name: value for name, value in state.items() if not name.startswith(f"detector.head.{part}.")}
+    check_names(f"ckpt={path}", state, {name: value.shape for name, value in module.state_dict().items()})
     module.load_state_dict(state)
     return module.eval()
 

@@ -1,9 +1,13 @@
 """Checkpoint files; nothing in them is unpickled but tensors and plain values."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
 from cpm_rcnn.errors import UserError
 
@@ -11,19 +15,53 @@ from cpm_rcnn.errors import UserError
 _HYPERPARAMETERS = {"model", "categories", "schedule", "data"}
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint that ``train`` wrote: ``hyper_parameters`` of ``DetectionModule``, ``state_dict``, Lightning's rest.
+def read_checkpoint(path: str | Path, key: str = "ckpt") -> dict[str, Any]:
+    """A checkpoint of ``train`` or ``convert``.
+
+    It has ``hyper_parameters`` (arguments of ``DetectionModule``), ``state_dict``, and of ``train`` Lightning's rest.
+
+    Args:
+        path: the file.
+        key: the config key that named it, for messages.
 
     Raises:
         UserError: no such file, a damaged file, or a checkpoint of another program.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise UserError(f"ckpt={path}: no such file")
+        raise UserError(f"{key}={path}: no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"ckpt={path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
+        raise UserError(f"{key}={path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or not set(checkpoint.get("hyper_parameters") or ()) >= _HYPERPARAMETERS:
-        raise UserError(f"ckpt={path}: not a checkpoint of cpm_rcnn.train")
+        raise UserError(f"{key}={path}: not a checkpoint of cpm_rcnn.train; released weights: cpm_rcnn.convert")
     return checkpoint
+
+
+def write_checkpoint(path: Path, weights: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any]) -> None:
+    """Write weights that no training of ours made as a checkpoint: without optimizer or loops.
+
+    Args:
+        path: the file; it appears whole or not at all.
+        weights: of the detector, by name.
+        hyper_parameters: arguments of ``DetectionModule``.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    checkpoint = {
+        "pytorch-lightning_version": pl.__version__,
+        "epoch": 0,
+        "global_step": 0,
+        "hyper_parameters": dict(hyper_parameters),
+        "state_dict": {f"detector.{name}": value for name, value in weights.items()},
+    }
+    aside = path.with_name(f"{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(checkpoint, aside)
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises the latter
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None

@@ -26,6 +26,8 @@ def train(config: DictConfig) -> None:
         return train_apart(run_dir)
     check_count("sheet_images", config.sheet_images, 0)
     check_count("seed", config.seed, 0)
+    if config.init is not None and config.resume is not None:
+        raise UserError("init and resume: give one; a run that goes on has its weights already")
     pl.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = assembly.build_datamodule(config)
     module = assembly.build_module(config, datamodule)
@@ -35,8 +37,12 @@ def train(config: DictConfig) -> None:
     if trainer.is_global_zero:
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     if config.resume is not None:
-        done = read_checkpoint(config.resume)["global_step"]
-        datamodule.start_step = done * config.trainer.accumulate_grad_batches
+        checkpoint = read_checkpoint(config.resume, "resume")
+        if "optimizer_states" not in checkpoint:
+            raise UserError(
+                f"resume={config.resume}: holds weights, but no run to go on with; start from it with init="
+            )
+        datamodule.start_step = checkpoint["global_step"] * config.trainer.accumulate_grad_batches
     trainer.fit(module, datamodule=datamodule, ckpt_path=config.resume, weights_only=True)
     # A rehearsal (fast_dev_run) leaves no checkpoint to go back to.
     best = None if config.trainer.fast_dev_run else run_dir / "checkpoints" / "best.ckpt"

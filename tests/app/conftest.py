@@ -7,11 +7,12 @@ from hydra.core.global_hydra import GlobalHydra
 from small_run import SMALL
 
 from cpm_rcnn import commands
+from cpm_rcnn.convert import convert
 from cpm_rcnn.eval import evaluate
 from cpm_rcnn.predict import predict
 from cpm_rcnn.train import train
 
-TASKS = {"train": train, "eval": evaluate, "predict": predict}
+TASKS = {"convert": convert, "train": train, "eval": evaluate, "predict": predict}
 
 
 @dataclass

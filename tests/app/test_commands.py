@@ -286,7 +286,7 @@ def test_eval_and_predict_refuse_what_is_no_checkpoint(command, checkpoint, work
         (workplace / "none.ckpt", "no such file"),
         (damaged, "damaged"),
         (foreign, "not a checkpoint of cpm_rcnn"),
-        (other, "do not fit"),
+        (other, "does not fit"),
     ):
         for name, more in (("eval", ["trainer=cpu"]), ("predict", ["source=data/shapes/val"])):
             line = refused(command(name, f"ckpt={path}", *more))

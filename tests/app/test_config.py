@@ -100,7 +100,7 @@ def test_every_experiment_makes_its_parts(experiment, tmp_path):
 
 def test_the_issue_s_commands_mean_what_they_say():
     config = composed("backbone=x101_dcn", "trainer.devices=8")
-    assert (config.backbone.name, config.backbone.deformable) == ("resnext101_64x4d", True)
+    assert (config.backbone.name, config.backbone.deformable_stages) == ("resnext101_64x4d", [3, 4, 5])
     assert config.detector.max_grid_rois == 32
     assert config.trainer.devices == 8
     assert config.schedule.max_steps == 180_000

@@ -6,7 +6,8 @@ from torchvision.models import get_model
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from cpm_rcnn.errors import UserError
-from cpm_rcnn.models.backbone import FPNBackbone, ResNet, build_body, default_pixel_format
+from cpm_rcnn.models.backbone import FPNBackbone, build_body, default_pixel_format
+from cpm_rcnn.models.resnet import ResNet
 from cpm_rcnn.ops import DeformConv2d
 
 TIMM = "tf_efficientnet_lite0"
@@ -77,7 +78,7 @@ def test_stride_stands_on_the_3x3_or_caffe_style_on_the_1x1():
 def test_deformable_layers_are_the_3x3_of_c3_to_c5_and_change_nothing_at_first():
     torch.manual_seed(0)
     plain = build_body("resnet50").eval()
-    deformable = build_body("resnet50", deformable=True).eval()
+    deformable = build_body("resnet50", deformable_stages=(3, 4, 5)).eval()
     kinds = [isinstance(block.conv2, DeformConv2d) for stage in deformable.layers for block in stage]
     assert kinds == [False] * 3 + [True] * 13
     missing, unexpected = deformable.load_state_dict(plain.state_dict(), strict=False)
@@ -143,20 +144,20 @@ def test_local_file_of_timm_weights_gives_timms_features(tmp_path):
 
 
 def damage(state, how):
-    if how == "lacks":
+    if how == "missing":
         del state["layer1.0.conv1.weight"]
-    elif how == "has another shape for":
+    elif how == "misshapen":
         state["layer1.0.conv1.weight"] = torch.zeros(1)
     else:
         state["layer9.weight"] = torch.zeros(1)
     return state
 
 
-@pytest.mark.parametrize("how", ["lacks", "has another shape for", "has an unknown"])
+@pytest.mark.parametrize("how", ["missing", "misshapen", "unexpected"])
 def test_file_that_does_not_fit_is_named_with_what_is_wrong(resnet18, tmp_path, how):
     file = tmp_path / "damaged.pth"
     torch.save(damage(dict(resnet18.state_dict()), how), file)
-    with pytest.raises(UserError, match=rf"backbone\.weights=.*damaged\.pth: {how} layer"):
+    with pytest.raises(UserError, match=rf"backbone\.weights=.*damaged\.pth: does not fit the model; 1 {how}: layer"):
         build_body("resnet18", str(file))
 
 
@@ -190,10 +191,15 @@ def test_unknown_weights_name_what_is_allowed():
         ({"name": "vit_tiny_patch16_224"}, "vit_tiny_patch16_224"),
         ({"name": "tiny", "weights": "x.pth"}, "backbone.name=tiny"),
         ({"name": "tiny", "frozen_stages": 2}, "backbone.name=tiny"),
-        ({"name": "tiny", "deformable": True}, "deformable"),
+        ({"name": "tiny", "deformable_stages": [5]}, "deformable"),
         ({"name": TIMM, "stride_in_1x1": True}, "stride_in_1x1"),
         ({"name": TIMM, "frozen_stages": 2}, r"backbone\.frozen_stages=2"),
-        ({"name": "resnet18", "deformable": True}, r"backbone\.name=resnet18"),
+        ({"name": "resnet18", "deformable_stages": [5]}, r"backbone\.name=resnet18"),
+        ({"name": "resnet50", "deformable_stages": [2]}, r"backbone\.deformable_stages=2"),
+        ({"name": "resnet50", "layout": {"blocks": [1, 1, 1, 1]}}, r"backbone\.layout"),
+        ({"name": "resnet"}, r"backbone\.layout"),
+        ({"name": "resnet", "layout": {"blocks": [1, 1]}}, r"backbone\.layout\.blocks"),
+        ({"name": "resnet", "layout": {"block": [1, 1, 1, 1]}}, r"backbone\.layout: unknown key block"),
         ({"name": "resnet18", "stride_in_1x1": True}, r"backbone\.name=resnet18"),
         ({"name": "resnet18", "frozen_stages": 6}, r"backbone\.frozen_stages=6"),
         ({"name": "resnet18", "frozen_stages": -1}, r"backbone\.frozen_stages=-1"),

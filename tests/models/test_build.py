@@ -24,7 +24,7 @@ def test_default_r50_has_the_releases_1539_million_parameters():
     ("backbone", "millions"),
     [
         ("resnet101", 172.8),
-        ({"name": "resnext101_64x4d", "deformable": True}, 216.7),
+        ({"name": "resnext101_64x4d", "deformable_stages": (3, 4, 5)}, 216.7),
         ({"name": "resnet50", "stride_in_1x1": True}, 153.8),
     ],
     ids=str,

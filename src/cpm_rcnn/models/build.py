@@ -45,6 +45,7 @@ def build_detector(
     max_grid_rois: int = 96,
     score_threshold: float = 0.03,
     nms_iou: float = 0.3,
+    test_stages: int | None = None,
 ) -> CPMRCNN:
     """A CPM R-CNN; the defaults are the paper's.
 
@@ -70,6 +71,8 @@ def build_detector(
         max_grid_rois: RoIs an image that enter the first grid stage in training.
         score_threshold: 0..1, of the classification branch at test.
         nms_iou: 0..1, of the NMS before the grid stages.
+        test_stages: how many of the stages run at test; None: all. With fewer, ISM, which reads the last one, is passed
+            over.
 
     Raises:
         UserError: a value out of range, or a backbone that does not exist or whose weights do not fit.
@@ -99,18 +102,23 @@ def build_detector(
     check_list("cmm.stages", stages)
     if not stages:
         raise UserError("cmm.stages=[]: at least one grid stage is needed")
+    if test_stages is not None:
+        check_count("detector.test_stages", test_stages)
+        if test_stages > len(stages):
+            raise UserError(f"detector.test_stages={test_stages}: the model has {len(stages)} grid stages")
 
     body_arguments: dict[str, Any] = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
     stage_keys = [field.name for field in fields(StageSettings)]
     for k, stage in enumerate(stages):
         check_keys(f"cmm.stages[{k}]", stage, stage_keys, stage_keys)
-    check_keys("backbone", body_arguments, [*signature(build_body).parameters, "pixel_format"], ["name"])
+    check_keys("backbone", body_arguments, signature(build_body).parameters, ["name"])
     given_format = body_arguments.pop("pixel_format", None)
     if given_format:
         check_keys("backbone.pixel_format", given_format, _PIXEL_FORMAT_KEYS, _PIXEL_FORMAT_KEYS)
-    body = build_body(**body_arguments)
+    body_format = given_format or default_pixel_format(body_arguments["name"])
     convention = CONVENTIONS[pixels]
-    pixel_format = PixelFormat(**(given_format or default_pixel_format(body_arguments["name"])), pixels=convention)
+    pixel_format = PixelFormat(**body_format, pixels=convention)
+    body = build_body(**body_arguments, pixel_format=body_format)
     return CPMRCNN(
         pixel_format,
         FPNBackbone(body, fpn_channels),
@@ -138,6 +146,7 @@ def build_detector(
             max_grid_rois=max_grid_rois,
             score_threshold=score_threshold,
             nms_iou=nms_iou,
+            test_stages=test_stages,
             pixels=convention,
         ),
     )

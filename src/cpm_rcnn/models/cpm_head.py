@@ -51,6 +51,7 @@ class CPMHead(nn.Module):
         max_grid_rois: positives an image that enter the first grid stage in training.
         score_threshold: pairs of RoI and class at or below it are no candidates.
         nms_iou: threshold of the NMS before the grid stages.
+        test_stages: how many stages run at test, None for all; ISM reads the last one's features, so it needs all.
         pixels: the pixel convention.
     """
 
@@ -71,9 +72,11 @@ class CPMHead(nn.Module):
         max_grid_rois: int,
         score_threshold: float,
         nms_iou: float,
+        test_stages: int | None,
         pixels: PixelConvention,
     ) -> None:
         super().__init__()
+        self.test_stages = len(stages) if test_stages is None else test_stages
         self.samples = samples
         self.max_grid_rois = max_grid_rois
         self.score_threshold = score_threshold
@@ -101,10 +104,10 @@ class CPMHead(nn.Module):
         rois, scores, labels = select_detections(
             probabilities, proposals, score_threshold=self.score_threshold, nms_iou=self.nms_iou
         )
-        for stage in self._stages():
+        for stage in self._stages()[: self.test_stages]:
             output = stage(features, rois)
             rois = stage.decode(output, rois)
-        if self.ism is not None:
+        if self.ism is not None and self.test_stages == len(self.stages):
             scores = instance_rescale(scores, self.ism(output.point_features))
         if self.rsm is not None:
             scores = rescore(scores, self.rsm(features, rois), labels)

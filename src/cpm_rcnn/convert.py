@@ -1,0 +1,61 @@
+"""``python -m cpm_rcnn.convert src=FILE dst=FILE.ckpt``: released weights as a checkpoint of this program."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from cpm_rcnn import assembly
+from cpm_rcnn.checkpoints import write_checkpoint
+from cpm_rcnn.coco_categories import COCO_CATEGORIES
+from cpm_rcnn.commands import run
+from cpm_rcnn.data.coco import CocoAnnotations
+from cpm_rcnn.errors import UserError
+from cpm_rcnn.models.build import build_detector
+from cpm_rcnn.release import convert_state, release_arguments
+from cpm_rcnn.weights import read_weights
+
+
+def convert(config: DictConfig) -> None:
+    """Read ``src``, write ``dst``; nothing is written where anything is wrong."""
+    target = Path(config.dst).expanduser()
+    if target.exists():
+        raise UserError(f"dst={target}: exists already; delete it, or give another name")
+    state, source = read_weights(config.src, "src"), f"src={config.src}"
+    model = release_arguments(state, source) | assembly.given(config.detector)
+    num_classes = model.pop("num_classes")
+    detector = build_detector(**model, num_classes=num_classes)
+    weights = convert_state(state, detector, source)
+    hyper_parameters = {
+        "model": model,
+        "categories": _categories(config.categories, num_classes, source),
+        "schedule": assembly.recipe(config),
+        "data": instantiate(config.data, _convert_="all").evaluation_arguments,
+    }
+    write_checkpoint(target, weights, hyper_parameters)
+    parts = [f"{len(model['stages'])} grid stages"] + [name.upper() for name in ("ism", "rsm", "fusion") if model[name]]
+    millions = sum(value.numel() for value in state.values()) / 1e6
+    print(f"{model['backbone']['name']}, {num_classes} classes, {', '.join(parts)}; {millions:.1f} million values")
+    print(target)
+
+
+def _categories(json: str | None, num_classes: int, source: str) -> list[dict[str, Any]]:
+    """What the classes mean: COCO's, or those of a COCO-style json."""
+    categories = COCO_CATEGORIES if json is None else CocoAnnotations.load(Path(json).expanduser()).categories
+    if len(categories) != num_classes:
+        origin = "COCO has" if json is None else f"categories={json} has"
+        raise UserError(
+            f"{source}: has {num_classes} classes, but {origin} {len(categories)}; "
+            "categories=JSON names them, the annotations that the file was trained on"
+        )
+    return categories
+
+
+def main() -> None:
+    """The command."""
+    run(convert, "convert")
+
+
+if __name__ == "__main__":
+    main()
