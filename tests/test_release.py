@@ -1,6 +1,8 @@
 """Released weights: the same results as the release, and refusal of what is not a released file."""
 
 import pickle
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -150,6 +152,8 @@ def test_overrides_reach_the_model_and_unknown_ones_are_named(state):
         from_release(state, score=0.4)
     with pytest.raises(UserError, match=r"detector\.test_stages=3: the model has 2"):
         from_release(state, test_stages=3)
+    with pytest.raises(UserError, match=r"detector\.rsm=off: must be true or false"):
+        from_release(state, rsm="off")
 
 
 def test_parts_can_be_left_out_at_test():
@@ -186,7 +190,26 @@ def reshaped(state, name, *shape):
     return dict(state) | {name: torch.zeros(shape)}
 
 
+def flattened(state, name):
+    return dict(state) | {name: state[name].flatten()}
+
+
+NAN = torch.tensor(float("nan"))
 DAMAGES = {
+    "a missing grid head": (lambda s: without(s, "Head_grid_0"), ["missing", "Head_grid_0.convs.0.0.weight"]),
+    "one lost convolution": (
+        lambda s: without(s, "Head_grid_0.convs.7"),
+        ["4 missing: Grid_Cascade_RCNN.Head_grid_0.convs.7.0.weight"],
+    ),
+    "a flat convolution": (lambda s: flattened(s, "Conv_Body.layer1.0.conv2.weight"), ["Conv_Body.layer1.0.conv2"]),
+    "no outputs": (lambda s: reshaped(s, "Conv_Body_FPN.p5_in.weight", 0, 2048, 1, 1), ["detector.fpn_channels=0"]),
+    "not finite": (
+        lambda s: dict(s) | {"RPN.head.conv.bias": NAN.expand(64)},
+        ["1 not finite: RPN.head.conv.bias"],
+    ),
+    "complex numbers": (lambda s: dict(s) | {"RPN.head.conv.bias": torch.zeros(64) * 1j}, ["RPN.head.conv.bias"]),
+    "no data": (lambda s: dict(s) | {"RPN.head.conv.bias": torch.zeros(64, device="meta")}, ["RPN.head.conv.bias"]),
+    "numbers for names": (lambda s: dict(s) | {3: torch.zeros(1)}, ["holds 3 where names should stand"]),
     "a missing grid stage": (lambda s: without(s, "grid_0"), ["lacks Grid_Cascade_RCNN.Output_grid_0.deconv_1"]),
     "a missing backbone stage": (lambda s: without(s, "layer3"), ["missing", "Conv_Body.layer3.0.conv1.weight"]),
     "no backbone": (lambda s: without(s, "Conv_Body.layer1"), ["lacks Conv_Body.layer1.0.conv2.weight"]),
@@ -229,6 +252,43 @@ def test_a_stage_missing_within_the_cascade_is_listed():
 class RunsCode:
     def __reduce__(self):
         return (warnings.warn, ("this ran",))
+
+
+@pytest.mark.parametrize("name", ["Conv_Body.conv1.weight", "Conv_Body.layer1.0.conv1.weight"])
+def test_numpy_s_arrays_of_either_byte_order_are_taken(state, name):
+    arrays = {key: value.numpy() for key, value in state.items()}
+    arrays[name] = arrays[name].astype(">f4")
+    assert same_weights(from_release(arrays), from_release(state))
+
+
+def test_a_training_checkpoint_of_the_release_is_read_with_its_solver_s_settings(state, tmp_path, monkeypatch):
+    # The release stores its scheduler whole, settings of a class of its own among them, and numpy's numbers.
+    module = types.ModuleType("pet.utils.collections")
+    module.AttrDict = type("AttrDict", (dict,), {"__module__": module.__name__})
+    for name in ("pet", "pet.utils", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    solver = module.AttrDict(BASE_LR=0.02)
+    solver.immutable = True
+    scheduler = {
+        "solver": solver,
+        "iteration": 180000,
+        "info": {"best_acc": np.float64(0.4), "new_lr": np.float32(0.1)},
+    }
+    torch.save({"model": state, "scheduler": scheduler}, tmp_path / "model_latest.pth")
+    torch.save({"model": state, "scheduler": scheduler}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    monkeypatch.undo()
+    for name in ("model_latest.pth", "old.pth"):
+        assert same_weights(from_release(tmp_path / name), from_release(state))
+
+
+def test_a_flipped_bit_is_found(state, tmp_path):
+    file = tmp_path / "model.pth"
+    torch.save(state, file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.pth: .*does not match its checksum"):
+        from_release(file)
 
 
 @pytest.mark.parametrize("kind", ["cut", "legacy cut", "empty", "text", "code", "code in a pickle", "folder", "absent"])

@@ -61,7 +61,7 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
 def model_arguments(config: DictConfig) -> dict[str, Any]:
     """The arguments of ``build_detector`` but ``num_classes``."""
     node = config.backbone.copy()
-    if config.init is not None:
+    if config.init is not None or config.resume is not None:
         # The detector's weights bring the backbone's, whose file need not be at hand.
         node.weights = None
     backbone = plain(node)
@@ -142,7 +142,7 @@ def load_module(path: str | Path, **overrides: Any) -> DetectionModule:
     """The module of a checkpoint, in eval mode on the CPU.
 
     Args:
-        path: a checkpoint that ``train`` wrote.
+        path: a checkpoint that ``train`` or ``convert`` wrote.
         **overrides: arguments of ``build_detector`` that replace the checkpoint's (``score_threshold``, ``nms_iou``);
             ``ism=False`` and ``rsm=False`` leave those parts out.
 
@@ -158,6 +158,8 @@ def load_module(path: str | Path, **overrides: Any) -> DetectionModule:
         module = DetectionModule(**{**arguments, "model": model})
     except TypeError as error:
         raise UserError(f"ckpt={path}: of another version of this program ({error})") from None
+    except UserError as error:
+        raise UserError(f"ckpt={path}: {error}") from None
     state = checkpoint["state_dict"]
     for part in ("ism", "rsm"):
         if overrides.get(part) is False:

@@ -1,5 +1,6 @@
 """Checkpoint files; nothing in them is unpickled but tensors and plain values."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from cpm_rcnn.errors import UserError
+from cpm_rcnn.weights import named_tensors, read_file
 
 # What ``DetectionModule`` stores of itself.
-_HYPERPARAMETERS = {"model", "categories", "schedule", "data"}
+_HYPERPARAMETERS = {"model": dict, "categories": list, "schedule": dict, "data": dict}
 
 
 def read_checkpoint(path: str | Path, key: str = "ckpt") -> dict[str, Any]:
@@ -27,15 +29,17 @@ def read_checkpoint(path: str | Path, key: str = "ckpt") -> dict[str, Any]:
     Raises:
         UserError: no such file, a damaged file, or a checkpoint of another program.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{key}={path}: no such file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(f"{key}={path}: not a checkpoint, or a damaged one ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not set(checkpoint.get("hyper_parameters") or ()) >= _HYPERPARAMETERS:
+    checkpoint = read_file(path, key)
+    known = isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)
+    arguments = checkpoint.get("hyper_parameters") if known else None
+    if not isinstance(arguments, dict) or not set(arguments) >= set(_HYPERPARAMETERS):
         raise UserError(f"{key}={path}: not a checkpoint of cpm_rcnn.train; released weights: cpm_rcnn.convert")
+    for name, kind in _HYPERPARAMETERS.items():
+        if not isinstance(arguments[name], kind):
+            raise UserError(f"{key}={path}: its {name} is a {type(arguments[name]).__name__}; damaged")
+    if not isinstance(arguments["model"].get("backbone"), dict):
+        raise UserError(f"{key}={path}: its model has no backbone; damaged")
+    named_tensors(checkpoint["state_dict"], f"{key}={path}")
     return checkpoint
 
 
@@ -57,11 +61,12 @@ def write_checkpoint(path: Path, weights: Mapping[str, Tensor], hyper_parameters
         "hyper_parameters": dict(hyper_parameters),
         "state_dict": {f"detector.{name}": value for name, value in weights.items()},
     }
-    aside = path.with_name(f"{path.name}.part")
+    aside = path.with_name(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(checkpoint, aside)
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises the latter
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None

@@ -11,21 +11,22 @@ from cpm_rcnn.checkpoints import write_checkpoint
 from cpm_rcnn.coco_categories import COCO_CATEGORIES
 from cpm_rcnn.commands import run
 from cpm_rcnn.data.coco import CocoAnnotations
-from cpm_rcnn.errors import UserError
-from cpm_rcnn.models.build import build_detector
-from cpm_rcnn.release import convert_state, release_arguments
+from cpm_rcnn.errors import UserError, check_path
+from cpm_rcnn.release import build_release, convert_state, release_arguments
 from cpm_rcnn.weights import read_weights
 
 
 def convert(config: DictConfig) -> None:
     """Read ``src``, write ``dst``; nothing is written where anything is wrong."""
-    target = Path(config.dst).expanduser()
+    target = check_path("dst", config.dst)
+    if target.is_dir():
+        raise UserError(f"dst={target}: is a folder; give a file in it")
     if target.exists():
         raise UserError(f"dst={target}: exists already; delete it, or give another name")
     state, source = read_weights(config.src, "src"), f"src={config.src}"
     model = release_arguments(state, source) | assembly.given(config.detector)
     num_classes = model.pop("num_classes")
-    detector = build_detector(**model, num_classes=num_classes)
+    detector = build_release({**model, "num_classes": num_classes}, source)
     weights = convert_state(state, detector, source)
     hyper_parameters = {
         "model": model,
@@ -37,6 +38,9 @@ def convert(config: DictConfig) -> None:
     parts = [f"{len(model['stages'])} grid stages"] + [name.upper() for name in ("ism", "rsm", "fusion") if model[name]]
     millions = sum(value.numel() for value in state.values()) / 1e6
     print(f"{model['backbone']['name']}, {num_classes} classes, {', '.join(parts)}; {millions:.1f} million values")
+    whole = len(model["stages"]) == 3 and model["ism"] and model["rsm"] and model["grid_convs"] == 8
+    if not whole or model["backbone"]["name"] == "resnet":
+        print("note: none of the three published models; check that the file is all there")
     print(target)
 
 

@@ -1,6 +1,7 @@
 """The one error that is the user's to mend, and the checks that raise it."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -45,3 +46,42 @@ def check_keys(key: str, mapping: Mapping[str, Any], allowed: Iterable[str], req
     for what, names in (("unknown", unknown), ("missing", missing)):
         if names:
             raise UserError(f"{key}: {what} key {', '.join(map(str, names))}; allowed: {', '.join(allowed)}")
+
+
+def check_flag(key: str, value: Any) -> None:
+    """Raise :class:`UserError` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{key}={value}: must be true or false")
+
+
+def check_path(key: str, value: Any) -> Path:
+    """``value`` as a path, ``~`` expanded.
+
+    Raises:
+        UserError: it is no text, or no path that the system could have.
+    """
+    if not isinstance(value, (str, Path)) or not str(value):
+        raise UserError(f"{key}={value}: must be a path")
+    try:
+        path = Path(value).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{key}={value}: no usable path ({getattr(error, 'strerror', None) or error})") from None
+    return path
+
+
+def check_file(key: str, value: Any, allowed: str = "") -> Path:
+    """``value`` as the path of a file that is there.
+
+    Args:
+        key: the config key, for messages.
+        value: the path.
+        allowed: what else could have been given, for messages.
+
+    Raises:
+        UserError: it is no path, or no file.
+    """
+    path = check_path(key, value)
+    if not path.is_file():
+        raise UserError(f"{key}={value}: no such file" + (f"; allowed: {allowed}" if allowed else ""))
+    return path

@@ -24,6 +24,9 @@ _STAGES = {1: CMM_STAGES[:1], 2: _TWO_STAGES, 3: CMM_STAGES}
 # Grid points that exchange features, receiver by receiver; the release numbers the senders of each.
 _SENDERS = [2, 3, 2, 3, 4, 3, 2, 3, 2]
 
+_ISM = r"Grid_Cascade_RCNN\.Output_grid_\d\.iou_"
+_RSM = r"Grid_Cascade_RCNN\.(Head|Output)_rescore\."
+
 # The release's names of our parameters: a pattern of ours, and theirs.
 _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"backbone\.body\.stem\.", "Conv_Body."),
@@ -69,8 +72,7 @@ def from_release(path_or_state_dict: str | Path | Mapping[str, Any], **overrides
             override that does not exist or fit.
     """
     state, source = _read(path_or_state_dict)
-    arguments = release_arguments(state, source) | _checked(overrides)
-    detector = build_detector(**arguments)
+    detector = build_release(release_arguments(state, source) | _checked(overrides), source)
     detector.load_state_dict(convert_state(state, detector, source))
     return detector.eval()
 
@@ -87,7 +89,7 @@ def release_arguments(state: Mapping[str, Tensor], source: str) -> dict[str, Any
     """
 
     def shape(name: str) -> torch.Size:
-        if name not in state or state[name].ndim < 1:
+        if name not in state or state[name].ndim < 2:
             raise UserError(f"{source}: not a released CPM R-CNN: lacks {name}")
         return state[name].shape
 
@@ -98,13 +100,16 @@ def release_arguments(state: Mapping[str, Tensor], source: str) -> dict[str, Any
     body = "Conv_Body.layer"
     blocks = [count(rf"Conv_Body\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]
     width, channels = shape(f"{body}1.0.conv2.weight")[:2]
-    layout = ResNetLayout(tuple(max(n, 1) for n in blocks), groups=width // max(channels, 1), width_per_group=channels)
+    # Sizes that no model has become ones that the comparison of names will find wrong.
+    layout = ResNetLayout(
+        tuple(max(n, 1) for n in blocks), groups=max(width // max(channels, 1), 1), width_per_group=max(channels, 1)
+    )
     name = next((name for name, known in RESNETS.items() if known == layout), "resnet")
     backbone: dict[str, Any] = {
         "name": name,
         "weights": None,
         "frozen_stages": 2,
-        "deformable_stages": [s for s in (3, 4, 5) if f"{body}{s - 1}.0.conv2.conv_offset.weight" in state],
+        "deformable_stages": [s for s in (3, 4, 5) if count(rf"Conv_Body\.layer{s - 1}\.(\d+)\.conv2\.conv_offset")],
         "stride_in_1x1": layout.groups == 1,
         "pixel_format": RELEASE_PIXEL_FORMAT,
     }
@@ -122,16 +127,28 @@ def release_arguments(state: Mapping[str, Tensor], source: str) -> dict[str, Any
         "backbone": backbone,
         "num_classes": shape(f"{head}Output_cls.cls_score.weight")[0] - 1,
         "stages": [dict(stage) for stage in _STAGES[stages]],
-        "ism": any("iou_" in name for name in state),
-        "rsm": any("rescore" in name for name in state),
+        "ism": any(re.match(_ISM, name) for name in state),
+        "rsm": any(re.match(_RSM, name) for name in state),
         "fusion": any("order_trans" in name for name in state),
         "pixels": "inclusive",
         "fpn_channels": shape("Conv_Body_FPN.p5_in.weight")[0],
         "mlp_channels": shape(f"{head}Head_cls.fc6.weight")[0],
         "point_channels": shape(f"{head}Output_grid_0.deconv_1.weight")[0] // 9,
-        "grid_convs": count(rf"{head}Head_grid_0\.convs\.(\d+)\."),
+        "grid_convs": max(count(rf"{head}Head_grid_\d\.convs\.(\d+)\."), 1),
         "max_grid_rois": 32 if backbone["deformable_stages"] else 96,
     }
+
+
+def build_release(arguments: Mapping[str, Any], source: str) -> CPMRCNN:
+    """The detector of ``arguments``, those of a file among them.
+
+    Raises:
+        UserError: no detector has them; names the file.
+    """
+    try:
+        return build_detector(**arguments)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def convert_state(state: Mapping[str, Tensor], detector: CPMRCNN, source: str) -> dict[str, Tensor]:
@@ -146,10 +163,11 @@ def convert_state(state: Mapping[str, Tensor], detector: CPMRCNN, source: str) -
         UserError: names or shapes that are missing, unexpected or wrong.
     """
     state = {name: value for name, value in with_statistics(state).items() if not name.endswith("num_batches_tracked")}
-    if detector.head.ism is None:
-        state = {name: value for name, value in state.items() if "iou_" not in name}
-    if detector.head.rsm is None:
-        state = {name: value for name, value in state.items() if "rescore" not in name}
+    for part, names_of in ((detector.head.ism, _ISM), (detector.head.rsm, _RSM)):
+        if part is None:
+            state = {name: value for name, value in state.items() if not re.match(names_of, name)}
+    if wild := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"{source}: {len(wild)} not finite: {', '.join(wild[:6])}")
     own = detector.state_dict()
     names = {name: release_names(name, len(detector.head.stages)) for name in own}
     check_names(

@@ -4,6 +4,7 @@ import codecs
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import UserError, check_file
 
 # Where the formats of the field keep the weights: Lightning, most others, Caffe2.
 _WRAPPERS = ("state_dict", "model", "blobs")
@@ -30,6 +31,15 @@ _NUMPY_GLOBALS: dict[tuple[str, str], Any] = {
     ("numpy._core.numeric", "_frombuffer"): np.zeros(1).__reduce_ex__(5)[0],
     ("_codecs", "encode"): codecs.encode,
 }
+# What training checkpoints of the release hold beside weights: its solver's settings, read as a plain mapping, and
+# numbers.
+_INERT: list[Any] = [
+    (OrderedDict, "pet.utils.collections.AttrDict"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
+]
 
 
 def read_weights(path: str | Path, key: str) -> dict[str, Tensor]:
@@ -48,11 +58,42 @@ def read_weights(path: str | Path, key: str) -> dict[str, Tensor]:
     Raises:
         UserError: no such file; damaged; asks to run code; holds something other than named tensors.
     """
-    path = Path(path).expanduser()
-    source = f"{key}={path}"
-    if not path.is_file():
-        raise UserError(f"{source}: no such file")
-    return named_tensors(_read(path, source), source)
+    return named_tensors(read_file(path, key), f"{key}={path}")
+
+
+def read_file(path: str | Path, key: str) -> Any:
+    """What a weight file or checkpoint holds: tensors and plain values, nothing that runs.
+
+    Args:
+        path: a ``torch.save`` file, ``.safetensors``, or a ``.pkl`` of numpy arrays.
+        key: the config key that named it, for messages.
+
+    Raises:
+        UserError: no such file; damaged; asks to run code.
+    """
+    file, source = check_file(key, path), f"{key}={path}"
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        if file.suffix == ".pkl":
+            with file.open("rb") as stream:
+                return _ArrayUnpickler(stream, encoding="latin1").load()
+        _check_archive(file)
+        with torch.serialization.safe_globals(_INERT):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch names what the pickle wanted to import within a long advice.
+        asked = re.search(r"GLOBAL (\S+) was not", str(error)) or re.search(r"asks for (\S+)", str(error))
+        if asked and not asked[1].startswith("torch."):  # a name of torch's own that is not known is cut short
+            raise UserError(f"{source}: refused, it asks to run {asked[1]}; weights are tensors alone") from None
+        why = type(error).__name__
+    except zipfile.BadZipFile as error:
+        why = str(error)
+    except Exception as error:  # each format has errors of its own
+        why = getattr(error, "strerror", None) or type(error).__name__
+    raise UserError(f"{source}: cannot be read as weights ({why}); damaged, or no weight file")
 
 
 def named_tensors(content: Any, source: str) -> dict[str, Tensor]:
@@ -73,14 +114,23 @@ def named_tensors(content: Any, source: str) -> dict[str, Tensor]:
         raise UserError(f"{source}: holds {what}, not weights by name")
     tensors = {}
     for name, value in content.items():
-        if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fiu":
-            value = torch.from_numpy(np.ascontiguousarray(value))
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(f"{source}: {name} is a {type(value).__name__}, not a tensor")
-        tensors[name] = value
+        if not isinstance(name, str):
+            raise UserError(f"{source}: holds {name!r} where names should stand")
+        tensors[name] = _tensor(value, f"{source}: {name}")
     if all(name.startswith("module.") for name in tensors):  # left by torch's DataParallel
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
     return tensors
+
+
+def _tensor(value: Any, name: str) -> Tensor:
+    """A value of a weight file as a tensor that holds its numbers."""
+    if isinstance(value, (np.ndarray, np.generic, int, float)):
+        array = np.array(value)  # a copy that can be written to
+        if array.dtype.kind in "fiu" and array.dtype.itemsize <= 8:
+            return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta and not value.is_complex():
+        return value
+    raise UserError(f"{name} is a {type(value).__name__} that holds no real numbers, not a tensor of weights")
 
 
 def check_names(source: str, given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
@@ -101,28 +151,16 @@ def check_names(source: str, given: Mapping[str, Tensor], wanted: Mapping[str, t
         raise UserError(f"{source}: does not fit the model; {'; '.join(problems)}")
 
 
-def _read(path: Path, source: str) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        if path.suffix == ".pkl":
-            with path.open("rb") as file:
-                return _ArrayUnpickler(file, encoding="latin1").load()
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # torch names what the pickle wanted to import within a long advice.
-        asked = re.search(r"GLOBAL (\S+) was not", str(error)) or re.search(r"asks for (\S+)", str(error))
-        if asked:
-            raise UserError(f"{source}: refused, it asks to run {asked[1]}; weights are tensors alone") from None
-        raise UserError(
-            f"{source}: cannot be read as weights ({type(error).__name__}); damaged, or no weight file"
-        ) from None
-    except Exception as error:  # each format has errors of its own
-        cut = path.read_bytes()[:2] == b"PK" and not zipfile.is_zipfile(path)
-        why = "cut short" if cut else type(error).__name__
-        raise UserError(f"{source}: cannot be read as weights ({why}); damaged, or no weight file") from None
+def _check_archive(file: Path) -> None:
+    """Raise BadZipFile for an archive that is cut short or whose parts do not match their checksums."""
+    with file.open("rb") as stream:
+        if stream.read(2) != b"PK":
+            return  # torch's files of before 2020
+    if not zipfile.is_zipfile(file):
+        raise zipfile.BadZipFile("cut short")
+    with zipfile.ZipFile(file) as archive:
+        if part := archive.testzip():
+            raise zipfile.BadZipFile(f"{part} does not match its checksum")
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -282,7 +282,21 @@ def test_eval_and_predict_refuse_what_is_no_checkpoint(command, checkpoint, work
     content["hyper_parameters"]["model"]["mlp_channels"] = 24
     other = workplace / "other.ckpt"
     torch.save(content, other)
+    cases = []
+    for name, change in {
+        "no_weights": lambda c: c.pop("state_dict"),
+        "list": lambda c: c.update(hyper_parameters=[5]),
+        "model_3": lambda c: c["hyper_parameters"].update(model=3),
+        "body": lambda c: c["hyper_parameters"]["model"].update(backbone="tiny"),
+        "no_tensor": lambda c: c["state_dict"].update({"detector.rpn.head.cls_logits.bias": "x"}),
+        "key": lambda c: c["hyper_parameters"]["model"]["backbone"].update(depth=3),
+    }.items():
+        content = torch.load(checkpoint, weights_only=True)
+        change(content)
+        torch.save(content, workplace / f"{name}.ckpt")
+        cases.append((workplace / f"{name}.ckpt", ""))
     for path, part in (
+        *cases,
         (workplace / "none.ckpt", "no such file"),
         (damaged, "damaged"),
         (foreign, "not a checkpoint of cpm_rcnn"),

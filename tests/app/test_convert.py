@@ -31,6 +31,7 @@ def converted(command, released):
         assert answer.status == 0, answer.err
         assert answer.out.splitlines() == [
             "resnet, 80 classes, 2 grid stages, RSM; 9.6 million values",
+            "note: none of the three published models; check that the file is all there",
             str(target),
         ]
     return target
@@ -100,6 +101,14 @@ def test_eval_can_leave_parts_out(command, converted, photographs):
     assert sorted(d["score"] for d in found[0]) != sorted(d["score"] for d in found[1])
 
 
+def test_a_part_is_left_out_by_false_and_nothing_else(command, converted, photographs):
+    assert "detector.rsm=off: must be true or false" in refused(
+        command("eval", f"ckpt={converted}", *on(photographs), "detector.rsm=off")
+    )
+    line = refused(command("eval", f"ckpt={converted}", *on(photographs), "detector.ism=true"))
+    assert "missing: detector.head.ism" in line
+
+
 def test_a_test_list_without_annotations_gives_the_server_s_json(command, converted, photographs, tmp_path):
     content = json.loads((photographs / "photographs.json").read_text())
     del content["annotations"]
@@ -154,6 +163,10 @@ def test_training_starts_from_it_on_other_classes(command, converted, released):
     moved = (ours["rpn.head.conv.0.0.weight"] - start["rpn.head.conv.0.0.weight"]).abs()
     assert 0 < moved.max() < 0.1
     assert ours["head.classifier.predictor.weight"].shape == (6, 64)
+    # It goes on without the file that it never needed.
+    more = [*SAME_MODEL, *FINE_TUNING, "schedule.max_steps=3", f"resume={answer.folder}/checkpoints/last.ckpt"]
+    answer = command("train", "experiment=release_r50", *more)
+    assert answer.status == 0, answer.err
 
 
 def test_training_from_another_model_or_without_a_run_is_refused(command, converted):
@@ -201,8 +214,26 @@ def test_convert_refuses_in_one_line_and_writes_nothing(command, released, tmp_p
         "a place that is taken": "exists already",
     }
     assert expected[fault] in line
-    assert fault == "a place that is taken" or not target.parent.exists()
+    if fault == "a place that is taken":
+        assert target.read_text() == "precious"
+        assert [p.name for p in target.parent.iterdir()] == ["target.ckpt"]
+    else:
+        assert not target.parent.exists()
     assert sorted(p.name for p in tmp_path.iterdir() if p != target.parent) == ["source.pth"]
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("{}/released.pth/x.ckpt", "x.ckpt"),
+        ("{}/" + "x" * 300, "too long"),
+        ("null", "dst=None"),
+        ("{}", "is a folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_one_line(command, released, target, says):
+    assert says in refused(command("convert", f"src={released}", f"dst={target.format(released.parent)}"))
+    assert not list(released.parent.glob("*.part"))
 
 
 def test_classes_other_than_coco_s_are_named_by_a_json(command, released, tmp_path):

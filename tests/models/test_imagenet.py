@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models import resnet
 
 from cpm_rcnn.errors import UserError
+from cpm_rcnn.models.backbone import build_body
 from cpm_rcnn.models.build import build_detector
 from cpm_rcnn.models.resnet import ResNet
 from release_files import recipe
@@ -161,6 +162,8 @@ MISFITS = [
     (TORCH, "detectron2", BGR_1, False, "set backbone.pixel_format.order=rgb"),
     (CAFFE, "ordinary", CAFFE | {"mean": CAFFE["mean"][::-1]}, True, "set backbone.pixel_format.mean="),
     (TORCH, "ordinary", TORCH | {"mean": (0.5, 0.5, 0.5)}, False, "set backbone.pixel_format.mean="),
+    (TORCH, "ordinary", TORCH | {"std": (1, 1, 1)}, False, "set backbone.pixel_format.std="),
+    (CAFFE, "ordinary", CAFFE | {"std": (2, 2, 2)}, True, "set backbone.pixel_format.std="),
 ]
 
 
@@ -192,7 +195,21 @@ def test_timm_weights_for_another_range_are_refused(tmp_path):
     backbone = {"name": "tf_efficientnet_lite0", "weights": str(file)}
     with pytest.raises(UserError, match=r"lite0\.pth: trained on pixels that vary by about 58"):
         build_detector(backbone, 3, **sizes)
-    build_detector(backbone | {"pixel_format": CAFFE}, 3, **sizes)
+    with pytest.raises(UserError, match="belongs to order rgb by timm"):
+        build_detector(backbone | {"pixel_format": CAFFE}, 3, **sizes)
+    build_detector(backbone | {"pixel_format": CAFFE, "check_weights": False}, 3, **sizes)
+
+
+def test_a_timm_file_that_is_not_all_there_is_refused(tmp_path):
+    timm = pytest.importorskip("timm")
+    state = timm.create_model("resnet10t", pretrained=False).state_dict()
+    file = tmp_path / "r10t.pth"
+    torch.save({name: value for name, value in state.items() if not name.startswith("layer2.")}, file)
+    with pytest.raises(UserError, match=r"r10t\.pth: does not fit the model; \d+ missing: layer2\."):
+        build_body("resnet10t", str(file))
+    torch.save(state, file)
+    body = build_body("resnet10t", str(file))
+    assert torch.equal(body.net.layer2[0].conv1.weight, state["layer2.0.conv1.weight"])
 
 
 def test_a_pickle_that_is_none_of_these_is_named(tmp_path):

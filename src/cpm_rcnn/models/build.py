@@ -5,7 +5,7 @@ from dataclasses import fields
 from inspect import signature
 from typing import Any
 
-from cpm_rcnn.errors import UserError, check_choice, check_count, check_keys, check_list, check_range
+from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag, check_keys, check_list, check_range
 from cpm_rcnn.models.backbone import STRIDES, FPNBackbone, build_body, default_pixel_format
 from cpm_rcnn.models.cpm_head import CPMHead
 from cpm_rcnn.models.detector import CPMRCNN
@@ -89,6 +89,8 @@ def build_detector(
         ("max_grid_rois", max_grid_rois),
     ):
         check_count(f"detector.{key}", value)
+    for key, value in (("ism", ism), ("rsm", rsm), ("fusion", fusion)):
+        check_flag(f"detector.{key}", value)
     check_range("detector.score_threshold", score_threshold, 0, 1)
     check_range("detector.nms_iou", nms_iou, 0, 1)
     check_count("detector.point_channels", point_channels, 4)
@@ -110,6 +112,8 @@ def build_detector(
     body_arguments: dict[str, Any] = {"name": backbone} if isinstance(backbone, str) else dict(backbone)
     stage_keys = [field.name for field in fields(StageSettings)]
     for k, stage in enumerate(stages):
+        if not isinstance(stage, Mapping):
+            raise UserError(f"cmm.stages[{k}]={stage}: must be a mapping with {', '.join(stage_keys)}")
         check_keys(f"cmm.stages[{k}]", stage, stage_keys, stage_keys)
     check_keys("backbone", body_arguments, signature(build_body).parameters, ["name"])
     given_format = body_arguments.pop("pixel_format", None)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torchvision.models import get_model_weights
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import UserError, check_file
 from cpm_rcnn.weights import read_weights
 
 # Of ImageNet's photographs in 0..255: mean of R, G, B, and standard deviation.
@@ -20,7 +19,10 @@ _STD = 57.6
 # normalised pixels differ by a factor of 58, and this is about the root of it.
 _TOLERANCE = 8.0
 _MEAN_TOLERANCE = 5.0
+_STD_TOLERANCE = 1.2
 _RANGE_BORDER = 8.0
+# Where BatchNorm is merged, its outputs' spread is not told; of the first layers of ResNets it is a fraction of one.
+_TYPICAL_SPREAD = 0.3
 
 _CAFFE2_LAYERS = {"branch1": "downsample.0", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
 _CAFFE2_NORMS = {"branch1": "downsample.1", "branch2a": "bn1", "branch2b": "bn2", "branch2c": "bn3"}
@@ -58,11 +60,9 @@ def resnet_weights(name: str, weights: str) -> tuple[dict[str, Tensor], Origin]:
                 f"backbone.weights={weights}: cannot fetch {known[weights].url} ({error}); "
                 "download it elsewhere and give the file"
             ) from None
-    elif Path(weights).expanduser().is_file():
-        state = read_weights(weights, "backbone.weights")
     else:
-        allowed = ", ".join(["null", *known, "a local file"])
-        raise UserError(f"backbone.weights={weights}: no such file, and no weight name; allowed: {allowed}")
+        check_file("backbone.weights", weights, ", ".join(["null", *known, "a local file"]))
+        state = read_weights(weights, "backbone.weights")
     caffe2 = "conv1_w" in state
     if caffe2:
         state = _from_caffe2(state)
@@ -99,7 +99,7 @@ def check_input_format(
 ) -> None:
     """Refuse to feed a ResNet images unlike those that its weights were trained on.
 
-    The range that the first layer was trained on is measured (:func:`check_range_of_pixels`). Weights for 0..255 are
+    The range that the first layer was trained on is estimated (:func:`check_range_of_pixels`). Weights for 0..255 are
     Caffe's: BGR, in a ResNet (not a ResNeXt) with the stride on the first 1x1. Others are RGB with the stride on the
     3x3, but for Caffe2's normalised ResNeXt, which is BGR.
 
@@ -121,11 +121,15 @@ def check_input_format(
         raise UserError(_mismatch(source, f"{order.upper()} images", "backbone.pixel_format.order", order))
     mean = [value * pixel_format["scale"] for value in pixel_format["mean"]]
     expected = _MEAN if order == "rgb" else _MEAN[::-1]
+    scaled = [round(value / pixel_format["scale"], 4) for value in expected]
     if max(abs(a - b) for a, b in zip(mean, expected)) > _MEAN_TOLERANCE:
-        scaled = [round(value / pixel_format["scale"], 4) for value in expected]
         raise UserError(
             _mismatch(source, f"a mean of about {scaled} ({order.upper()})", "backbone.pixel_format.mean", scaled)
         )
+    std = [value * pixel_format["scale"] for value in pixel_format["std"]]
+    if max(std) / (1 if wide else _STD) > _STD_TOLERANCE or min(std) / (1 if wide else _STD) < 1 / _STD_TOLERANCE:
+        value = [1, 1, 1] if wide else [round(_STD / pixel_format["scale"], 3)] * 3
+        raise UserError(_mismatch(source, f"a std of about {value}", "backbone.pixel_format.std", value))
     bottleneck = "layer1.0.conv3.weight" in state
     grouped = state["layer1.0.conv2.weight"].shape[1] < state["layer1.0.conv2.weight"].shape[0]
     caffe_style = wide and not grouped
@@ -145,16 +149,15 @@ def check_range_of_pixels(
         source: the file or weight name, for messages.
         weight: (C, 3, kh, kw) of the first convolution.
         scale: (C,) of its BatchNorm.
-        variance: (C,) running variance of that BatchNorm, or None where it is merged into ``scale``: its outputs then
-            vary by about one.
+        variance: (C,) running variance of that BatchNorm, or None where it is merged into ``scale``.
         pixel_format: see :func:`check_input_format`.
 
     Raises:
         UserError: the range is another.
     """
     norms = weight.float().flatten(1).norm(dim=1)
-    varied = variance.float().sqrt() if variance is not None else 1 / scale.float().abs().clamp(min=1e-12)
-    alive = (norms > 1e-6) & (scale.abs() > 1e-6)
+    varied = variance.float().sqrt() if variance is not None else _TYPICAL_SPREAD / scale.float().abs().clamp(min=1e-12)
+    alive = (norms > 1e-6) & (scale.float().abs() > 1e-6)
     if not alive.any():
         return
     trained = (varied / norms)[alive].median().item()
@@ -162,7 +165,8 @@ def check_range_of_pixels(
     if not 1 / _TOLERANCE < trained / given < _TOLERANCE:
         raise UserError(
             f"backbone.weights={source}: trained on pixels that vary by about {trained:.2g}, but backbone.pixel_format "
-            f"makes them vary by {given:.2g}; weights for 0..255 (Caffe style) want backbone=r50_caffe or the like"
+            f"makes them vary by {given:.2g}; weights for 0..255 (Caffe style) want backbone=r50_caffe or the like, "
+            "weights unlike the published ones +backbone.check_weights=false"
         )
 
 
@@ -197,9 +201,12 @@ def _from_caffe2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif name.endswith("_momentum") or name in ("lr", "weight_order"):  # of Caffe2's solver
             continue
         ours[name] = value
-    if (shift := ours.pop("conv1.bias", None)) is not None and "bn1.bias" in ours:
+    stem = [ours.get(name) for name in ("conv1.bias", "bn1.bias", "bn1.weight")]
+    if all(x is not None and x.shape == stem[0].shape for x in stem):  # type: ignore[union-attr]
         # The stem's convolution has a bias there; its BatchNorm can carry it.
-        ours["bn1.bias"] = ours["bn1.bias"] + ours["bn1.weight"] * shift
+        shift, bias, scale = stem
+        ours["bn1.bias"] = bias + scale * shift  # type: ignore[operator]
+        del ours["conv1.bias"]
     return ours
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cpm_rcnn.errors import UserError, check_choice, check_range
+from cpm_rcnn.errors import UserError, check_choice, check_list, check_range
 from cpm_rcnn.pixels import PixelConvention
 
 _DIVISOR = 32
@@ -37,7 +37,8 @@ class PixelFormat(nn.Module):
         check_choice("backbone.pixel_format.order", order, ("rgb", "bgr"))
         check_range("backbone.pixel_format.scale", scale, 1)
         for key, values in (("mean", mean), ("std", std)):
-            if len(values) != 3:
+            check_list(f"backbone.pixel_format.{key}", values)
+            if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
                 raise UserError(f"backbone.pixel_format.{key}={list(values)}: must be three numbers")
         if min(std) <= 0:
             raise UserError(f"backbone.pixel_format.std={list(std)}: must be above 0")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from cpm_rcnn.errors import UserError, check_choice, check_count, check_list
+from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag, check_list
 from cpm_rcnn.models.imagenet import check_input_format, resnet_weights
 from cpm_rcnn.ops import DeformConv2d
 from cpm_rcnn.weights import check_names
@@ -37,6 +37,9 @@ class ResNetLayout:
             raise UserError(f"backbone.layout.blocks={list(self.blocks)}: must be four counts, for C2, C3, C4 and C5")
         for count in (*self.blocks, self.groups, self.width_per_group):
             check_count("backbone.layout", count)
+        check_flag("backbone.layout.bottleneck", self.bottleneck)
+        if not self.bottleneck and (self.groups, self.width_per_group) != (1, 64):
+            raise UserError("backbone.layout: groups and width_per_group are for bottlenecks")
 
 
 # Under torchvision's names.
@@ -102,7 +105,7 @@ class ResNet(nn.Module):
         if stride_in_1x1:
             for block in _blocks(stages):
                 block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
-        for stage in deformable_stages:
+        for stage in set(deformable_stages):
             check_choice("backbone.deformable_stages", stage, DEFORMABLE_STAGES)
             for block in _blocks([stages[stage - 2]]):
                 block.conv2 = DeformConv2d(block.conv2)

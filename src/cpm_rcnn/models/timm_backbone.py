@@ -1,12 +1,11 @@
 """Any timm model as a backbone."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from cpm_rcnn.errors import UserError, check_choice
+from cpm_rcnn.errors import UserError, check_choice, check_file
 from cpm_rcnn.models.imagenet import check_range_of_pixels
 from cpm_rcnn.models.resnet import RESNETS
 from cpm_rcnn.weights import check_names, read_weights
@@ -103,20 +102,19 @@ def _create(timm: Any, name: str, weights: str | None, indices: list[int]) -> An
                 f"backbone.weights=pretrained: timm cannot fetch {name} ({type(error).__name__}); "
                 "download it elsewhere and give the file"
             ) from None
-    if not Path(weights).expanduser().is_file():
-        raise UserError(
-            f"backbone.weights={weights}: no such file; allowed: null, pretrained (from timm), a local file"
-        )
+    check_file("backbone.weights", weights, "null, pretrained (from timm), a local file")
     state = read_weights(weights, "backbone.weights")
     net = timm.create_model(name, **arguments)
-    if not isinstance(net, (timm.models.FeatureListNet, timm.models.FeatureDictNet, timm.models.FeatureHookNet)):
-        state, own = _without_head(state), _without_head(net.state_dict())
-        check_names(f"backbone.weights={weights}", state, {name: value.shape for name, value in own.items()})
-        net.load_state_dict(state, strict=False)
+    renamed = isinstance(net, (timm.models.FeatureListNet, timm.models.FeatureDictNet, timm.models.FeatureHookNet))
+    whole = timm.create_model(name) if renamed else net
+    own = {name: value.shape for name, value in _without_head(whole.state_dict()).items()}
+    check_names(f"backbone.weights={weights}", _without_head(state), own)
+    if not renamed:
+        net.load_state_dict(_without_head(state), strict=False)
         return net
-    # timm renames the layers of these; it loads the file into the whole model before it takes the features.
+    # timm loads the weights into the whole model before it takes the features, under other names.
     try:
-        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": weights}, **arguments)
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **arguments)
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"backbone.weights={weights}: does not fit {name}: {str(error).splitlines()[0]}") from None
 
@@ -126,15 +124,16 @@ def _without_head(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_format(net: nn.Module, weights: str, given: Mapping[str, Any], published: Mapping[str, Any]) -> None:
-    """Refuse a pixel format that is not the weights': timm says it of its own, the first layer tells a file's range."""
-    if weights == "pretrained":
-        for key, value in published.items():
-            ours = given[key]
-            if tuple(ours) != tuple(value) if isinstance(value, tuple) else ours != value:
-                raise UserError(f"backbone.pixel_format.{key}={ours}: timm's weights want {value}")
-        return
+    """Refuse a pixel format other than timm says of the weights, or of another range than the first layer tells."""
     convolution = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
     norm = next((m for m in net.modules() if getattr(m, "running_var", None) is not None), None)
-    if convolution is None or norm is None or len(norm.running_var) != len(convolution.weight):  # type: ignore[arg-type]
-        return  # a network without BatchNorm keeps no statistics
-    check_range_of_pixels(weights, convolution.weight, norm.weight, norm.running_var, given)  # type: ignore[arg-type]
+    # A network without BatchNorm keeps no statistics.
+    if convolution is not None and norm is not None and len(norm.running_var) == len(convolution.weight):  # type: ignore[arg-type]
+        check_range_of_pixels(weights, convolution.weight, norm.weight, norm.running_var, given)  # type: ignore[arg-type]
+    for key, value in published.items():
+        ours = given[key]
+        if list(ours) != list(value) if isinstance(value, tuple) else ours != value:
+            raise UserError(
+                f"backbone.weights={weights}: belongs to {key} {value} by timm; set backbone.pixel_format=null "
+                "(or +backbone.check_weights=false for weights of your own)"
+            )
