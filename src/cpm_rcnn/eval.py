@@ -8,12 +8,14 @@ from omegaconf import DictConfig
 
 from cpm_rcnn import assembly
 from cpm_rcnn.commands import run
+from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 
 
 def evaluate(config: DictConfig) -> None:
     """One evaluation into Hydra's output folder."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    use_deform_backend(config.ops.deform)
     module = assembly.load_module(config.ckpt, **assembly.given(config.detector))
     datamodule = assembly.evaluation_data(config, module)
     assembly.use_multi_scale(config, module)

@@ -14,6 +14,7 @@ from cpm_rcnn.data import ImageSource
 from cpm_rcnn.data.transforms import EvalTransform
 from cpm_rcnn.errors import UserError, check_range
 from cpm_rcnn.lightning_module import to_original
+from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.pixels import CONVENTIONS
 from cpm_rcnn.reporting.pictures import draw, save
 
@@ -24,6 +25,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 def predict(config: DictConfig) -> None:
     """Detect in every image of ``source``, into Hydra's output folder: ``images/`` and ``detections.json``."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    use_deform_backend(config.ops.deform)
     check_range("min_score", config.min_score, 0, 1)
     folder, names = find_images(Path(config.source).expanduser())
     device = choose_device(config.device)

@@ -14,6 +14,7 @@ from cpm_rcnn import assembly
 from cpm_rcnn.checkpoints import read_checkpoint
 from cpm_rcnn.commands import run
 from cpm_rcnn.errors import UserError, check_count
+from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.curves import plot_curves
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 from cpm_rcnn.reporting.validation_sheet import validation_sheet
@@ -24,6 +25,7 @@ def train(config: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return train_apart(run_dir)
+    use_deform_backend(config.ops.deform)
     check_count("sheet_images", config.sheet_images, 0)
     check_count("seed", config.seed, 0)
     if config.init is not None and config.resume is not None:

@@ -243,6 +243,7 @@ def refused(answer) -> str:
         (["detector.score_threshold=3"], ["detector.score_threshold=3", "0 to 1"]),
         (["detector.nms_iou=-1"], ["detector.nms_iou=-1", "0 to 1"]),
         (["detector.point_channels=10"], ["detector.point_channels=10", "multiple of 4"]),
+        (["ops.deform=fast"], ["ops.deform=fast", "compiled", "torchvision"]),
         (["detector.pixels=round"], ["pixels=round", "continuous", "inclusive"]),
         (["schedule.optimizer=lion"], ["schedule.optimizer=lion", "sgd", "adamw"]),
         (["schedule.milestones=[9,1]"], ["schedule.milestones", "ascend"]),

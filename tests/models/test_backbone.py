@@ -8,7 +8,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.models.backbone import FPNBackbone, build_body, default_pixel_format
 from cpm_rcnn.models.resnet import ResNet
-from cpm_rcnn.ops import DeformConv2d
+from cpm_rcnn.ops import DeformConv2dPack
 
 TIMM = "tf_efficientnet_lite0"
 
@@ -79,7 +79,7 @@ def test_deformable_layers_are_the_3x3_of_c3_to_c5_and_change_nothing_at_first()
     torch.manual_seed(0)
     plain = build_body("resnet50").eval()
     deformable = build_body("resnet50", deformable_stages=(3, 4, 5)).eval()
-    kinds = [isinstance(block.conv2, DeformConv2d) for stage in deformable.layers for block in stage]
+    kinds = [isinstance(block.conv2, DeformConv2dPack) for stage in deformable.layers for block in stage]
     assert kinds == [False] * 3 + [True] * 13
     missing, unexpected = deformable.load_state_dict(plain.state_dict(), strict=False)
     assert not unexpected

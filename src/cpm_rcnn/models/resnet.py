@@ -11,7 +11,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag, check_list
 from cpm_rcnn.models.imagenet import check_input_format, resnet_weights
-from cpm_rcnn.ops import DeformConv2d
+from cpm_rcnn.ops import DeformConv2dPack
 from cpm_rcnn.weights import check_names
 
 
@@ -108,7 +108,7 @@ class ResNet(nn.Module):
         for stage in set(deformable_stages):
             check_choice("backbone.deformable_stages", stage, DEFORMABLE_STAGES)
             for block in _blocks([stages[stage - 2]]):
-                block.conv2 = DeformConv2d(block.conv2)
+                block.conv2 = DeformConv2dPack.from_conv(block.conv2)
         self.stem = nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool))
         self.layers = nn.ModuleList(stages)
         self.channels = tuple(

@@ -1,0 +1,281 @@
+"""The CPU kernel against torchvision's operator, calculated in float64."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import torchvision
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cpm_rcnn.ops import deform_conv_op
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operators():
+    """The compiled operators; only a machine that cannot build them may be without."""
+    if not deform_conv_op._cpu_kernel():
+        assert shutil.which("c++") is None, (
+            "the CPU kernel was not built: pip install --no-build-isolation --editable ."
+        )
+        pytest.skip("no compiler")
+
+
+class DeformConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, offset, mask, weight, geometry):
+        ctx.save_for_backward(input, offset, mask, weight)
+        ctx.geometry = geometry
+        return torch.ops.cpm_rcnn_cpu.deform_conv2d(input, offset, mask, weight, *geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        needed = list(ctx.needs_input_grad[:4])
+        grads = torch.ops.cpm_rcnn_cpu.deform_conv2d_backward(grad, *ctx.saved_tensors, *ctx.geometry, needed)
+        return *(g if n else None for g, n in zip(grads, needed)), None
+
+
+def size_out(size, kernel, geometry, axis):
+    stride, padding, dilation = (pair[axis] for pair in geometry)
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def inputs(
+    images=1, groups=1, offset_groups=1, per_group=8, out_per_group=8, size=(9, 12), kernel=(3, 3),
+    geometry=((1, 1), (1, 1), (1, 1)), masked=False, dtype=torch.float32, seed=0, offsets="normal",
+):  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    height, width = (size_out(size[axis], kernel[axis], geometry, axis) for axis in (0, 1))
+    taps = kernel[0] * kernel[1]
+    offset = 2 * random(images, 2 * offset_groups * taps, height, width)
+    if offsets == "integer":
+        offset = offset.round()
+    elif offsets == "border":  # each sample exactly on a line through pixel -1, 0, the last one or the one after it
+        ys = torch.tensor([-1.0, 0.0, size[0] - 1.0, size[0]], dtype=torch.float64)
+        xs = torch.tensor([-1.0, 0.0, size[1] - 1.0, size[1]], dtype=torch.float64)
+        picked = torch.randint(4, offset.shape, generator=generator)
+        for tap in range(offset_groups * taps):
+            i, j = tap % taps // kernel[1], tap % kernel[1]
+            row = torch.arange(height)[:, None] * geometry[0][0] - geometry[1][0] + i * geometry[2][0]
+            column = torch.arange(width) * geometry[0][1] - geometry[1][1] + j * geometry[2][1]
+            offset[:, 2 * tap] = ys[picked[:, 2 * tap]] - row
+            if tap % 2:
+                offset[:, 2 * tap + 1] = xs[picked[:, 2 * tap + 1]] - column
+    elif offsets == "far":
+        offset *= torch.tensor(10.0, dtype=torch.float64) ** torch.randint(0, 9, offset.shape, generator=generator)
+    weight = random(groups * out_per_group, per_group, *kernel) / (per_group * taps) ** 0.5
+    mask = random(images, offset_groups * taps, height, width).sigmoid() if masked else None
+    return [
+        None if x is None else x.to(dtype) for x in (random(images, groups * per_group, *size), offset, mask, weight)
+    ]
+
+
+def assert_like(actual, expected, tolerance, name):
+    assert actual.shape == expected.shape, name
+    if expected.numel():
+        scale = expected.abs().max().clamp_min(1e-3)
+        error = (actual.double() - expected).abs().max() / scale
+        assert error <= tolerance, f"{name}: {error:.1e} of the largest"
+
+
+def assert_as_torchvision(tensors, geometry, tolerance, change=lambda x: x):
+    """Output and gradients, against torchvision's in float64 at the same numbers."""
+    tensors = [None if x is None else x.detach() for x in tensors]
+    ours = [None if x is None else (change(x) if i == 0 else x).requires_grad_() for i, x in enumerate(tensors)]
+    exact = [None if x is None else x.detach().double().clone().requires_grad_() for x in tensors]
+    stride, padding, dilation = geometry
+    expected = torchvision.ops.deform_conv2d(
+        exact[0], exact[1], exact[3], None, stride, padding, dilation, mask=exact[2]
+    )
+    output = DeformConv.apply(*ours, geometry)
+    assert output.dtype == tensors[0].dtype
+    assert_like(output, expected, tolerance, "output")
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(output.dtype)
+    output.backward(change(grad))
+    expected.backward(grad.double())
+    for name, x, y in zip(("input", "offset", "mask", "weight"), ours, exact):
+        if x is not None:
+            assert x.grad.dtype == x.dtype
+            exact_grad = torch.zeros_like(y) if y.grad is None else y.grad  # torchvision's gives none to no images
+            assert_like(x.grad, exact_grad, tolerance, f"gradient of {name}")
+
+
+def pairs(low, high):
+    return st.tuples(st.integers(low, high), st.integers(low, high))
+
+
+@st.composite
+def problems(draw):
+    groups = draw(st.sampled_from([1, 2, 3, 8, 64]))
+    per_group = draw(st.sampled_from([1, 2, 3, 4, 8, 12, 16, 24, 40]))
+    if groups == 64:
+        per_group = min(per_group, 4)
+    channels = groups * per_group
+    kernel, dilation, padding = draw(pairs(1, 3)), draw(pairs(1, 2)), draw(pairs(0, 2))
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding)]
+    geometry = (draw(pairs(1, 2)), padding, dilation)
+    return {
+        "images": draw(st.integers(0, 2)),
+        "groups": groups,
+        "offset_groups": draw(st.sampled_from([n for n in (1, 2, 3, 4) if channels % n == 0])),
+        "per_group": per_group,
+        "out_per_group": draw(st.sampled_from([1, 2, 5, 8, 19])),
+        "size": tuple(draw(st.integers(n, n + 8)) for n in least),
+        "kernel": kernel,
+        "geometry": geometry,
+        "masked": draw(st.booleans()),
+        "offsets": draw(st.sampled_from(["normal", "integer", "border", "far"])),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def layouts():
+    return st.sampled_from(
+        [
+            lambda x: x,
+            lambda x: x.contiguous(memory_format=torch.channels_last),
+            lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+            lambda x: torch.stack([x, x], dim=-1)[..., 0],
+        ]
+    )
+
+
+sweep = settings(
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)  # one sweep takes seconds
+
+
+@sweep
+@given(problems(), layouts())
+def test_float32_equals_torchvision(arguments, layout):
+    assert_as_torchvision(inputs(**arguments), arguments["geometry"], 1e-5, layout)
+
+
+@sweep
+@given(problems(), layouts())
+def test_float64_equals_torchvision(arguments, layout):
+    assert_as_torchvision(inputs(dtype=torch.float64, **arguments), arguments["geometry"], 1e-12, layout)
+
+
+@sweep
+@given(problems(), layouts())
+def test_bfloat16_equals_torchvision_to_its_precision(arguments, layout):
+    assert_as_torchvision(inputs(dtype=torch.bfloat16, **arguments), arguments["geometry"], 2e-2, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_group", [8, 16, 32])
+def test_grouped_backbone_shapes_equal_torchvision(dtype, per_group):
+    tensors = inputs(groups=64, per_group=per_group, out_per_group=per_group, size=(13, 21), dtype=dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert_as_torchvision(tensors, ((1, 1), (1, 1), (1, 1)), tolerance)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("groups", "per_group"), [(2, 3), (3, 8), (1, 20)])  # in lanes: a part, several, more
+def test_gradients_are_those_of_the_output(groups, per_group, masked):
+    tensors = inputs(1, groups, 1, per_group, 2, (3, 3), (2, 2), masked=masked, dtype=torch.float64)
+    tensors = [None if x is None else x.requires_grad_() for x in tensors]
+    assert torch.autograd.gradcheck(
+        lambda *some: DeformConv.apply(*some, ((1, 1), (1, 1), (1, 1))), tensors, fast_mode=False, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("wanted", [[i == j for j in range(4)] for i in range(4)] + [[True] * 4, [False] * 4])
+def test_only_the_gradients_asked_for_are_given(wanted):
+    tensors = inputs(groups=2, masked=True)
+    geometry = ((1, 1), (1, 1), (1, 1))
+    grad = torch.randn(1, 16, 9, 12)
+    every = torch.ops.cpm_rcnn_cpu.deform_conv2d_backward(grad, *tensors, *geometry, [True] * 4)
+    some = torch.ops.cpm_rcnn_cpu.deform_conv2d_backward(grad, *tensors, *geometry, wanted)
+    for x, y, needed in zip(some, every, wanted):
+        if needed:
+            torch.testing.assert_close(x, y)
+        else:
+            assert x is None or x.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, -3e38])
+def test_offsets_that_are_no_place_sample_nothing(dtype, value):
+    input, offset, _, weight = inputs(dtype=dtype)
+    geometry = ((1, 1), (1, 1), (1, 1))
+    offset[:, :, 4] = value
+    outside = offset.clone()
+    outside[:, :, 4] = 1000
+    output = torch.ops.cpm_rcnn_cpu.deform_conv2d(input, offset, None, weight, *geometry)
+    torch.testing.assert_close(output, torch.ops.cpm_rcnn_cpu.deform_conv2d(input, outside, None, weight, *geometry))
+    needed = [True, True, False, True]
+    grads = torch.ops.cpm_rcnn_cpu.deform_conv2d_backward(output, input, offset, None, weight, *geometry, needed)
+    assert all(grads[i].isfinite().all() for i in (0, 1, 3))
+
+
+def test_samples_outside_do_not_touch_the_image():
+    input, offset, _, weight = inputs()
+    input[:] = float("nan")
+    offset[:] = 1000
+    output = torch.ops.cpm_rcnn_cpu.deform_conv2d(input, offset, None, weight, (1, 1), (1, 1), (1, 1))
+    assert not output.any()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_any_number_of_threads_gives_the_same_and_every_run_does(threads):
+    tensors = inputs(groups=16, per_group=8, offset_groups=2, masked=True)
+    geometry = ((1, 1), (1, 1), (1, 1))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        assert_as_torchvision(tensors, geometry, 1e-5)
+        tensors = [x.detach() for x in tensors]
+        grad = torch.randn(1, 128, 9, 12)
+        runs = [torch.ops.cpm_rcnn_cpu.deform_conv2d_backward(grad, *tensors, *geometry, [True] * 4) for _ in range(2)]
+        assert all(torch.equal(x, y) for x, y in zip(*runs))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_channels_last_in_is_channels_last_out():
+    tensors = inputs(images=2, groups=2)
+    tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    output = torch.ops.cpm_rcnn_cpu.deform_conv2d(*tensors, (1, 1), (1, 1), (1, 1))
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    grads = torch.ops.cpm_rcnn_cpu.deform_conv2d_backward(
+        output, *tensors, (1, 1), (1, 1), (1, 1), [True, True, False, True]
+    )
+    assert grads[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda x, o, m, w: (x[0], o, m, w), "4 dimensions"),
+        (lambda x, o, m, w: (x, o[:, 1:], m, w), "not a multiple"),
+        (lambda x, o, m, w: (x, o[..., 1:], m, w), "offset is 9x11"),
+        (lambda x, o, m, w: (x, o, m[:, 1:], w), "mask.size"),
+        (lambda x, o, m, w: (x, o, m, w.double()), "one dtype"),
+        (lambda x, o, m, w: (x[:, 1:], o, m, w), "not a multiple of weight.size"),
+        (lambda x, o, m, w: (x.half(), o.half(), m.half(), w.half()), "not implemented for Half"),
+    ],
+)
+def test_what_does_not_fit_is_refused(broken, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.cpm_rcnn_cpu.deform_conv2d(*broken(*inputs(masked=True)), (1, 1), (1, 1), (1, 1))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set_passes(capability):
+    if os.environ.get("ATEN_CPU_CAPABILITY"):
+        pytest.skip("this is one of them")
+    environment = dict(os.environ, ATEN_CPU_CAPABILITY=capability)
+    names = "grouped or no_place or gradients_are or channels_last_in"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", names, __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
