@@ -1,5 +1,4 @@
 import itertools
-import statistics
 
 import pytest
 import torch
@@ -91,23 +90,25 @@ MIXES = list(itertools.product((True, False), repeat=3))
     ids=["+".join(n for n, on in zip(("cmm", "ism", "rsm"), mix) if on) or "none" for mix in MIXES],
 )
 def test_one_image_is_learned_to_nearly_no_loss_and_then_detected(cmm, ism, rsm):
-    detector = make_detector(
-        stages=CMM_STAGES if cmm else CMM_STAGES[:1], ism=ism, rsm=rsm, seed=0 if cmm or ism or rsm else 1
-    )
+    # With 16 channels, all of the RPN's ReLUs may die where the objects are.
+    detector = make_detector(stages=CMM_STAGES if cmm else CMM_STAGES[:1], ism=ism, rsm=rsm, fpn_channels=48)
     image, target = two_objects()
-    steps, rate = 240, 8e-3
-    optimizer = torch.optim.Adam(detector.parameters(), lr=rate, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     history = []
-    for _ in range(steps):
-        losses = detector([image], [target])
-        sum(losses.values()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-        history.append({name: loss.item() for name, loss in losses.items()})
-    # The median: now and then a step draws an RoI that no step drew before.
-    first, last = history[0], {name: statistics.median(losses[name] for losses in history[-20:]) for name in history[0]}
+    # The head ends on proposals that stand still: of ten RoIs, one that slips over IoU 0.5, and so changes its label,
+    # when the rate is nearly 0, would leave a large loss.
+    for part, steps in ((detector, 100), (detector.head, 60)):
+        detector.requires_grad_(False)
+        part.requires_grad_(True)
+        optimizer = torch.optim.Adam(part.parameters(), fused=True)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps)
+        for _ in range(steps):
+            losses = detector([image], [target])
+            sum(losses.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            history.append({name: loss.item() for name, loss in losses.items()})
+    first, last = history[0], history[-1]
     assert sum(last.values()) < 0.1 * sum(first.values())
     # A cross of 5 of 784 cells is learned slowly: the heatmaps come close, all other losses vanish.
     grid = [name for name in last if "grid" in name]
