@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 
+from cpm_rcnn.callbacks import AtomicCheckpointIO, Interruption, NonFiniteGuard, StepSeed
 from cpm_rcnn.checkpoints import read_checkpoint
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_count
@@ -58,10 +59,10 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
     return datamodule
 
 
-def model_arguments(config: DictConfig) -> dict[str, Any]:
-    """The arguments of ``build_detector`` but ``num_classes``."""
+def model_arguments(config: DictConfig, goes_on: bool = False) -> dict[str, Any]:
+    """The arguments of ``build_detector`` but ``num_classes``, of a new run or of one that goes on."""
     node = config.backbone.copy()
-    if config.init is not None or config.resume is not None:
+    if config.init is not None or goes_on:
         # The detector's weights bring the backbone's, whose file need not be at hand.
         node.weights = None
     backbone = plain(node)
@@ -77,15 +78,15 @@ def model_arguments(config: DictConfig) -> dict[str, Any]:
     }
 
 
-def build_module(config: DictConfig, datamodule: CocoDataModule) -> DetectionModule:
-    """The module of a training run, with its starting weights."""
+def build_module(config: DictConfig, datamodule: CocoDataModule, goes_on: bool = False) -> DetectionModule:
+    """The module of a training run, with its starting weights unless it goes on with those of a checkpoint."""
     module = DetectionModule(
-        model=model_arguments(config),
+        model=model_arguments(config, goes_on),
         categories=datamodule.categories,
         schedule=recipe(config),
         data=datamodule.evaluation_arguments,
     )
-    if config.init is not None:
+    if config.init is not None and not goes_on:
         start_from(module, config.init)
     return module
 
@@ -97,15 +98,23 @@ def build_trainer(config: DictConfig, run_dir: Path) -> pl.Trainer:
             "trainer.limit_val_batches=0: the best checkpoint is chosen by validation; null means all batches"
         )
     steps = config.schedule.max_steps
-    callbacks: list[Callback] = [LossProgressBar(refresh_rate=config.trainer.log_every_n_steps), Throughput()]
+    callbacks: list[Callback] = [
+        LossProgressBar(refresh_rate=config.trainer.log_every_n_steps),
+        Throughput(),
+        StepSeed(config.seed),
+        NonFiniteGuard(config.on_nonfinite, run_dir),
+    ]
     if not config.trainer.fast_dev_run:
+        folder = run_dir / "checkpoints"
+        check_count("checkpoint_interval", config.checkpoint_interval)
+        interval = config.checkpoint_interval
         callbacks += [
-            ModelCheckpoint(
-                run_dir / "checkpoints", filename="best", monitor="val/AP", mode="max", enable_version_counter=False
-            ),
+            ModelCheckpoint(folder, filename="best", monitor="val/AP", mode="max", enable_version_counter=False),
             # Without a monitor it follows every validation; ``save_last`` would follow a new best only.
-            ModelCheckpoint(run_dir / "checkpoints", filename="last", enable_version_counter=False),
+            ModelCheckpoint(folder, filename="last", enable_version_counter=False),
+            ModelCheckpoint(folder, filename="last", every_n_train_steps=interval, enable_version_counter=False),
             LearningRateMonitor("step"),
+            Interruption(folder / "last.ckpt"),
         ]
     return instantiate(
         config.trainer,
@@ -115,6 +124,7 @@ def build_trainer(config: DictConfig, run_dir: Path) -> pl.Trainer:
         val_check_interval=min(config.schedule.val_interval, steps) * config.trainer.accumulate_grad_batches,
         callbacks=callbacks,
         logger=[instantiate(logger, save_dir=str(run_dir)) for logger in config.logger.values()],
+        plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run_dir),
         # The data module shards by itself: its order is a function of step and rank.
         use_distributed_sampler=False,

@@ -45,21 +45,31 @@ def start_from(module: DetectionModule, path: str) -> None:
         UserError: no such file, a damaged one, or the checkpoint of a model that differs in more than its classes.
     """
     checkpoint = read_checkpoint(path, "init")
-    theirs = checkpoint["hyper_parameters"]
-    differences = [
-        f"{key} is {value} there and {other} here"
-        for key, value, other in _differences(_whole(theirs["model"]), _whole(module.hparams["model"]))
-    ]
-    if differences:
-        raise UserError(f"init={path}: of another model; {'; '.join(differences)}")
+    check_same_model(checkpoint, module, f"init={path}")
     state, own = checkpoint["state_dict"], module.state_dict()
-    names = [category["name"] for category in theirs["categories"]]
+    names = [category["name"] for category in checkpoint["hyper_parameters"]["categories"]]
     if names != module.class_names:
         anew = [name for name in own if ".predictor." in name and "ism" not in name]
         _log.warning("init=%s: other classes; %s start anew", path, ", ".join(anew))
         state = {name: own[name] if name in anew else value for name, value in state.items()}
     check_names(f"init={path}", state, {name: value.shape for name, value in own.items()})
     module.load_state_dict(state)
+
+
+def check_same_model(checkpoint: Mapping[str, Any], module: DetectionModule, source: str) -> None:
+    """Raise :class:`UserError` unless a checkpoint's model is that of ``module``, but for what may differ.
+
+    Args:
+        checkpoint: of ``train`` or ``convert``.
+        module: of the new training.
+        source: the config key and file, for messages.
+    """
+    theirs, ours = checkpoint["hyper_parameters"]["model"], module.hparams["model"]
+    differences = [
+        f"{key} is {value} there and {other} here" for key, value, other in _differences(_whole(theirs), _whole(ours))
+    ]
+    if differences:
+        raise UserError(f"{source}: of another model; {'; '.join(differences)}")
 
 
 def _whole(model: Mapping[str, Any]) -> dict[str, Any]:

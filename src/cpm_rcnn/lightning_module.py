@@ -30,11 +30,13 @@ class DetectionModule(pl.LightningModule):
     Attributes:
         metric: of the current evaluation; its ``results()`` are the detections after it.
         figures: of the last finished evaluation, as :meth:`CocoMetric.compute` returns them.
+        losses: of the last training step, by name, () float32 each, without gradient.
     """
 
     detector: CPMRCNN
     metric: CocoMetric
     figures: dict[str, Any]
+    losses: dict[str, Tensor]
 
     def __init__(
         self,
@@ -61,9 +63,10 @@ class DetectionModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
         losses = self.detector(images, targets)
+        self.losses = {name: loss.detach() for name, loss in losses.items()}
         total = torch.stack(list(losses.values())).sum()
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(images))
-        self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(images))
+        self.log_dict({f"train/{name}": loss for name, loss in self.losses.items()}, batch_size=len(images))
         return total
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:

@@ -5,19 +5,19 @@ import sys
 from pathlib import Path
 
 import pytorch_lightning as pl
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cpm_rcnn import assembly
-from cpm_rcnn.checkpoints import read_checkpoint
+from cpm_rcnn.callbacks import Interrupted
 from cpm_rcnn.commands import run
 from cpm_rcnn.errors import UserError, check_count
 from cpm_rcnn.ops import use_deform_backend
-from cpm_rcnn.reporting.curves import plot_curves
+from cpm_rcnn.reporting.curves import keep_metrics, plot_curves
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 from cpm_rcnn.reporting.validation_sheet import validation_sheet
+from cpm_rcnn.resuming import find_start, start_step
 
 
 def train(config: DictConfig) -> None:
@@ -28,26 +28,27 @@ def train(config: DictConfig) -> None:
     use_deform_backend(config.ops.deform)
     check_count("sheet_images", config.sheet_images, 0)
     check_count("seed", config.seed, 0)
-    if config.init is not None and config.resume is not None:
+    if config.init is not None and config.resume not in (None, "auto"):
         raise UserError("init and resume: give one; a run that goes on has its weights already")
+    start = find_start(config.resume, run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = assembly.build_datamodule(config)
-    module = assembly.build_module(config, datamodule)
+    module = assembly.build_module(config, datamodule, goes_on=start is not None)
+    if start is not None:
+        datamodule.start_step = start_step(start, module) * config.trainer.accumulate_grad_batches
     trainer = assembly.build_trainer(config, run_dir)
-    # The same weights on every process, but not the same random RoIs.
-    torch.manual_seed(config.seed + trainer.global_rank)
     if trainer.is_global_zero:
+        keep_metrics(run_dir, goes_on=start is not None)
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    if config.resume is not None:
-        checkpoint = read_checkpoint(config.resume, "resume")
-        if "optimizer_states" not in checkpoint:
-            raise UserError(
-                f"resume={config.resume}: holds weights, but no run to go on with; start from it with init="
-            )
-        datamodule.start_step = checkpoint["global_step"] * config.trainer.accumulate_grad_batches
-    trainer.fit(module, datamodule=datamodule, ckpt_path=config.resume, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
+    except Interrupted as stop:
+        if trainer.is_global_zero:
+            print(f"stopped by {stop}; the same command with name={run_dir.name} resume=auto goes on")
+            print(run_dir)
+        sys.exit(128 + stop.number)
     # A rehearsal (fast_dev_run) leaves no checkpoint to go back to.
-    best = None if config.trainer.fast_dev_run else run_dir / "checkpoints" / "best.ckpt"
+    best = None if config.trainer.fast_dev_run else best_or_last(run_dir)
     trainer.validate(module, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
     if not trainer.is_global_zero:
         return
@@ -66,6 +67,12 @@ def train(config: DictConfig) -> None:
         )
     print_metrics(module.figures)
     print(run_dir)
+
+
+def best_or_last(run_dir: Path) -> Path:
+    """The checkpoint to judge a run by: the best, or the last of a run that was stopped before it knew a best."""
+    best = run_dir / "checkpoints" / "best.ckpt"
+    return best if best.exists() else best.with_name("last.ckpt")
 
 
 def train_apart(run_dir: Path) -> None:

@@ -211,8 +211,8 @@ def test_a_stopped_run_goes_on_at_its_step(command, trained):
     assert [row["step"] for row in rows_of(answer.folder) if row["train/loss"]] == ["4", "5"]
 
 
-def rows_of(folder: Path) -> list[dict]:
-    with (folder / "metrics.csv").open() as file:
+def rows_of(folder: Path, name: str = "metrics.csv") -> list[dict]:
+    with (folder / name).open() as file:
         return list(csv.DictReader(file))
 
 

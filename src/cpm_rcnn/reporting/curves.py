@@ -30,8 +30,8 @@ def plot_curves(csv_path: str | PathLike[str], out_dir: str | PathLike[str]) -> 
     validation (``val/AP``, ...), in percent. A picture that has nothing to show is not written.
 
     Args:
-        csv_path: the ``metrics.csv`` of Lightning's ``CSVLogger``. Empty cells, values that are not finite, and
-            figures of -1 (undefined) are left out.
+        csv_path: the ``metrics.csv`` of Lightning's ``CSVLogger``; those before it that :func:`keep_metrics` kept are
+            read too. Empty cells, values that are not finite, and figures of -1 (undefined) are left out.
         out_dir: the folder to write to; made where missing.
 
     Returns:
@@ -40,7 +40,7 @@ def plot_curves(csv_path: str | PathLike[str], out_dir: str | PathLike[str]) -> 
     Raises:
         UserError: the file cannot be read or has no ``step`` column.
     """
-    curves = _read(Path(csv_path))
+    curves = _joined([_read(path) for path in [*_kept(Path(csv_path).parent), Path(csv_path)]])
     losses = {name: curve for name, curve in curves.items() if name.startswith("train/loss")}
     precision = {name: curves[name] for name in _AP_COLUMNS if name in curves}
     figures = {}
@@ -54,6 +54,39 @@ def plot_curves(csv_path: str | PathLike[str], out_dir: str | PathLike[str]) -> 
     for name, figure in figures.items():
         figure.savefig(out_dir / name, dpi=120)
     return [out_dir / name for name in figures]
+
+
+def keep_metrics(run_dir: Path, goes_on: bool) -> None:
+    """Put a run's ``metrics.csv`` aside before Lightning's logger starts it anew.
+
+    Args:
+        run_dir: the run's folder.
+        goes_on: whether the new part of the run belongs to the old; if not, what older runs left is removed.
+    """
+    kept = _kept(run_dir)
+    if not goes_on:
+        for path in kept:
+            path.unlink()
+    elif (run_dir / "metrics.csv").exists():
+        (run_dir / "metrics.csv").rename(run_dir / f"metrics_{len(kept) + 1:03d}.csv")
+
+
+def _kept(folder: Path) -> list[Path]:
+    """The parts of a run's metrics before the last, in order."""
+    return sorted(folder.glob("metrics_[0-9][0-9][0-9].csv"))
+
+
+def _joined(parts: list[dict[str, _Curve]]) -> dict[str, _Curve]:
+    """Curves of a run in parts: what a later part has done again counts."""
+    whole: dict[str, _Curve] = {}
+    for part in parts:
+        start = min((steps[0] for steps, _ in part.values()), default=math.inf)
+        cut = {name: (steps[steps < start], values[steps < start]) for name, (steps, values) in whole.items()}
+        for name, (steps, values) in part.items():
+            before = cut.get(name, (steps[:0], values[:0]))
+            cut[name] = np.concatenate([before[0], steps]), np.concatenate([before[1], values])
+        whole = cut
+    return {name: curve for name, curve in whole.items() if len(curve[0])}
 
 
 def _read(path: Path) -> dict[str, _Curve]:

@@ -1,0 +1,143 @@
+"""A run that is stopped goes on as if nothing had been: same weights to the last bit."""
+
+import os
+import signal
+
+import pytest
+import torch
+from small_run import SMALL
+from test_commands import refused, rows_of
+
+from cpm_rcnn.lightning_module import DetectionModule
+
+STEPS = 7
+RUN = [*SMALL, f"schedule.max_steps={STEPS}", "schedule.val_interval=3", "schedule.warmup_steps=2", "sheet_images=0"]
+
+
+def last_of(answer):
+    return torch.load(answer.folder / "checkpoints/last.ckpt", weights_only=True)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_run(a, b):
+    """Weights, optimizer and schedule of two checkpoints, to the last bit."""
+    assert a["global_step"] == b["global_step"]
+    states = [c["optimizer_states"][0]["state"] for c in (a, b)]
+    assert states[0].keys() == states[1].keys()
+    optimizers = all(same(states[0][i], states[1][i]) for i in states[0])
+    return same(a["state_dict"], b["state_dict"]) and optimizers and a["lr_schedulers"] == b["lr_schedulers"]
+
+
+@pytest.fixture
+def send(monkeypatch):
+    """Send a signal to this process within a training step, once: ``send(SIGTERM, step)``."""
+    step_of = DetectionModule.training_step
+
+    def at(number, step):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == step:
+                monkeypatch.setattr(DetectionModule, "training_step", step_of)
+                os.kill(os.getpid(), number)
+            return step_of(self, batch, batch_idx)
+
+        monkeypatch.setattr(DetectionModule, "training_step", training_step)
+
+    return at
+
+
+_whole = {}
+
+
+@pytest.fixture
+def whole(command):
+    """The last checkpoint of a run that nothing disturbed."""
+    if not _whole:
+        answer = command("train", *RUN, "name=whole")
+        assert answer.status == 0, answer.err
+        _whole["checkpoint"] = last_of(answer)
+    return _whole["checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "workers"),
+    [
+        (signal.SIGTERM, 0, 0),
+        (signal.SIGUSR1, 1, 0),
+        (signal.SIGTERM, 2, 0),  # the step before a validation
+        (signal.SIGUSR1, 3, 2),
+        (signal.SIGTERM, 4, 2),
+        (signal.SIGTERM, STEPS - 1, 0),
+    ],
+)
+def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(command, whole, send, number, step, workers):
+    name = f"name=stopped_{step}"
+    send(number, step)
+    answer = command("train", *RUN, name, f"data.num_workers={workers}")
+    assert answer.status == 128 + number
+    assert f"stopped by {number.name} at step {step + 1}" in answer.out
+    assert last_of(answer)["global_step"] == step + 1
+    answer = command("train", *RUN, name, "resume=auto", f"data.num_workers={workers}")
+    assert answer.status == 0, answer.err
+    assert same_run(last_of(answer), whole)
+    assert (answer.folder / "metrics.json").is_file()
+    assert (answer.folder / "loss.png").is_file()
+
+
+def test_a_run_stopped_twice_keeps_all_its_metrics(command, whole, send):
+    for step in (1, 4):
+        send(signal.SIGTERM, step)
+        assert command("train", *RUN, "name=twice", "resume=auto").status == 128 + signal.SIGTERM
+    answer = command("train", *RUN, "name=twice", "resume=auto")
+    assert same_run(last_of(answer), whole)
+    logged = [rows_of(answer.folder, name) for name in ("metrics_001.csv", "metrics_002.csv", "metrics.csv")]
+    steps = [int(row["step"]) for rows in logged for row in rows if row["train/loss"]]
+    # Lightning logs a step after it: the two at which the run stopped are trained on, but not logged.
+    assert steps == [step for step in range(STEPS) if step not in (1, 4)]
+
+
+def test_accumulated_gradients_are_not_lost_in_between(command, send):
+    more = ["trainer.accumulate_grad_batches=2", "schedule.max_steps=3", "schedule.val_interval=3"]
+    straight = command("train", *RUN, *more, "name=accumulated")
+    send(signal.SIGTERM, 2)  # the first batch of the second step: the stop waits for its second
+    answer = command("train", *RUN, *more, "name=accumulated_stopped")
+    assert last_of(answer)["global_step"] == 2
+    answer = command("train", *RUN, *more, "name=accumulated_stopped", "resume=auto")
+    assert answer.status == 0, answer.err
+    assert same_run(last_of(answer), last_of(straight))
+
+
+def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(command, whole):
+    answer = command("train", *RUN, "name=killed", "schedule.max_steps=6", "checkpoint_interval=2")
+    folder = answer.folder / "checkpoints"
+    best = torch.load(folder / "best.ckpt", weights_only=True)["global_step"]
+    last = folder / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-5000])
+    (folder / "last.ckpt.part").write_bytes(b"half a checkpoint")
+    answer = command("train", *RUN, "name=killed", "resume=auto")
+    assert answer.status == 0, answer.err
+    assert "last.ckpt" in answer.err + answer.out
+    assert next(int(row["step"]) for row in rows_of(answer.folder) if row["train/loss"]) == best
+    assert same_run(last_of(answer), whole)
+
+
+def test_auto_starts_anew_where_there_is_nothing_to_go_on_from(command, whole):
+    answer = command("train", *RUN, "name=anew", "resume=auto")
+    assert answer.status == 0, answer.err
+    assert "no checkpoint" in answer.out + answer.err
+    assert same_run(last_of(answer), whole)
+
+
+def test_a_run_of_another_model_or_recipe_is_not_gone_on_with(command, trained):
+    last = trained.folder / "checkpoints/last.ckpt"
+    line = refused(command("train", *SMALL, "detector.mlp_channels=24", f"resume={last}"))
+    assert "mlp_channels is 16 there and 24 here" in line
+
+
+def test_checkpoints_come_at_their_interval(command):
+    answer = command("train", *RUN, "name=interval", "checkpoint_interval=2", "schedule.val_interval=7")
+    assert answer.status == 0, answer.err
+    line = refused(command("train", *RUN, "checkpoint_interval=0"))
+    assert "checkpoint_interval=0" in line
