@@ -1,11 +1,11 @@
 """From a config to the parts of a run: data module, module, Trainer."""
 
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 
@@ -18,10 +18,25 @@ from cpm_rcnn.finetuning import start_from
 from cpm_rcnn.lightning_module import DetectionModule
 from cpm_rcnn.models.backbone import default_pixel_format
 from cpm_rcnn.pixels import CONVENTIONS
+from cpm_rcnn.reporting.forgiving_logger import ForgivingLogger
 from cpm_rcnn.reporting.progress import LossProgressBar
 from cpm_rcnn.reporting.throughput import Throughput
 from cpm_rcnn.schedule import Schedule
+from cpm_rcnn.targets import make
 from cpm_rcnn.weights import check_names
+
+
+def check_room(run_dir: Path, module: DetectionModule) -> None:
+    """Refuse to start a run whose checkpoints will not fit on its disk.
+
+    Raises:
+        UserError: there is less room than the best and the last checkpoint, and one that is being written, will take.
+    """
+    weights = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    per_weight = 3 if module.schedule.optimizer == "adamw" else 2  # itself and what the optimizer keeps of it
+    needed, free = 3 * per_weight * weights, shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise UserError(f"{run_dir}: {free / 1e9:.2f} GB are free, the run's checkpoints take {needed / 1e9:.2f} GB")
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
@@ -47,12 +62,11 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
     """The data module of a training run, its files in place."""
     recipe(config)  # before the length of the run is used
     check_count("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
-    datamodule = instantiate(
+    datamodule = make(
         config.data,
         batch_size=config.schedule.images_per_device,
         max_steps=config.schedule.max_steps * config.trainer.accumulate_grad_batches,
         pixels=config.detector.pixels,
-        _convert_="all",
     )
     # Lightning would do so when the run starts, but the model wants to know the classes first.
     datamodule.prepare_data()
@@ -116,27 +130,26 @@ def build_trainer(config: DictConfig, run_dir: Path) -> pl.Trainer:
             LearningRateMonitor("step"),
             Interruption(folder / "last.ckpt"),
         ]
-    return instantiate(
+    return make(
         config.trainer,
         max_steps=steps,
         max_epochs=-1,
         # In batches, as Lightning counts.
         val_check_interval=min(config.schedule.val_interval, steps) * config.trainer.accumulate_grad_batches,
         callbacks=callbacks,
-        logger=[instantiate(logger, save_dir=str(run_dir)) for logger in config.logger.values()],
+        logger=[ForgivingLogger(make(logger, save_dir=str(run_dir))) for logger in config.logger.values()],
         plugins=[AtomicCheckpointIO()],
         default_root_dir=str(run_dir),
         # The data module shards by itself: its order is a function of step and rank.
         use_distributed_sampler=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        _convert_="all",
     )
 
 
 def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
     """The Trainer of an evaluation: no logs, no checkpoints."""
-    return instantiate(
+    return make(
         config.trainer,
         callbacks=[LossProgressBar(refresh_rate=config.trainer.log_every_n_steps)],
         logger=False,
@@ -144,7 +157,6 @@ def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
         default_root_dir=str(run_dir),
         use_distributed_sampler=False,
         enable_model_summary=False,
-        _convert_="all",
     )
 
 

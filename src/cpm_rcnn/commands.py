@@ -1,6 +1,7 @@
 """What the commands share: Hydra around a task, and one line for an error that is the user's to mend."""
 
 import difflib
+import errno
 import logging
 import os
 import re
@@ -15,6 +16,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cpm_rcnn.errors import UserError
+
+_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
 def run(task: Callable[[DictConfig], None], config_name: str) -> None:
@@ -66,6 +69,10 @@ def describe(error: BaseException) -> str | None:
         reason = error.__cause__
         theirs = (TypeError, ValueError, ImportError, MisconfigurationException)
         return _one_line(str(reason)) if isinstance(reason, theirs) else None
+    for cause in chain:
+        # A folder that may not be written to, a full disk: the place names itself.
+        if isinstance(cause, OSError) and cause.errno in _PLACES and cause.filename:
+            return f"{cause.filename}: {cause.strerror}"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _one_line(str(error))
     return None

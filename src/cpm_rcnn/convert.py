@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from cpm_rcnn import assembly
@@ -13,6 +12,7 @@ from cpm_rcnn.commands import run
 from cpm_rcnn.data.coco import CocoAnnotations
 from cpm_rcnn.errors import UserError, check_path
 from cpm_rcnn.release import build_release, convert_state, release_arguments
+from cpm_rcnn.targets import make
 from cpm_rcnn.weights import read_weights
 
 
@@ -32,7 +32,7 @@ def convert(config: DictConfig) -> None:
         "model": model,
         "categories": _categories(config.categories, num_classes, source),
         "schedule": assembly.recipe(config),
-        "data": instantiate(config.data, _convert_="all").evaluation_arguments,
+        "data": make(config.data).evaluation_arguments,
     }
     write_checkpoint(target, weights, hyper_parameters)
     parts = [f"{len(model['stages'])} grid stages"] + [name.upper() for name in ("ism", "rsm", "fusion") if model[name]]

@@ -36,6 +36,7 @@ def train(config: DictConfig) -> None:
     module = assembly.build_module(config, datamodule, goes_on=start is not None)
     if start is not None:
         datamodule.start_step = start_step(start, module) * config.trainer.accumulate_grad_batches
+    assembly.check_room(run_dir, module)
     trainer = assembly.build_trainer(config, run_dir)
     if trainer.is_global_zero:
         keep_metrics(run_dir, goes_on=start is not None)

@@ -1,16 +1,20 @@
 """Every combination of config groups composes, and makes the parts that it names."""
 
 import itertools
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from cpm_rcnn import assembly
+from cpm_rcnn.errors import UserError
 from cpm_rcnn.models.build import build_detector
 from cpm_rcnn.schedule import Schedule
+from cpm_rcnn.targets import TARGETS, make
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -73,7 +77,7 @@ def test_every_trainer_with_every_logger_makes_a_trainer(trainer, logger, tmp_pa
     config = composed(f"trainer={trainer}", f"logger={logger}", "trainer.accelerator=cpu")
     built = assembly.build_trainer(config, tmp_path)
     assert built.max_steps == config.schedule.max_steps
-    assert {type(each).__name__ for each in built.loggers} >= {"CSVLogger"}
+    assert {type(each.logger).__name__ for each in built.loggers} >= {"CSVLogger"}
 
 
 def test_ddp_makes_a_trainer_of_several_processes(tmp_path):
@@ -112,3 +116,13 @@ def test_the_issue_s_commands_mean_what_they_say():
 def test_eval_and_predict_compose(name, multi_scale):
     overrides = ["ckpt=x.ckpt"] + (["source=x"] if name == "predict" else [f"multi_scale={multi_scale}"])
     assert composed(*overrides, name=name).ckpt == "x.ckpt"
+
+
+def test_a_config_can_name_what_this_project_s_configs_name_and_nothing_else(tmp_path):
+    named = {m for path in CONF.rglob("*.yaml") for m in re.findall(r"_target_: (\S+)", path.read_text())}
+    assert named == set(TARGETS)
+    for override in ("trainer._target_=os.system", "++trainer.plugins={_target_:os.system}"):
+        with pytest.raises(UserError, match=r"_target_=.*os\.system"):
+            assembly.build_trainer(composed(override), tmp_path)
+    with pytest.raises(UserError, match=r"_target_=\[\]"):
+        make(OmegaConf.create({"root": "x"}))
