@@ -24,6 +24,7 @@ def make_head(stages=CMM_STAGES, **arguments):
         "max_grid_rois": 96,
         "score_threshold": 0.03,
         "nms_iou": 0.3,
+        "test_stages": None,
         "pixels": CONTINUOUS,
     }
     return CPMHead(8, STRIDES, 3, stages=[StageSettings(**stage) for stage in stages], **defaults | arguments)
