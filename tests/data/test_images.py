@@ -128,7 +128,8 @@ def test_truncated_image_names_file_and_source(folder, as_zip, name, left):
     raw = (folder / name).read_bytes()
     (folder / name).write_bytes(raw[:left])
     source = ImageSource(zipped(folder, "train2017/") if as_zip else folder)
-    with pytest.raises(UserError, match=rf"train2017(\.zip)?: {name} is truncated or not an image") as error:
+    fault = "truncated or not an image" if left else "empty, a file of 0 bytes"
+    with pytest.raises(UserError, match=rf"train2017(\.zip)?: {name} is {fault}") as error:
         source.read(name)
     assert one_line(error)
 
