@@ -145,7 +145,9 @@ def test_validation_with_other_categories_than_training_is_refused(root, module,
     content = json.loads((root / FILES["val_json"]).read_text())
     content["categories"][2]["name"] = "pyramid"
     (tmp_path / "val.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"val\.json: 1 categories that the model does not know .*category 3: 'pyramid'"):
+    with pytest.raises(
+        UserError, match=r"val\.json: 1 categories that the model does not know .*category 3: 'pyramid'"
+    ):
         module(val_json=str(tmp_path / "val.json")).val_dataloader()
 
 
