@@ -1,4 +1,5 @@
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -245,3 +246,27 @@ def test_error_in_a_worker_ends_in_the_one_line(root, module, tmp_path):
     last = str(error.value).strip().splitlines()[-1]
     image = f"image 1 of {root}/annotations/instances_val.json"
     assert last == f"cpm_rcnn.errors.UserError: {tmp_path}/val: image 000001.jpg is listed but not there ({image})"
+
+
+def test_with_skip_the_order_of_a_run_does_not_depend_on_its_workers_and_a_faulty_image_is_told_once(
+    root, module, tmp_path, caplog
+):
+    shutil.copytree(root / "train", tmp_path / "train")
+    for name in ("000001.jpg", "000002.jpg"):
+        (tmp_path / "train" / name).write_bytes(b"")
+    changes = {"train_images": str(tmp_path / "train"), "on_error": "skip", "max_steps": 20}
+    batches = list(module(**changes).train_dataloader())
+    assert len([line for line in caplog.messages if "is empty" in line]) == 2
+    workers = module(**changes, num_workers=2).train_dataloader()
+    for batch, other in zip(batches, workers, strict=True):
+        assert same(batch, other)
+    assert workers.dataset._unreadable.sum() == 2
+    seen = {target["image_id"] for _, targets in batches for target in targets}
+    assert seen.isdisjoint({1, 2})
+    with pytest.raises(UserError, match=r"00000[12]\.jpg is empty"):
+        list(module(**changes | {"on_error": "raise"}).train_dataloader())
+
+
+def test_evaluation_of_a_checkpoint_keeps_its_on_error(module):
+    assert module(on_error="skip").evaluation_arguments["on_error"] == "skip"
+    assert module().evaluation_arguments["on_error"] == "raise"
