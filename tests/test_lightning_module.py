@@ -1,9 +1,13 @@
 """The module under Lightning: the learning rate that it asks for, and what it logs and stores."""
 
+import json
+
 import pytest
 import pytorch_lightning as pl
 import torch
 
+from cpm_rcnn.data import CocoDataModule, shapes
+from cpm_rcnn.errors import UserError
 from cpm_rcnn.lightning_module import DetectionModule, to_original
 
 SMALL = {
@@ -85,3 +89,33 @@ def test_hyperparameters_are_plain_values_that_build_the_module_again():
 def test_boxes_go_back_to_the_image_as_stored():
     boxes = torch.tensor([[10.0, 20, 30, 40]])
     torch.testing.assert_close(to_original(boxes, (100, 200), (50, 400)), torch.tensor([[20.0, 10, 60, 20]]))
+
+
+def test_skipped_images_and_annotations_do_not_stop_an_evaluation_nor_count_as_found(tmp_path, caplog):
+    root = tmp_path / "shapes"
+    shapes.write_shapes(root, 1, 4)
+    path = root / "annotations/instances_val.json"
+    content = json.loads(path.read_text())
+    content["annotations"][0]["bbox"] = [float("nan")] * 4
+    content["images"].append({"id": 5, "file_name": "../5.jpg", "height": 9, "width": 9})
+    path.write_text(json.dumps(content))
+    unreadable = content["images"][2]
+    (root / "val" / unreadable["file_name"]).write_bytes(b"")
+
+    def evaluated(on_error):
+        data = CocoDataModule(
+            **{"root": str(root), "train_json": None, "train_images": None, "num_workers": 0, "on_error": on_error},
+            **{"val_json": "annotations/instances_val.json", "val_images": "val", "test_short_side": 64},
+        )
+        recipe = {"max_steps": 2, "milestones": [], "warmup_steps": 0}
+        model = DetectionModule({**SMALL, "score_threshold": 0.0}, shapes.CATEGORIES, recipe, data.evaluation_arguments)
+        trainer(use_distributed_sampler=False).validate(model, data, verbose=False)
+        return model
+
+    with pytest.raises(UserError, match=r"image 5: '\.\./5\.jpg'.*; 1 annotations whose bbox is not four finite"):
+        evaluated("raise")
+    model = evaluated("skip")
+    assert {found["image_id"] for found in model.metric.results()} == {1, 2, 3, 4} - {unreadable["id"]}
+    assert 0 <= model.figures["AP"] <= 1
+    assert model.hparams["data"]["on_error"] == "skip"
+    assert len([line for line in caplog.messages if "data.on_error=skip" in line]) == 2

@@ -101,11 +101,14 @@ class DetectionModule(pl.LightningModule):
 
     def _new_metric(self, split: str) -> CocoMetric:
         categories = self.hparams["categories"]
+        annotations = self.trainer.datamodule.annotations(split)  # type: ignore[attr-defined]
         return CocoMetric(
-            self.trainer.datamodule.annotations(split).path,  # type: ignore[attr-defined]
+            annotations.path,
             [category["id"] for category in categories],
             self.class_names,
             CONVENTIONS[self.hparams["model"].get("pixels", "continuous")],
+            annotations.skipped_images,
+            annotations.skipped_objects,
         ).to(self.device)
 
     def _evaluate(self, batch: Batch) -> None:
@@ -113,6 +116,8 @@ class DetectionModule(pl.LightningModule):
         detections = self.detector(images)
         originals = [
             detection | {"boxes": to_original(detection["boxes"], image.shape[-2:], target["original_size"])}
+            if target["readable"]
+            else {name: value[:0] for name, value in detection.items()}
             for detection, image, target in zip(detections, images, targets)
         ]
         self.metric.update([target["image_id"] for target in targets], originals)

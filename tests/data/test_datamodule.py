@@ -1,4 +1,5 @@
 import json
+import shutil
 import types
 from pathlib import Path
 
@@ -145,7 +146,9 @@ def test_validation_with_other_categories_than_training_is_refused(root, module,
     content = json.loads((root / FILES["val_json"]).read_text())
     content["categories"][2]["name"] = "pyramid"
     (tmp_path / "val.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"val\.json: 1 categories that the model does not know .*3 'pyramid'"):
+    with pytest.raises(
+        UserError, match=r"val\.json: 1 categories that the model does not know .*category 3: 'pyramid'"
+    ):
         module(val_json=str(tmp_path / "val.json")).val_dataloader()
 
 
@@ -204,6 +207,7 @@ def test_training_without_a_length_is_refused(module):
         ("seed", -1),
         ("max_steps", 0),
         ("pixels", "round"),
+        ("on_error", "ignore"),
     ],
 )
 def test_value_out_of_range_is_refused_by_its_key(module, key, value):
@@ -240,4 +244,29 @@ def test_error_in_a_worker_ends_in_the_one_line(root, module, tmp_path):
     with pytest.raises(UserError) as error:
         next(iter(module(val_images=str(tmp_path / "val"), num_workers=1).val_dataloader()))
     last = str(error.value).strip().splitlines()[-1]
-    assert last == f"cpm_rcnn.errors.UserError: {tmp_path}/val: image 000001.jpg is listed but not there"
+    image = f"image 1 of {root}/annotations/instances_val.json"
+    assert last == f"cpm_rcnn.errors.UserError: {tmp_path}/val: image 000001.jpg is listed but not there ({image})"
+
+
+def test_with_skip_the_order_of_a_run_does_not_depend_on_its_workers_and_a_faulty_image_is_told_once(
+    root, module, tmp_path, caplog
+):
+    shutil.copytree(root / "train", tmp_path / "train")
+    for name in ("000001.jpg", "000002.jpg"):
+        (tmp_path / "train" / name).write_bytes(b"")
+    changes = {"train_images": str(tmp_path / "train"), "on_error": "skip", "max_steps": 20}
+    batches = list(module(**changes).train_dataloader())
+    assert len([line for line in caplog.messages if "is empty" in line]) == 2
+    workers = module(**changes, num_workers=2).train_dataloader()
+    for batch, other in zip(batches, workers, strict=True):
+        assert same(batch, other)
+    assert workers.dataset._unreadable.sum() == 2
+    seen = {target["image_id"] for _, targets in batches for target in targets}
+    assert seen.isdisjoint({1, 2})
+    with pytest.raises(UserError, match=r"00000[12]\.jpg is empty"):
+        list(module(**changes | {"on_error": "raise"}).train_dataloader())
+
+
+def test_evaluation_of_a_checkpoint_keeps_its_on_error(module):
+    assert module(on_error="skip").evaluation_arguments["on_error"] == "skip"
+    assert module().evaluation_arguments["on_error"] == "raise"

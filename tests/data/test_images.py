@@ -5,7 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cpm_rcnn.data.images import ImageSource
 from cpm_rcnn.errors import UserError
@@ -81,7 +81,22 @@ def test_member_with_two_possible_places_is_refused(folder):
 
 
 @pytest.mark.parametrize(
-    ("mode", "name"), [("L", "a.png"), ("RGBA", "a.png"), ("P", "a.gif"), ("CMYK", "a.jpg"), ("RGB", "a.bmp")]
+    ("mode", "name"),
+    [
+        ("L", "a.png"),
+        ("L", "a.jpg"),
+        ("LA", "a.png"),
+        ("RGBA", "a.png"),
+        ("RGBA", "a.webp"),
+        ("P", "a.gif"),
+        ("P", "a.png"),
+        ("CMYK", "a.jpg"),
+        ("CMYK", "a.tif"),
+        ("YCbCr", "a.jpg"),
+        ("RGB", "a.bmp"),
+        ("RGB", "a.ppm"),
+        ("RGB", "a.jp2"),
+    ],
 )
 def test_every_colour_mode_and_format_becomes_rgb_uint8(tmp_path, mode, name):
     Image.new("RGB", (30, 20), (204, 204, 204)).convert(mode).save(tmp_path / name)
@@ -96,6 +111,85 @@ def test_16_bit_png_is_scaled_down(tmp_path):
     image = ImageSource(tmp_path).read("a.png")
     assert image.dtype == torch.uint8
     assert torch.equal(image, torch.full((3, 20, 30), 156, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_16_bit_grey_is_scaled_over_its_whole_range(tmp_path, name):
+    pixels = np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
+    Image.fromarray(pixels).save(tmp_path / name)
+    image = ImageSource(tmp_path).read(name)
+    assert torch.equal(image, torch.from_numpy(pixels // 256).to(torch.uint8).expand(3, -1, -1))
+
+
+def test_transparency_is_dropped_and_the_colour_under_it_stays(tmp_path):
+    clear = np.dstack([np.array(picture(1)), np.zeros((20, 30), np.uint8)])
+    Image.fromarray(clear).save(tmp_path / "a.png")
+    assert torch.equal(ImageSource(tmp_path).read("a.png"), torch.from_numpy(clear[..., :3]).permute(2, 0, 1))
+
+
+def test_transparent_palette_keeps_its_colours(tmp_path):
+    palette = picture(1).quantize(16)
+    palette.save(tmp_path / "a.png", transparency=bytes(16))
+    expected = torch.from_numpy(np.array(palette.convert("RGB"))).permute(2, 0, 1)
+    assert torch.equal(ImageSource(tmp_path).read("a.png"), expected)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+def test_first_frame_stands_for_an_animation(tmp_path, name):
+    frames = [Image.new("RGB", (30, 20), (shade,) * 3) for shade in (204, 0, 100)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    assert (ImageSource(tmp_path).read(name).float() - 204).abs().max() < 3
+
+
+def turned(tmp_path, orientation, name="a.png", size=(30, 20)):
+    """A stored picture whose EXIF asks for a turn, its pixels as stored and as shown, each (3, H, W) uint8."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = picture(orientation, size)
+    stored.save(tmp_path / name, exif=exif)
+    shown = ImageOps.exif_transpose(Image.open(tmp_path / name))
+    return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in (stored, shown)]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_is_turned_as_viewers_show_it_where_no_size_is_told(tmp_path, orientation):
+    _, shown = turned(tmp_path, orientation)
+    assert torch.equal(ImageSource(tmp_path).read("a.png"), shown)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_decides_whether_a_quarter_turn_is_followed(tmp_path, orientation):
+    stored, shown = turned(tmp_path, orientation)
+    source = ImageSource(tmp_path)
+    assert torch.equal(source.read("a.png", tuple(shown.shape[1:])), shown)
+    # A half turn or a flip keeps the size, which then tells nothing.
+    assert torch.equal(source.read("a.png", (20, 30)), stored if orientation >= 5 else shown)
+
+
+def test_square_image_is_turned_as_viewers_show_it(tmp_path):
+    _, shown = turned(tmp_path, 6, size=(20, 20))
+    assert torch.equal(ImageSource(tmp_path).read("a.png", (20, 20)), shown)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_nonsense_orientation_is_ignored(tmp_path, orientation):
+    stored, _ = turned(tmp_path, orientation)
+    assert torch.equal(ImageSource(tmp_path).read("a.png"), stored)
+
+
+def test_damaged_exif_spoils_no_pixel(tmp_path):
+    picture(1).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert torch.equal(ImageSource(tmp_path).read("a.png"), torch.from_numpy(np.array(picture(1))).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_names_of_any_script_are_found(folder, as_zip):
+    names = ["фото.png", "日本 語.png", "🐈\u200d⬛.png", "e\u0301é.png", "a'\"%s{}.png", "x" * 250 + ".png"]
+    for number, name in enumerate(names):
+        picture(number).save(folder / name)
+    source = ImageSource(zipped(folder, "train2017/") if as_zip else folder)
+    for number, name in enumerate(names):
+        assert torch.equal(source.read(name), torch.from_numpy(np.array(picture(number))).permute(2, 0, 1))
 
 
 def one_line(error):
@@ -128,7 +222,8 @@ def test_truncated_image_names_file_and_source(folder, as_zip, name, left):
     raw = (folder / name).read_bytes()
     (folder / name).write_bytes(raw[:left])
     source = ImageSource(zipped(folder, "train2017/") if as_zip else folder)
-    with pytest.raises(UserError, match=rf"train2017(\.zip)?: {name} is truncated or not an image") as error:
+    fault = "truncated or not an image" if left else "empty, a file of 0 bytes"
+    with pytest.raises(UserError, match=rf"train2017(\.zip)?: {name} is {fault}") as error:
         source.read(name)
     assert one_line(error)
 

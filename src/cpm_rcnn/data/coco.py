@@ -1,12 +1,10 @@
 """COCO-style annotations: a json read once, checked, and handed on as arrays and training targets."""
 
-import json
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,10 +13,13 @@ from torch.utils.data import Dataset
 
 from cpm_rcnn.data.batches import Sample
 from cpm_rcnn.data.images import ImageSource
+from cpm_rcnn.data.validation import check_json, read_json
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.pixels import PixelConvention
 
 _log = logging.getLogger(__name__)
+
+OnError = Literal["raise", "skip"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,8 @@ class CocoAnnotations:
         areas: (A,) float32, square pixels; the box's own where the json has none.
         crowds: (A,) bool, COCO's ``iscrowd``.
         usable: (A,) bool, the objects to train on: no crowds, and some of the box lies inside its image.
+        skipped_images: places in the json's list of what was left out for a fault.
+        skipped_objects: the same of its annotations, of which those of skipped images are part.
     """
 
     path: Path
@@ -59,6 +62,8 @@ class CocoAnnotations:
     areas: np.ndarray
     crowds: np.ndarray
     usable: np.ndarray
+    skipped_images: frozenset[int]
+    skipped_objects: frozenset[int]
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -79,67 +84,69 @@ class CocoAnnotations:
         return np.unique(image_of_object[self.usable])
 
     @classmethod
-    def load(cls, path: str | Path, categories: Sequence[dict[str, Any]] | None = None) -> "CocoAnnotations":
+    def load(
+        cls, path: str | Path, categories: Sequence[dict[str, Any]] | None = None, on_error: OnError = "raise"
+    ) -> "CocoAnnotations":
         """Read and check a COCO-style json.
 
         Boxes of zero width or height, of which COCO's own ``instances_train2017.json`` has two, are kept but not
-        usable, and a warning in the log names them.
+        usable, as are those that touch their image's edge from outside; a warning in the log names them.
 
         Args:
             path: the json.
             categories: those that a model already knows, each with ``id`` and ``name``. They set the labels, and the
                 json may not have others.
+            on_error: ``raise``, or ``skip``: leave out the images and annotations that are at fault, and count them
+                in a warning in the log. Of several with one id, the first stays.
 
         Raises:
-            UserError: no such file, not COCO json, other categories than ``categories``, or images and annotations
-                that contradict each other. One line with the file, the first ids concerned and their count.
+            UserError: no such file, not COCO json, categories that are faulty or other than ``categories``, boxes
+                that are x1, y1, x2, y2 by mistake, or no image; under ``raise`` any fault of an image or annotation.
+                One line with all kinds of faults, their counts and the first ids.
         """
         path = Path(path)
-        content = _read_json(path)
-        listed = content.get("categories", [])
-        _refuse(path, _category_problems(listed, categories))
-        known = sorted(listed if categories is None else categories, key=lambda category: category["id"])
+        content = read_json(path)
+        found = check_json(content, categories)
+        if found.fatal or (found.faults and on_error == "raise"):
+            raise UserError(f"{path}: {'; '.join(found.fatal + found.faults)}")
+        if not found.good_images.any():
+            raise UserError(f"{path}: no image is without fault; {'; '.join(found.faults)}")
+        kept = found.good_objects & found.good_images[found.image_rows]
+        notes = [found.flat] if found.flat else []
+        if found.faults:
+            notes.append(f"data.on_error=skip leaves out {'; '.join(found.faults)}")
+        if along := (found.good_objects & ~kept).sum():
+            notes.append(f"with their images {along} annotations without fault")
+        if notes:
+            _log.warning("%s: %s", path, "; ".join(notes))
+
+        known = sorted(content.get("categories", []) if categories is None else categories, key=lambda c: c["id"])
         category_ids = [int(category["id"]) for category in known]
-
-        images, objects = content["images"], content.get("annotations", [])
-        if not images:
-            raise UserError(f"{path}: lists no images")
-        _refuse(path, _problems(images, objects, set(category_ids)))
-        image_ids = np.array([image["id"] for image in images], dtype=np.int64)
-        heights = np.array([image["height"] for image in images], dtype=np.int64)
-        widths = np.array([image["width"] for image in images], dtype=np.int64)
-
-        rows = {image["id"]: row for row, image in enumerate(images)}
-        image_rows = np.array([rows[item["image_id"]] for item in objects], dtype=np.int64)
+        images, objects = np.flatnonzero(found.good_images), np.flatnonzero(kept)
+        heights, widths = found.heights[images], found.widths[images]
+        image_rows = np.searchsorted(images, found.image_rows[objects])
         order = np.argsort(image_rows, kind="stable")
-        image_rows = image_rows[order]
-        label_of = {key: position + 1 for position, key in enumerate(category_ids)}
-        labels = np.array([label_of[item["category_id"]] for item in objects], dtype=np.int64)[order]
-        boxes = np.array([item["bbox"] for item in objects], dtype=np.float64).reshape(-1, 4)[order]
-        areas = np.array([item.get("area", item["bbox"][2] * item["bbox"][3]) for item in objects], np.float32)
-        crowds = np.array([bool(item.get("iscrowd", 0)) for item in objects], dtype=bool)[order]
-
-        flat = (boxes[:, 2:] == 0).any(axis=1)
-        if flat.any():
-            names = _first([_name(objects[position]) for position in order[flat]])
-            _log.warning("%s: %d boxes without area are left out of training (%s)", path, flat.sum(), names)
+        objects, image_rows = objects[order], image_rows[order]
+        boxes, crowds = found.boxes[objects], found.crowds[objects]
         limits = np.stack([widths, heights], axis=1)[image_rows]
         inside = np.minimum(boxes[:, :2] + boxes[:, 2:], limits) > np.maximum(boxes[:, :2], 0)
         return cls(
             path=path,
-            image_ids=image_ids,
-            file_names=np.array([image["file_name"] for image in images], dtype=str),
+            image_ids=found.image_ids[images],
+            file_names=np.array(found.file_names, dtype=str)[images],
             heights=heights,
             widths=widths,
             category_ids=category_ids,
             category_names=[str(category["name"]) for category in known],
             has_annotations="annotations" in content,
             offsets=np.searchsorted(image_rows, np.arange(len(images) + 1)),
-            labels=labels,
+            labels=np.searchsorted(category_ids, found.category_ids[objects]) + 1,
             xywh=boxes.astype(np.float32),
-            areas=areas[order],
+            areas=found.areas[objects].astype(np.float32),
             crowds=crowds,
             usable=inside.all(axis=1) & ~crowds,
+            skipped_images=frozenset(np.flatnonzero(~found.good_images).tolist()),
+            skipped_objects=frozenset(np.flatnonzero(~kept).tolist()),
         )
 
 
@@ -147,14 +154,19 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     """Images and targets of one split, at network size.
 
     Indexed by a :class:`~cpm_rcnn.data.batches.Sample`, it returns the image, (3, h, w) uint8 RGB, and its target:
-    ``boxes`` (N, 4) float32 xyxy in pixels of that image, ``labels`` (N,) int64, ``image_id`` (int) and
-    ``original_size`` (height, width) of the file. Targets hold the usable objects alone, clipped to the image.
+    ``boxes`` (N, 4) float32 xyxy in pixels of that image, ``labels`` (N,) int64, ``image_id`` (int),
+    ``original_size`` (height, width) in the json, and ``readable`` (bool). Targets hold the usable objects alone,
+    clipped to the image.
 
     Args:
         annotations: of the split.
         images: where its files live.
         transform: takes image (3, H, W), boxes (N, 4) and the sample's number; returns both at network size.
         pixels: the convention of the boxes.
+        on_error: what becomes of an image that cannot be read. ``raise``; or ``skip``, with a warning in the log once
+            for each file: in training, the next image that can be read takes its place, the same at every visit; in
+            evaluation a black image with ``readable`` False does, on which nothing counts as found.
+        stand_ins: ascending rows of the images that may take another's place: those to train on; None in evaluation.
     """
 
     def __init__(
@@ -163,11 +175,17 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         images: ImageSource,
         transform: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]],
         pixels: PixelConvention,
+        on_error: OnError = "raise",
+        stand_ins: np.ndarray | None = None,
     ) -> None:
         self.annotations = annotations
         self.images = images
         self.transform = transform
         self.pixels = pixels
+        self.on_error = on_error
+        self.stand_ins = stand_ins
+        # Which images were found unreadable; shared by the loader's workers, so that each is told of once.
+        self._unreadable = torch.zeros(len(annotations), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -176,16 +194,32 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         """The sample's image and target.
 
         Raises:
-            UserError: the image cannot be read, or has another size than the json says.
+            UserError: the image cannot be read or has another size than the json says; under ``skip`` in training,
+                no image can be read.
         """
+        try:
+            return self._load(sample)
+        except UserError as error:
+            if self.on_error == "raise":
+                raise
+            if self.stand_ins is None:
+                self._warn(sample.image, f"{error}; counts as an image in which nothing was found")
+                return self._blank(sample)
+            self._warn(sample.image, f"{error}; another takes its place")
+        for row in self._successors(sample.image):
+            try:
+                return self._load(Sample(row, sample.number))
+            except UserError as error:
+                self._warn(row, f"{error}; another takes its place")
+        raise UserError(f"{self.images.path}: none of the images to train on can be read")
+
+    def _load(self, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
         listed, row = self.annotations, sample.image
         size = int(listed.heights[row]), int(listed.widths[row])
-        file_name = str(listed.file_names[row])
-        image = self.images.read(file_name)
-        if tuple(image.shape[-2:]) != size:
-            found = f"{image.shape[2]} x {image.shape[1]} pixels"
-            expected = f"{size[1]} x {size[0]}"
-            raise UserError(f"{self.images.path}: {file_name} is {found}, but {listed.path} says {expected}")
+        try:
+            image = self.images.read(str(listed.file_names[row]), size)
+        except UserError as error:
+            raise UserError(f"{error} (image {listed.image_ids[row]} of {listed.path})") from error
 
         objects = slice(listed.offsets[row], listed.offsets[row + 1])
         usable = listed.usable[objects]
@@ -200,108 +234,30 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             "labels": torch.from_numpy(listed.labels[objects][usable])[keep],
             "image_id": int(listed.image_ids[row]),
             "original_size": size,
+            "readable": True,
         }
 
+    def _blank(self, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
+        """What stands for an image that cannot be read, without objects; of a usual size, whatever the json claims."""
+        listed, row = self.annotations, sample.image
+        image, boxes = self.transform(torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(0, 4), sample.number)
+        return image, {
+            "boxes": boxes,
+            "labels": torch.zeros(0, dtype=torch.int64),
+            "image_id": int(listed.image_ids[row]),
+            "original_size": (int(listed.heights[row]), int(listed.widths[row])),
+            "readable": False,
+        }
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not json ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not COCO json (an object with images, annotations and categories)")
-    for key in ["images"] + ["categories"] * ("annotations" in content):
-        if key not in content:
-            raise UserError(f"{path}: not COCO json (key {key!r} is missing)")
-    for key in {"images", "annotations", "categories"} & content.keys():
-        entries = content[key]
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise UserError(f"{path}: not COCO json ({key!r} is not a list of objects)")
-        for number, entry in enumerate(entries):
-            if missing := _REQUIRED[key] - entry.keys():
-                raise UserError(f"{path}: not COCO json ({key}[{number}] has no {min(missing)!r})")
-    return content
+    def _successors(self, row: int) -> list[int]:
+        """The other rows that may take the place of ``row``: upward from it and around, those of its shape first."""
+        assert self.stand_ins is not None
+        around = np.roll(self.stand_ins, -np.searchsorted(self.stand_ins, row, side="right"))
+        around = around[around != row]
+        portrait = self.annotations.portrait
+        return around[np.argsort(portrait[around] != portrait[row], kind="stable")].tolist()
 
-
-_REQUIRED = {
-    "images": {"id", "file_name", "height", "width"},
-    "annotations": {"image_id", "category_id", "bbox"},
-    "categories": {"id", "name"},
-}
-
-
-def _category_problems(listed: list[dict[str, Any]], known: Sequence[dict[str, Any]] | None) -> dict[str, list[Any]]:
-    """What is wrong with a json's categories, as in :func:`_problems`."""
-    problems = defaultdict(list)
-    seen = set()
-    names = {category["id"]: category["name"] for category in known or ()}
-    for category in listed:
-        key = category["id"]
-        if not _is_integer(key):
-            problems["category ids that are no integers"].append(repr(key))
-            continue
-        if key in seen:
-            problems["categories listed twice"].append(key)
-        seen.add(key)
-        if known is not None and names.get(key) != category["name"]:
-            problems["categories that the model does not know by this id and name"].append(
-                f"{key} {category['name']!r}"
-            )
-    return problems
-
-
-def _problems(
-    images: list[dict[str, Any]], objects: list[dict[str, Any]], category_ids: set[int]
-) -> dict[str, list[Any]]:
-    """What is wrong with images and annotations: each kind of fault, with the ids concerned."""
-    problems = defaultdict(list)
-    image_ids = set()
-    for image in images:
-        key = image["id"]
-        if not _is_integer(key):
-            problems["image ids that are no integers"].append(repr(key))
-            continue
-        if key in image_ids:
-            problems["images listed twice"].append(key)
-        image_ids.add(key)
-        if not all(_is_integer(image[side]) and image[side] > 0 for side in ("height", "width")):
-            problems["images without a height and width in whole pixels"].append(key)
-    for item in objects:
-        if not _is_integer(item["image_id"]) or item["image_id"] not in image_ids:
-            problems["annotations of an unknown image"].append(f"{_name(item)} of image {item['image_id']}")
-        if not _is_integer(item["category_id"]) or item["category_id"] not in category_ids:
-            problems["annotations of an unknown category"].append(f"{_name(item)} of category {item['category_id']}")
-        bbox = item["bbox"]
-        if not (isinstance(bbox, list) and len(bbox) == 4 and all(map(_is_finite, bbox))):
-            problems["annotations whose bbox is not four finite numbers"].append(_name(item))
-        elif bbox[2] < 0 or bbox[3] < 0:
-            problems["annotations whose bbox has a negative width or height"].append(_name(item))
-        if not _is_finite(item.get("area", 0)):
-            problems["annotations whose area is not a finite number"].append(_name(item))
-    return problems
-
-
-def _refuse(path: Path, problems: dict[str, list[Any]]) -> None:
-    """Raise one line about all ``problems``, if there are any."""
-    lines = [f"{len(names)} {kind} ({_first(names)})" for kind, names in problems.items() if names]
-    if lines:
-        raise UserError(f"{path}: {'; '.join(lines)}")
-
-
-def _first(names: list[Any]) -> str:
-    return ", ".join(map(str, names[:3])) + (", ..." if len(names) > 3 else "")
-
-
-def _name(item: dict[str, Any]) -> str:
-    return f"annotation {item.get('id', 'without id')}"
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    # Python's json reads integers of any length, and NaN and Infinity; the comparison sorts all of those out.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30
+    def _warn(self, row: int, message: str) -> None:
+        if not self._unreadable[row]:
+            self._unreadable[row] = True
+            _log.warning("%s (data.on_error=skip, unreadable so far: %d)", message, self._unreadable.sum())

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
 from cpm_rcnn.data.batches import EvalSampler, TrainBatchSampler, TrainOrder, collate
-from cpm_rcnn.data.coco import CocoAnnotations, CocoDataset
+from cpm_rcnn.data.coco import CocoAnnotations, CocoDataset, OnError
 from cpm_rcnn.data.images import ImageSource
 from cpm_rcnn.data.shapes import CATEGORIES, TRAIN_IMAGES, VAL_IMAGES, write_shapes
 from cpm_rcnn.data.transforms import EvalTransform, TrainTransform
@@ -46,6 +47,8 @@ class CocoDataModule(pl.LightningDataModule):
         seed: of the order and the augmentation.
         max_steps: length of the whole run in steps, each of one batch; only training needs it.
         pixels: name of the pixel convention of the targets, ``continuous`` or ``inclusive``.
+        on_error: what becomes of faulty annotations and images: ``raise``, an error at the first file that has some; or
+            ``skip``, a warning (:meth:`CocoAnnotations.load` and :class:`~cpm_rcnn.data.coco.CocoDataset` say how).
 
     Attributes:
         start_step: first step that the training loader yields; a resumed run sets it.
@@ -76,6 +79,7 @@ class CocoDataModule(pl.LightningDataModule):
         seed: int = 0,
         max_steps: int | None = None,
         pixels: str = "continuous",
+        on_error: OnError = "raise",
     ) -> None:
         super().__init__()
         check_count("data.batch_size", batch_size)
@@ -94,6 +98,7 @@ class CocoDataModule(pl.LightningDataModule):
         if max_steps is not None:
             check_range("max_steps", max_steps, 1)
         check_choice("pixels", pixels, CONVENTIONS)
+        check_choice("data.on_error", on_error, ("raise", "skip"))
         self.root = Path(root or "").expanduser()
         self._files = {
             "train": (train_json, train_images),
@@ -104,6 +109,7 @@ class CocoDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
+        self.on_error = on_error
         self.seed = seed
         self.max_steps = max_steps
         self.start_step = 0
@@ -127,6 +133,7 @@ class CocoDataModule(pl.LightningDataModule):
             "test_images": test_images,
             "eval_batch_size": self.eval_batch_size,
             "num_workers": self.num_workers,
+            "on_error": self.on_error,
             "test_short_side": self._eval_transform.short_side,
             "test_max_size": self._eval_transform.max_size,
         }
@@ -153,7 +160,7 @@ class CocoDataModule(pl.LightningDataModule):
             # The json that names the categories is the one that they cannot be checked against.
             names_them = split == ("train" if self._files["train"][0] else "val")
             known = self._given_categories if names_them else self.categories
-            self._annotations[split] = CocoAnnotations.load(path, known)
+            self._annotations[split] = CocoAnnotations.load(path, known, self.on_error)
         return self._annotations[split]
 
     def train_dataloader(self) -> DataLoader:
@@ -171,7 +178,7 @@ class CocoDataModule(pl.LightningDataModule):
         rank, world_size = self._rank()
         order = TrainOrder(rows, annotations.portrait[rows], self.seed, self.batch_size, world_size)
         sampler = TrainBatchSampler(order, rank, self.start_step, self.max_steps)
-        return self._loader("train", self._train_transform, batch_sampler=sampler)
+        return self._loader("train", self._train_transform, rows, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
         """All images of the validation split, in the json's order.
@@ -191,12 +198,14 @@ class CocoDataModule(pl.LightningDataModule):
 
     def _eval_loader(self, split: Split) -> DataLoader:
         sampler = EvalSampler(len(self.annotations(split)), *self._rank())
-        return self._loader(split, self._eval_transform, sampler=sampler, batch_size=self.eval_batch_size)
+        return self._loader(split, self._eval_transform, None, sampler=sampler, batch_size=self.eval_batch_size)
 
-    def _loader(self, split: Split, transform: TrainTransform | EvalTransform, **batching: Any) -> DataLoader:
+    def _loader(
+        self, split: Split, transform: TrainTransform | EvalTransform, stand_ins: np.ndarray | None, **batching: Any
+    ) -> DataLoader:
         images = ImageSource(self._path(split, "images"))
         return DataLoader(
-            CocoDataset(self.annotations(split), images, transform, self._pixels),
+            CocoDataset(self.annotations(split), images, transform, self._pixels, self.on_error, stand_ins),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -3,7 +3,6 @@
 import io
 import os
 import zipfile
-import zlib
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -49,38 +48,46 @@ class ImageSource:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None}
 
-    def read(self, file_name: str) -> Tensor:
-        """Decode one image.
+    def read(self, file_name: str, size: tuple[int, int] | None = None) -> Tensor:
+        """Decode one image; of an animation, its first frame.
+
+        What a camera wrote in EXIF about its orientation is followed, as viewers and most annotation tools do, except
+        where ``size`` fits the pixels as they are stored and not as they are shown.
 
         Args:
             file_name: as in the json, relative to the folder or the archive.
+            size: (height, width) in pixels that the image must have; None takes any.
 
         Returns:
-            (3, H, W) uint8 RGB.
+            (3, H, W) uint8 RGB. Transparency is dropped, 16-bit grey is divided by 256.
 
         Raises:
-            UserError: the image is absent, truncated or no image.
+            UserError: the image is absent, of another size, too large (Pillow's limit, 179 million pixels), damaged
+                or no image of a kind that is read.
         """
         raw = self._read_folder(file_name) if self._members is None else self._read_archive(file_name)
         try:
-            return _decode(raw)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.path}: {file_name} is truncated or not an image") from error
+            return _decode(raw, size)
+        except UserError as error:
+            raise UserError(f"{self.path}: {_short(file_name)} {error}") from error.__cause__
 
     def _read_folder(self, file_name: str) -> bytes:
         try:
             return (self.path / file_name).read_bytes()
         except FileNotFoundError:
-            raise UserError(f"{self.path}: image {file_name} is listed but not there") from None
-        except OSError as error:
-            raise UserError(f"{self.path}: {file_name} cannot be read ({error.strerror})") from error
+            raise UserError(f"{self.path}: image {_short(file_name)} is listed but not there") from None
+        except (OSError, ValueError) as error:  # the latter of names that the system cannot have
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.path}: {_short(file_name)} cannot be read ({reason})") from error
 
     def _read_archive(self, file_name: str) -> bytes:
         member = self._member(file_name)
         try:
             return self._open().read(member)
-        except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-            raise UserError(f"{self.path}: {file_name} cannot be read from the archive") from error
+        except UserError:
+            raise
+        except Exception as error:  # damaged and encrypted members raise of many kinds, zlib's and lzma's among them
+            raise UserError(f"{self.path}: {_short(file_name)} cannot be read from the archive") from error
 
     def _member(self, file_name: str) -> str:
         assert self._members is not None
@@ -90,9 +97,9 @@ class ImageSource:
                 return exact
         found = [member for member in candidates if member.endswith("/" + file_name)]
         if not found:
-            raise UserError(f"{self.path}: image {file_name} is listed but not there")
+            raise UserError(f"{self.path}: image {_short(file_name)} is listed but not there")
         if len(found) > 1:
-            raise UserError(f"{self.path}: {file_name} could be {found[0]} or {found[1]}")
+            raise UserError(f"{self.path}: {_short(file_name)} could be {found[0]} or {found[1]}")
         return found[0]
 
     def _open(self) -> zipfile.ZipFile:
@@ -100,17 +107,83 @@ class ImageSource:
         if self._archive is None or self._archive[0] != os.getpid():
             try:
                 self._archive = os.getpid(), zipfile.ZipFile(self.path)
-            except (OSError, zipfile.BadZipFile) as error:
+            except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
                 raise UserError(f"{self.path}: not a readable zip archive") from error
         return self._archive[1]
 
 
-def _decode(raw: bytes) -> Tensor:
+# Those of photographs and drawings. Pillow would start a PostScript interpreter for some of the others.
+_FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_QUARTER_TURNS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
+
+
+def _decode(raw: bytes, size: tuple[int, int] | None) -> Tensor:
     """(3, H, W) uint8 RGB from an image file's bytes.
 
     Pillow, since torchvision's own decoders are on their way out and give the same pixels no faster.
+
+    Raises:
+        UserError: what is wrong with the image, to follow its name.
     """
-    image: Image.Image = Image.open(io.BytesIO(raw))
-    if image.mode.startswith("I;16"):  # convert() would clip 16-bit grey where it should scale
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return pil_to_tensor(image.convert("RGB"))
+    if not raw:
+        raise UserError("is empty, a file of 0 bytes")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(raw), formats=_FORMATS)
+        if size is not None and sorted(size) != sorted(image.size):
+            raise UserError(_other_size(image.size, size))  # before it is decoded
+        image.load()
+        turn = _turn(image)
+        shown = image.size if turn in _QUARTER_TURNS else image.size[::-1]
+        if size not in (None, shown, image.size[::-1]):
+            raise UserError(_other_size(image.size, size))
+        if turn is not None and size in (None, shown):
+            image = image.transpose(turn)
+        return pil_to_tensor(_eight_bits(image).convert("RGB"))
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"is too large to read ({error})") from error
+    except Exception as error:  # Pillow's readers raise of any kind on damaged files
+        kinds = ", ".join(_FORMATS)
+        raise UserError(f"is truncated or not an image of a kind that is read ({kinds})") from error
+
+
+def _other_size(found: tuple[int, int], size: tuple[int, int]) -> str:
+    return f"is {found[0]} x {found[1]} pixels, but its annotations say {size[1]} x {size[0]}"
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What EXIF asks for to show the image upright; None where it does not say or says nonsense."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF spoils no pixel
+        return None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image with 8 bits a channel; Pillow's own conversion would clip 16-bit grey where it should scale.
+
+    Raises:
+        UserError: its numbers have no known range.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 1 << 16:
+        raise UserError("has 32 bits a channel, of no known range; save it with 8 or 16")
+    return Image.fromarray((pixels >> 8).astype(np.uint8))
+
+
+def _short(file_name: str) -> str:
+    return file_name if len(file_name) <= 200 else f"{file_name[:100]}...{file_name[-50:]}"

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class CocoMetric(Metric):
         category_ids: Sequence[int],
         category_names: Sequence[str],
         pixels: PixelConvention = CONTINUOUS,
+        skipped_images: Collection[int] = (),
+        skipped_objects: Collection[int] = (),
     ) -> None:
         """Read the truth.
 
@@ -61,6 +63,8 @@ class CocoMetric(Metric):
             category_ids: the file's category id of each label: label l means ``category_ids[l - 1]``.
             category_names: their names, in the same order. A name that occurs twice is told apart by its id.
             pixels: the meaning of the detections' x2 and y2.
+            skipped_images: places in the file's list of those that do not count.
+            skipped_objects: places in its list of annotations of those that do not count.
 
         Raises:
             UserError: the file cannot be read or is not in COCO's format.
@@ -74,7 +78,7 @@ class CocoMetric(Metric):
             for name, category_id in zip(category_names, category_ids, strict=True)
         ]
         self.pixels = pixels
-        self._truth = _read_truth(self.annotation_file)
+        self._truth = _read_truth(self.annotation_file, skipped_images, skipped_objects)
         self._known_ids = {image["id"] for image in self._truth["images"]}
         self._results: list[dict[str, Any]] | None = None
         for state in ("image_ids", "counts", "boxes", "scores", "labels"):
@@ -191,7 +195,7 @@ def _mean_of_defined(precision: np.ndarray) -> float:
     return float(defined.mean()) if defined.size else -1.0
 
 
-def _read_truth(path: Path) -> dict[str, Any]:
+def _read_truth(path: Path, skipped_images: Collection[int], skipped_objects: Collection[int]) -> dict[str, Any]:
     """The parts of an annotation file that count here; ``annotations`` is None where the file has none.
 
     Masks are left behind: they are most of a file's memory, and their areas stay.
@@ -200,11 +204,13 @@ def _read_truth(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not JSON: {error}") from error
     try:
         truth = {
-            "images": [{"id": image["id"]} for image in content["images"]],
+            "images": [
+                {"id": image["id"]} for place, image in enumerate(content["images"]) if place not in skipped_images
+            ],
             "annotations": None,
         }
         if "annotations" in content:
@@ -218,6 +224,7 @@ def _read_truth(path: Path) -> dict[str, Any]:
                     "iscrowd": annotation.get("iscrowd", 0),
                 }
                 for number, annotation in enumerate(content["annotations"], start=1)
+                if number - 1 not in skipped_objects
             ]
     except KeyError as error:
         raise UserError(f"{path}: is not a COCO annotation file: an entry lacks {error}") from error
