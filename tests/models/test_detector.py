@@ -94,8 +94,8 @@ def test_one_image_is_learned_to_nearly_no_loss_and_then_detected(cmm, ism, rsm)
     detector = make_detector(stages=CMM_STAGES if cmm else CMM_STAGES[:1], ism=ism, rsm=rsm, fpn_channels=48)
     image, target = two_objects()
     history = []
-    # The head ends on proposals that stand still. Else one may slip over IoU 0.5, and so change its label, when the rate
-    # is too low to follow: of ten RoIs, one is a large loss.
+    # The head ends on proposals that stand still. Else one may slip over IoU 0.5, and so change its label, when the
+    # rate is too low to follow: of ten RoIs, one is a large loss.
     for part, steps in ((detector, 100), (detector.head, 60)):
         detector.requires_grad_(False)
         part.requires_grad_(True)
