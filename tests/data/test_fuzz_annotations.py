@@ -28,7 +28,7 @@ CONTENT = {
 }
 KNOWN = [{"id": 1, "name": "cat"}, {"id": 3, "name": "cow"}, {"id": 7, "name": "dog"}]
 FUZZ = settings(
-    max_examples=1500,
+    max_examples=1200,
     deadline=None,
     derandomize=True,
     database=None,
