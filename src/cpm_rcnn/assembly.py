@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 
-from cpm_rcnn.callbacks import AtomicCheckpointIO, Interruption, NonFiniteGuard, StepSeed
+from cpm_rcnn.callbacks import AtomicCheckpointIO, EvaluationSignals, Interruption, NonFiniteGuard, StepSeed
 from cpm_rcnn.checkpoints import read_checkpoint
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_count
@@ -103,6 +103,7 @@ def build_trainer(config: DictConfig, run_dir: Path) -> pl.Trainer:
         Throughput(),
         StepSeed(config.seed),
         NonFiniteGuard(config.on_nonfinite, run_dir),
+        EvaluationSignals(),
     ]
     if not config.trainer.fast_dev_run:
         folder = run_dir / "checkpoints"
@@ -138,7 +139,7 @@ def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
     """The Trainer of an evaluation: no logs, no checkpoints."""
     return instantiate(
         config.trainer,
-        callbacks=[LossProgressBar(refresh_rate=config.trainer.log_every_n_steps)],
+        callbacks=[LossProgressBar(refresh_rate=config.trainer.log_every_n_steps), EvaluationSignals()],
         logger=False,
         enable_checkpointing=False,
         default_root_dir=str(run_dir),
