@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 
-from cpm_rcnn.callbacks import AtomicCheckpointIO, Interruption, NonFiniteGuard, StepSeed
+from cpm_rcnn.callbacks import AtomicCheckpointIO, EvaluationSignals, Interruption, NonFiniteGuard, StepSeed
 from cpm_rcnn.checkpoints import read_checkpoint
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_count
@@ -117,6 +117,7 @@ def build_trainer(config: DictConfig, run_dir: Path) -> pl.Trainer:
         Throughput(),
         StepSeed(config.seed),
         NonFiniteGuard(config.on_nonfinite, run_dir),
+        EvaluationSignals(),
     ]
     if not config.trainer.fast_dev_run:
         folder = run_dir / "checkpoints"
@@ -151,7 +152,7 @@ def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
     """The Trainer of an evaluation: no logs, no checkpoints."""
     return make(
         config.trainer,
-        callbacks=[LossProgressBar(refresh_rate=config.trainer.log_every_n_steps)],
+        callbacks=[LossProgressBar(refresh_rate=config.trainer.log_every_n_steps), EvaluationSignals()],
         logger=False,
         enable_checkpointing=False,
         default_root_dir=str(run_dir),

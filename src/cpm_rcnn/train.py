@@ -47,9 +47,12 @@ def train(config: DictConfig) -> None:
         if trainer.is_global_zero:
             print(f"stopped by {stop}; the same command with name={run_dir.name} resume=auto goes on")
             print(run_dir)
-        sys.exit(128 + stop.number)
+        # One process a machine tells of it: Lightning kills the others of a machine, and this one, once any has failed.
+        sys.exit(128 + stop.number if trainer.local_rank == 0 else 0)
     # A rehearsal (fast_dev_run) leaves no checkpoint to go back to.
     best = None if config.trainer.fast_dev_run else best_or_last(run_dir)
+    # The first process's: where the name of the run is the time, those of other machines may have other folders.
+    best = trainer.strategy.broadcast(best)
     trainer.validate(module, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
     if not trainer.is_global_zero:
         return

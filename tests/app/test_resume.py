@@ -86,6 +86,12 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(command, whole, sen
     assert (answer.folder / "loss.png").is_file()
 
 
+def test_a_run_leaves_the_signals_as_it_found_them(command):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    assert command("train", *RUN, "name=signals", "schedule.max_steps=1").status == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+
 def test_a_run_stopped_twice_keeps_all_its_metrics(command, whole, send):
     for step in (1, 4):
         send(signal.SIGTERM, step)

@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.trainer.states import TrainerFn
 
 # Clusters send the first at the end of a job's time or before they take the machine away, and, if asked, the second
 # some time before that.
@@ -40,12 +41,10 @@ class Interruption(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._received = 0
-        self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Listen; Lightning has set handlers of its own by now."""
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        """Listen, instead of Lightning's handler; Lightning puts back what there was before it."""
+        _handle(self._note)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -59,14 +58,31 @@ class Interruption(Callback):
                 return
             received = int(trainer.strategy.reduce(torch.tensor(received, device=module.device), reduce_op="max"))
         if received:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
             raise Interrupted(received, trainer.global_step)
-
-    def teardown(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
-        """Hand the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received = number
+
+
+class EvaluationSignals(Callback):
+    """Lets a signal end the process at once where there is nothing to save: in an evaluation that is not training's.
+
+    Lightning's handler would call for the other processes, which are waiting for something else: all would hang.
+    """
+
+    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take the place of Lightning's handler."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            _handle(signal.SIG_DFL)
+
+    def on_test_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Take the place of Lightning's handler."""
+        _handle(signal.SIG_DFL)
+
+
+def _handle(handler: Any) -> None:
+    """Give all of :data:`SIGNALS` a handler, where Python allows it."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            signal.signal(number, handler)

@@ -1,0 +1,151 @@
+"""Several processes at once, as torchrun would start them, each calling one function."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+# Its processes are forked from a server that has imported everything once, in seconds; the server has no threads.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["cpm_rcnn.train", "cpm_rcnn.eval", "faster_coco_eval", "torch.distributed.run"])
+
+
+@dataclass
+class Outcome:
+    """What one process left: its exit status (-N after signal N), what it printed, and what its function returned."""
+
+    status: int
+    out: str
+    err: str
+    result: Any = None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def together(folder: Path, world: int, function: Callable[..., Any], *arguments: Any, timeout=60) -> list[Outcome]:
+    """``function(rank, *arguments)`` in ``world`` processes, in the environment that torchrun gives to its workers.
+
+    A process that is still there after ``timeout`` seconds is taken to hang, and fails the test.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    processes = [
+        _context.Process(target=_work, args=(rank, environment, folder, function, arguments)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    hanging = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+    for process in processes:
+        process.kill()
+        process.join()
+    outcomes = []
+    for rank, process in enumerate(processes):
+        out, err = ((folder / f"{stream}{rank}").read_text() for stream in ("out", "err"))
+        result = folder / f"result{rank}.pt"
+        outcomes.append(Outcome(process.exitcode, out, err, torch.load(result) if result.exists() else None))
+    assert not hanging, f"ranks {hanging} hang: {[outcome.err[-2000:] for outcome in outcomes]}"
+    return outcomes
+
+
+def _work(rank: int, environment: dict, folder: Path, function: Callable[..., Any], arguments: tuple) -> None:
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        with (folder / f"{name}{rank}").open("wb") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    result = function(rank, *arguments)
+    torch.save(result, folder / f"result{rank}.pt")
+
+
+def call(
+    rank: int, workplace: Path, faults: dict[int, Callable[[], None]], name: str, *options: str
+) -> dict[str, dict[str, Tensor]]:
+    """The command ``name``; ``faults`` says by rank what to spoil first.
+
+    Returns:
+        The process's own weights ``before`` and ``after`` training.
+    """
+    from cpm_rcnn import commands, eval, train
+
+    os.chdir(workplace)
+    sys.argv = [f"cpm_rcnn.{name}", *options]
+    faults.get(rank, lambda: None)()
+    weights, fit = {}, pl.Trainer.fit
+
+    def fit_between(trainer: pl.Trainer, module: pl.LightningModule, **arguments: Any) -> None:
+        weights["before"] = {name: value.clone() for name, value in module.state_dict().items()}
+        fit(trainer, module, **arguments)
+        weights["after"] = {name: value.clone() for name, value in module.state_dict().items()}
+
+    pl.Trainer.fit = fit_between
+    commands.run({"train": train.train, "eval": eval.evaluate}[name], name)
+    return weights
+
+
+@dataclass
+class Signal:
+    """A fault: this process gets a signal within a step of training (or of validation, after training)."""
+
+    number: signal.Signals
+    step: int
+    hook: str = "training_step"
+    stage: str = "fit"
+
+    def __call__(self) -> None:
+        from cpm_rcnn.lightning_module import DetectionModule
+
+        original = getattr(DetectionModule, self.hook)
+
+        def hook(module: Any, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == self.step and module.trainer.state.fn == self.stage:
+                os.kill(os.getpid(), self.number)
+            return original(module, batch, batch_idx)
+
+        setattr(DetectionModule, self.hook, hook)
+
+
+@dataclass
+class NotANumber:
+    """A fault: a loss of this process is no number at a training step."""
+
+    name: str
+    step: int
+
+    def __call__(self) -> None:
+        from cpm_rcnn.models.detector import CPMRCNN
+
+        original, steps = CPMRCNN.forward, []
+
+        def forward(detector: Any, images: Any, targets: Any = None) -> Any:
+            losses = original(detector, images, targets)
+            if detector.training:
+                if len(steps) == self.step:
+                    losses[self.name] = losses[self.name] * float("nan")
+                steps.append(len(images))
+            return losses
+
+        CPMRCNN.forward = forward

@@ -1,0 +1,352 @@
+"""Many processes do what one does: gradients, losses, figures, stops and faults."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import NotANumber, Signal, call, free_port, together
+from small_run import SMALL
+from test_resume import same_run
+from torch.nn.parallel import DistributedDataParallel
+
+from cpm_rcnn.models import sampling
+from cpm_rcnn.models.build import build_detector
+
+LOSSES = {f"loss_{part}" for part in ("rpn_objectness", "rpn_box", "cls", "grid0", "grid1", "grid2", "ism", "rsm")}
+
+
+# --- gradients ---
+
+
+def detector(fusion):
+    """A small detector with weights that tell things apart.
+
+    Fresh ones give heatmaps that are flat but for the last bits, so that which cell is highest would be a matter of
+    rounding.
+    """
+    torch.manual_seed(0)
+    model = build_detector(
+        "tiny",
+        num_classes=5,
+        fusion=fusion,
+        fpn_channels=16,
+        mlp_channels=16,
+        point_channels=8,
+        grid_convs=1,
+        anchor_sizes=(16, 32, 64, 128, 256),
+        ignore_border_anchors=False,
+        proposals_train=100,
+        samples=32,
+        max_grid_rois=6,
+    ).train()
+    for stage in model.head.stages:
+        torch.nn.init.normal_(stage.deconvs[-1].weight, std=0.3)
+    return model
+
+
+def sample(number):
+    """An image of 128 x 128 with objects; all are of one size, as what is padded depends on who shares a batch."""
+    generator = torch.Generator().manual_seed(number)
+    corner = torch.rand(number + 2, 2, generator=generator) * 60
+    size = torch.rand(number + 2, 2, generator=generator) * 40 + 20
+    image = torch.randint(256, (3, 16, 16), generator=generator, dtype=torch.uint8)
+    boxes = torch.cat([corner, corner + size], 1)
+    labels = torch.randint(1, 6, (number + 2,), generator=generator)
+    return image.repeat_interleave(8, 1).repeat_interleave(8, 2), {"boxes": boxes, "labels": labels}
+
+
+def empty(number):
+    """The same image without an object."""
+    return sample(number)[0], {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+
+
+def step(model, samples):
+    """Losses and gradients of one step on ``samples``, the gradients by parameter; a missing one is None."""
+    # Who is drawn must not depend on who draws: the first RoIs of each image, instead of random ones. The limits stay.
+    by_key = sampling.rank_in_group
+    sampling.rank_in_group = lambda key, group, groups: by_key(torch.zeros_like(key), group, groups)
+    try:
+        model.zero_grad()
+        losses = model(*map(list, zip(*samples)))
+        torch.stack(list(losses.values())).sum().backward()
+    finally:
+        sampling.rank_in_group = by_key
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    gradients = {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+    return {name: loss.detach() for name, loss in losses.items()}, gradients
+
+
+def hide_from_last_stage(model, images):
+    """Let no RoI of ``images`` reach the last stage. Objects are RoIs of every stage: only force brings this about."""
+    head, original = model.head, model.head._next_rois
+
+    def next_rois(rois, decoded, match, truth, positive_iou):
+        rois, match = original(rois, decoded, match, truth, positive_iou)
+        keep = ~torch.isin(rois.images, torch.tensor(images)) | (positive_iou < head.stages[-1].settings.positive_iou)
+        return rois.keep(keep), match.keep(keep)
+
+    head._next_rois = next_rois
+
+
+# By name: whether features are fused, the sample of each process, and the processes whose last stage gets no RoI.
+CASES = {
+    "objects everywhere": (False, [sample(0), sample(1), sample(2)], []),
+    "objects everywhere, fused": (True, [sample(0), sample(1), sample(2)], []),
+    "none on the second": (True, [sample(0), empty(1), sample(2)], []),
+    "on the first only": (False, [sample(0), empty(1), empty(2)], []),
+    "nowhere": (False, [empty(0), empty(1), empty(2)], []),
+    "no positive on the second": (False, [sample(0), sample(1), sample(2)], [1]),
+}
+
+
+def an_image_each(rank, world):
+    """The cases on ``world`` processes: losses and gradients of this one."""
+    dist.init_process_group("gloo")
+    answers = {}
+    for name, (fusion, samples, blind) in CASES.items():
+        model = detector(fusion)
+        if rank in blind:
+            hide_from_last_stage(model, [0])
+        answers[name] = step(DistributedDataParallel(model), [samples[rank]])
+    dist.destroy_process_group()
+    return answers
+
+
+def on_one(rank, world):
+    """The cases on one process: with the images of ``world``, and with those of them that teach the last stage."""
+    answers = {}
+    for name, (fusion, samples, blind) in CASES.items():
+        model = detector(fusion)
+        teach = [s for i, s in enumerate(samples[:world]) if len(s[1]["labels"]) and i not in blind]
+        others = step(model, teach)[1] if teach else {}
+        hide_from_last_stage(model, blind)
+        answers[name] = *step(model, samples[:world]), others
+    return answers
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
+def gradients(request, tmp_path_factory):
+    """Losses and gradients of the cases: of one process with all images, and of several with an image each."""
+    folder = tmp_path_factory.mktemp("gradients")
+    one = together(folder / "one", 1, on_one, request.param)
+    each = together(folder / "each", request.param, an_image_each, request.param)
+    assert not any(outcome.status for outcome in one + each), [outcome.err for outcome in one + each]
+    return one[0].result, [outcome.result for outcome in each]
+
+
+def farthest(a, b):
+    """The greatest distance of the entries of two tensors, as a share of the greatest entry."""
+    return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+
+
+# Sums in float32 (2^-24 = 6e-8 an addition), of the same numbers in another order; see the figures in
+# docs/reliability.md.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 2e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_with_an_image_each_have_the_gradients_of_one_with_all(gradients, case):
+    losses, whole, others = gradients[0][case]
+    shares = [answers[case] for answers in gradients[1]]
+    assert set(losses) == LOSSES
+    for name, loss in losses.items():
+        mean = torch.stack([of_process[name] for of_process, _ in shares]).mean()
+        assert farthest(mean, loss) < LOSS_TOLERANCE, name
+    for name, gradient in whole.items():
+        # DDP raises where a parameter has none; here it would also be seen.
+        assert all(torch.equal(shares[0][1][name], of_process[name]) for _, of_process in shares), name
+        assert farthest(shares[0][1][name], gradient) < GRADIENT_TOLERANCE, name
+    # A process without an object or a positive takes no part: the last stage learns what the others alone teach it.
+    for name, gradient in others.items():
+        if name.startswith(("head.stages.2.", "head.ism.")):
+            assert gradient.any(), name
+            assert farthest(shares[0][1][name], gradient) < GRADIENT_TOLERANCE, name
+
+
+# --- evaluation ---
+
+
+def detections(folder):
+    found = json.loads((folder / "detections.json").read_text())
+    return sorted(found, key=lambda d: (d["image_id"], -d["score"], d["bbox"]))
+
+
+@pytest.mark.parametrize(("world", "images"), [(2, 5), (3, 5), (3, 2)])
+def test_evaluation_is_that_of_one_process_where_n_does_not_divide_the_images(
+    command, checkpoint, workplace, tmp_path, world, images
+):
+    content = json.loads((workplace / "data/shapes/annotations/instances_val.json").read_text())
+    own = workplace / f"first_{images}.json"
+    kept = content["images"][:images]
+    ids = {image["id"] for image in kept}
+    content |= {"images": kept, "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
+    own.write_text(json.dumps(content))
+    # One image a batch: what an image is padded to does not depend on how they are dealt out.
+    options = [
+        *(f"ckpt={checkpoint}", f"split={own}", "images=data/shapes/val", "trainer=cpu"),
+        *("detector.score_threshold=0.01", "data.eval_batch_size=1"),
+    ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one = command("eval", *options, "name=on_one")
+    torch.set_num_threads(threads)
+    each = together(
+        tmp_path, world, call, workplace, {}, "eval", *options, f"trainer.devices={world}", f"name=on_{world}"
+    )
+    assert [outcome.status for outcome in each] == [0] * world, [outcome.err for outcome in each]
+    many = workplace / f"outputs/on_{world}"
+    assert json.loads((many / "metrics.json").read_text()) == json.loads((one.folder / "metrics.json").read_text())
+    assert {d["image_id"] for d in detections(many)} == ids
+    assert detections(many) == detections(one.folder)
+
+
+# --- training ---
+
+STEPS = 12
+RUN = [
+    *SMALL,
+    *(f"schedule.max_steps={STEPS}", f"schedule.val_interval={STEPS}", "schedule.warmup_steps=2"),
+    *("schedule.images_per_device=1", "sheet_images=0", "trainer.strategy=ddp"),
+]
+
+
+def last_of(workplace, name):
+    return torch.load(workplace / f"outputs/{name}/checkpoints/last.ckpt", weights_only=True)
+
+
+def on_two(tmp_path, workplace, faults, *options):
+    """The training run on two processes: what became of them."""
+    return together(tmp_path, 2, call, workplace, faults, "train", *RUN, "trainer.devices=2", *options)
+
+
+_whole = {}
+
+
+@pytest.fixture
+def whole(workplace, tmp_path):
+    """The last checkpoint of a run on two processes of one machine."""
+    if not _whole:
+        outcomes = on_two(tmp_path / "whole", workplace, {}, "name=on_two")
+        assert [outcome.status for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
+        _whole["checkpoint"] = last_of(workplace, "on_two")
+    return _whole["checkpoint"]
+
+
+def test_two_machines_end_with_the_weights_of_two_processes_of_one(workplace, whole):
+    launches = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"),
+                *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "nodes"),
+                *("--local-addr", "127.0.0.1", "-m", "cpm_rcnn.train"),
+                *(*RUN, "trainer.num_nodes=2", "trainer.devices=1", "name=on_two_machines"),
+            ],
+            cwd=workplace,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for port in [free_port()]
+        for _ in range(2)
+    ]
+    try:
+        said = [launch.communicate(timeout=120) for launch in launches]
+    finally:
+        for launch in launches:
+            launch.kill()
+    assert [launch.returncode for launch in launches] == [0, 0], said
+    assert same_run(last_of(workplace, "on_two_machines"), whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_process_stops_both_and_both_go_on_to_the_same_weights(workplace, whole, tmp_path, rank):
+    name = f"name=one_of_two_stopped_{rank}"
+    faults = {rank: Signal(signal.SIGTERM, 3)}
+    outcomes = on_two(tmp_path / "stopped", workplace, faults, name)
+    assert [outcome.status for outcome in outcomes] == [128 + signal.SIGTERM, 0]
+    assert "stopped by SIGTERM at step 10" in outcomes[0].out
+    assert last_of(workplace, name[5:])["global_step"] == 10
+    outcomes = on_two(tmp_path / "resumed", workplace, {}, name, "resume=auto")
+    assert [outcome.status for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
+    assert same_run(last_of(workplace, name[5:]), whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_in_the_last_validation_ends_the_run_at_once(workplace, tmp_path, rank):
+    faults = {rank: Signal(signal.SIGTERM, 1, "validation_step", "validate")}
+    options = ["schedule.max_steps=1", "data.eval_batch_size=1", f"name=validation_stopped_{rank}"]
+    outcomes = on_two(tmp_path, workplace, faults, *options)
+    assert outcomes[rank].status == -signal.SIGTERM, outcomes
+    assert outcomes[1 - rank].status not in (0, -signal.SIGKILL)
+    assert last_of(workplace, options[-1][5:])["global_step"] == 1
+
+
+def test_a_signal_to_the_command_stops_the_processes_that_lightning_started(workplace, trained):
+    folder = workplace / "outputs/command_stopped"
+    run = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "cpm_rcnn.train", *RUN, "trainer.devices=2", f"name={folder.name}"),
+            *("schedule.max_steps=200", "checkpoint_interval=1"),
+        ],
+        cwd=workplace,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    try:
+        end = time.monotonic() + 60
+        while not (folder / "checkpoints/last.ckpt").exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        run.terminate()
+        said, _ = run.communicate(timeout=30)
+    finally:
+        run.kill()
+    assert run.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM at step" in said
+    stopped_at = last_of(workplace, folder.name)["global_step"]
+    assert stopped_at < 200
+    assert stopped_at % 10 == 0
+
+
+def test_processes_whose_folders_differ_use_the_first_ones(workplace, tmp_path):
+    options = ["schedule.max_steps=1", "name=of_rank_${oc.env:RANK}"]
+    outcomes = on_two(tmp_path, workplace, {}, *options)
+    assert [outcome.status for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
+    assert (workplace / "outputs/of_rank_0/metrics.json").is_file()
+
+
+# --- faults ---
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_loss_that_is_no_number_on_one_process_is_passed_over_on_both(workplace, tmp_path, steps):
+    options = [f"schedule.max_steps={steps}", "schedule.warmup_steps=0", "on_nonfinite=skip", f"name=skipped_{steps}"]
+    outcomes = on_two(tmp_path, workplace, {1: NotANumber("loss_cls", steps - 1)}, *options)
+    assert [outcome.status for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
+    assert "a loss of another process is not finite; passed over" in outcomes[0].out + outcomes[0].err
+    assert "loss_cls=nan" in outcomes[1].out + outcomes[1].err
+    first, second = (outcome.result for outcome in outcomes)
+    assert same(first["before"], second["before"])
+    assert same(first["after"], second["after"])
+    # The only step was passed over; of several, the others have taught something.
+    assert same(first["before"], first["after"]) == (steps == 1)
+    assert all(value.isfinite().all() for value in first["after"].values())
+
+
+def test_a_loss_that_is_no_number_on_one_process_ends_both(workplace, tmp_path):
+    outcomes = on_two(tmp_path, workplace, {1: NotANumber("loss_cls", 1)}, "name=raised_on_two")
+    assert [outcome.status for outcome in outcomes] == [2, 2], [outcome.err for outcome in outcomes]
+    assert "step 1 (batch 1): a loss of another process is not finite" in outcomes[0].err
+    assert "step 1 (batch 1): loss_cls=nan" in outcomes[1].err
+    assert (workplace / "outputs/raised_on_two/nonfinite_batch1_rank1.pt").is_file()
