@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from processes import NotANumber, Signal, call, free_port, together
+from processes import NotANumber, Signal, call, free_port, slurm, together
 from small_run import SMALL
 from test_resume import same_run
 from torch.nn.parallel import DistributedDataParallel
@@ -220,9 +220,12 @@ def last_of(workplace, name):
     return torch.load(workplace / f"outputs/{name}/checkpoints/last.ckpt", weights_only=True)
 
 
-def on_two(tmp_path, workplace, faults, *options):
-    """The training run on two processes: what became of them."""
-    return together(tmp_path, 2, call, workplace, faults, "train", *RUN, "trainer.devices=2", *options)
+ONE_MACHINE, TWO_MACHINES = ["trainer.devices=2"], ["trainer.devices=1", "trainer.num_nodes=2"]
+
+
+def on_two(folder, workplace, faults, *options):
+    """The training run on two processes of a machine: what became of them."""
+    return together(folder, 2, call, workplace, faults, "train", *RUN, *ONE_MACHINE, *options)
 
 
 _whole = {}
@@ -245,7 +248,7 @@ def test_two_machines_end_with_the_weights_of_two_processes_of_one(workplace, wh
                 *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"),
                 *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "nodes"),
                 *("--local-addr", "127.0.0.1", "-m", "cpm_rcnn.train"),
-                *(*RUN, "trainer.num_nodes=2", "trainer.devices=1", "name=on_two_machines"),
+                *(*RUN, *TWO_MACHINES, "name=on_two_machines"),
             ],
             cwd=workplace,
             stdout=subprocess.PIPE,
@@ -288,11 +291,30 @@ def test_a_signal_in_the_last_validation_ends_the_run_at_once(workplace, tmp_pat
     assert last_of(workplace, options[-1][5:])["global_step"] == 1
 
 
+def test_a_signal_in_an_evaluation_ends_it_at_once(checkpoint, workplace, tmp_path):
+    faults = {1: Signal(signal.SIGTERM, 1, "validation_step", "validate")}
+    options = [f"ckpt={checkpoint}", "trainer=cpu", "trainer.devices=2", "data.eval_batch_size=1", "name=eval_stopped"]
+    outcomes = together(tmp_path, 2, call, workplace, faults, "eval", *options)
+    assert outcomes[1].status == -signal.SIGTERM
+    assert outcomes[0].status not in (0, -signal.SIGKILL)
+
+
+def test_a_slurm_job_on_two_machines_stops_at_a_signal_to_one_and_goes_on(workplace, whole, tmp_path):
+    arguments = ["train", *RUN, *TWO_MACHINES, "name=slurm", "resume=auto"]
+    faults = {1: Signal(signal.SIGUSR1, 8)}
+    outcomes = together(tmp_path / "stopped", 2, call, workplace, faults, *arguments, variables=slurm)
+    assert [outcome.status for outcome in outcomes] == [128 + signal.SIGUSR1] * 2, [o.err for o in outcomes]
+    assert last_of(workplace, "slurm")["global_step"] == 10
+    outcomes = together(tmp_path / "resumed", 2, call, workplace, {}, *arguments, variables=slurm)
+    assert [outcome.status for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
+    assert same_run(last_of(workplace, "slurm"), whole)
+
+
 def test_a_signal_to_the_command_stops_the_processes_that_lightning_started(workplace, trained):
     folder = workplace / "outputs/command_stopped"
     run = subprocess.Popen(
         [
-            *(sys.executable, "-m", "cpm_rcnn.train", *RUN, "trainer.devices=2", f"name={folder.name}"),
+            *(sys.executable, "-m", "cpm_rcnn.train", *RUN, *ONE_MACHINE, f"name={folder.name}"),
             *("schedule.max_steps=200", "checkpoint_interval=1"),
         ],
         cwd=workplace,
