@@ -145,8 +145,7 @@ def farthest(a, b):
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
 
 
-# Sums in float32 (2^-24 = 6e-8 an addition), of the same numbers in another order; see the figures in
-# docs/reliability.md.
+# Sums in float32 (2^-24 = 6e-8 an addition) of the same numbers in another order: 3e-7 and 4e-6 were seen.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 2e-5
 
 
@@ -177,9 +176,10 @@ def detections(folder):
     return sorted(found, key=lambda d: (d["image_id"], -d["score"], d["bbox"]))
 
 
-@pytest.mark.parametrize(("world", "images"), [(2, 5), (3, 5), (3, 2)])
-def test_evaluation_is_that_of_one_process_where_n_does_not_divide_the_images(
-    command, checkpoint, workplace, tmp_path, world, images
+# On two processes: test_eval_on_two_processes_equals_eval_on_one in test_commands.py.
+@pytest.mark.parametrize("images", [5, 2])
+def test_evaluation_on_three_processes_is_that_of_one_where_three_does_not_divide_the_images(
+    command, checkpoint, workplace, tmp_path, images
 ):
     content = json.loads((workplace / "data/shapes/annotations/instances_val.json").read_text())
     own = workplace / f"first_{images}.json"
@@ -196,11 +196,9 @@ def test_evaluation_is_that_of_one_process_where_n_does_not_divide_the_images(
     torch.set_num_threads(1)
     one = command("eval", *options, "name=on_one")
     torch.set_num_threads(threads)
-    each = together(
-        tmp_path, world, call, workplace, {}, "eval", *options, f"trainer.devices={world}", f"name=on_{world}"
-    )
-    assert [outcome.status for outcome in each] == [0] * world, [outcome.err for outcome in each]
-    many = workplace / f"outputs/on_{world}"
+    each = together(tmp_path, 3, call, workplace, {}, "eval", *options, "trainer.devices=3", "name=on_three")
+    assert [outcome.status for outcome in each] == [0, 0, 0], [outcome.err for outcome in each]
+    many = workplace / "outputs/on_three"
     assert json.loads((many / "metrics.json").read_text()) == json.loads((one.folder / "metrics.json").read_text())
     assert {d["image_id"] for d in detections(many)} == ids
     assert detections(many) == detections(one.folder)
