@@ -1,4 +1,4 @@
-"""Several processes at once, as torchrun would start them, each calling one function."""
+"""Several processes at once, as torchrun or SLURM would start them, each calling one function."""
 
 import multiprocessing
 import os
@@ -15,9 +15,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-# Its processes are forked from a server that has imported everything once, in seconds; the server has no threads.
+# The processes are forked from a server that has imported everything once, which takes seconds, and has no threads.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["cpm_rcnn.train", "cpm_rcnn.eval", "faster_coco_eval", "torch.distributed.run"])
+_context.set_forkserver_preload(["cpm_rcnn.train", "cpm_rcnn.eval", "faster_coco_eval"])
 
 
 @dataclass
@@ -36,23 +36,32 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def together(folder: Path, world: int, function: Callable[..., Any], *arguments: Any, timeout=60) -> list[Outcome]:
-    """``function(rank, *arguments)`` in ``world`` processes, in the environment that torchrun gives to its workers.
+def torchrun(rank: int, world: int) -> dict[str, Any]:
+    """What torchrun tells its workers on one machine."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
+    return ranks | {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "TORCHELASTIC_RUN_ID": "test"}
+
+
+def slurm(rank: int, world: int) -> dict[str, Any]:
+    """What SLURM tells the tasks of a job on as many machines."""
+    ranks = {"SLURM_PROCID": rank, "SLURM_LOCALID": 0, "SLURM_NODEID": rank}
+    job = {"SLURM_JOB_ID": 1, "SLURM_JOB_NAME": "test", "SLURM_NODELIST": "127.0.0.1"}
+    return ranks | job | {"SLURM_NTASKS": world, "SLURM_NTASKS_PER_NODE": 1, "SLURM_NNODES": world}
+
+
+def together(
+    folder: Path, world: int, function: Callable[..., Any], *arguments: Any, variables=torchrun, timeout=60
+) -> list[Outcome]:
+    """``function(rank, *arguments)`` in ``world`` processes, in the environment that ``variables`` says.
 
     A process that is still there after ``timeout`` seconds is taken to hang, and fails the test.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    environment = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "test",
-    }
-    processes = [
-        _context.Process(target=_work, args=(rank, environment, folder, function, arguments)) for rank in range(world)
-    ]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    processes = []
+    for rank in range(world):
+        environment = {name: str(value) for name, value in (meeting | variables(rank, world)).items()}
+        processes.append(_context.Process(target=_work, args=(rank, environment, folder, function, arguments)))
     for process in processes:
         process.start()
     end = time.monotonic() + timeout
@@ -75,7 +84,7 @@ def _work(rank: int, environment: dict, folder: Path, function: Callable[..., An
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         with (folder / f"{name}{rank}").open("wb") as file:
             os.dup2(file.fileno(), stream.fileno())
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(environment)
     torch.set_num_threads(1)
     result = function(rank, *arguments)
     torch.save(result, folder / f"result{rank}.pt")
