@@ -7,3 +7,8 @@ import torch
 # Without a card, Triton's kernels run on the CPU under its interpreter; it is chosen when triton is first imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Several processes run the tests (pytest-xdist), and each would take all cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
