@@ -7,7 +7,7 @@ to ``torch.compile`` and ``torch.export`` but known to them by shape and gradien
 
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -37,13 +37,8 @@ def deform_conv2d_op(
 
     The output has the memory format (channels-last or not) of ``input``.
     """
-    geometry = (_pair(stride), _pair(padding), _pair(dilation))
-    if input.is_cuda and (kernel := _triton_kernel(input, offset, weight)):
-        output = kernel.forward(input, offset, mask, weight, *geometry)
-    elif _alike(input, offset, mask) and _cpu_kernel():
-        output = torch.ops.cpm_rcnn_cpu.deform_conv2d(input, offset, mask, weight, *geometry)
-    else:
-        output = _torchvision(input, offset, mask, weight, *geometry)
+    forward, _ = _kernels_for(input, offset, mask, weight)
+    output = forward(input, offset, mask, weight, _pair(stride), _pair(padding), _pair(dilation))
     return output.contiguous(memory_format=_memory_format(input))
 
 
@@ -60,20 +55,13 @@ def deform_conv2d_backward_op(
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, offset, mask and weight; empty tensors where not ``needed``."""
+    results = _results(input, offset, mask, weight, needed)
+    _, backward = _kernels_for(input, offset, mask, weight)
     geometry = (_pair(stride), _pair(padding), _pair(dilation))
-    wanted = (needed[0], needed[1], needed[2] and mask is not None, needed[3])
-    if input.is_cuda and (kernel := _triton_kernel(input, offset, weight)):
-        grads = kernel.backward(grad_output, input, offset, mask, weight, *geometry, wanted)
-    elif _alike(input, offset, mask) and _cpu_kernel():
-        grads = torch.ops.cpm_rcnn_cpu.deform_conv2d_backward(
-            grad_output, input, offset, mask, weight, *geometry, list(wanted)
-        )
-    else:
-        grads = _torchvision_backward(grad_output, input, offset, mask, weight, *geometry)
-    like = (input, offset, offset if mask is None else mask, weight)
+    grads = backward(grad_output, input, offset, mask, weight, *geometry, [want for _, want in results])
     return tuple(  # type: ignore[return-value]
         grad.contiguous(memory_format=_memory_format(x)) if want else x.new_empty(0)
-        for grad, x, want in zip(grads, like, wanted)
+        for grad, (x, want) in zip(grads, results)
     )
 
 
@@ -103,13 +91,9 @@ def _(
     dilation: Sequence[int],
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = (input, offset, offset if mask is None else mask, weight)
-    wanted = (needed[0], needed[1], needed[2] and mask is not None, needed[3])
     return tuple(  # type: ignore[return-value]
-        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
-        if want
-        else x.new_empty(0)
-        for x, want in zip(like, wanted)
+        torch.empty_like(x, memory_format=_memory_format(x)) if want else x.new_empty(0)
+        for x, want in _results(input, offset, mask, weight, needed)
     )
 
 
@@ -125,6 +109,25 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 deform_conv2d_op.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _results(
+    input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, needed: Sequence[bool]
+) -> list[tuple[Tensor, bool]]:
+    """For each gradient what it is like, and whether it is given; without a mask its place is held by the offsets."""
+    like = (input, offset, offset if mask is None else mask, weight)
+    return list(zip(like, (needed[0], needed[1], needed[2] and mask is not None, needed[3])))
+
+
+def _kernels_for(
+    input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward of the kernel that knows this case."""
+    if input.is_cuda and (kernel := _triton_kernel(input, offset, weight)):
+        return kernel.forward, kernel.backward
+    if _alike(input, offset, mask) and _cpu_kernel():
+        return torch.ops.cpm_rcnn_cpu.deform_conv2d, torch.ops.cpm_rcnn_cpu.deform_conv2d_backward
+    return _torchvision, _torchvision_backward
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
@@ -198,13 +201,9 @@ def _torchvision(
 
 
 def _torchvision_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    weight: Tensor,
-    *geometry: tuple[int, int],
+    grad_output: Tensor, input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *geometry, _ = rest  # it computes all gradients, needed or not
     arguments = _torchvision_arguments(input, offset, mask, weight, geometry)
     grad = grad_output.to(arguments[0].dtype).contiguous()
     grad_input, grad_weight, grad_offset, grad_mask, _ = torch.ops.torchvision._deform_conv2d_backward(grad, *arguments)
