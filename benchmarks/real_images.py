@@ -27,10 +27,10 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from cpm_rcnn.data import CocoDataModule
-from cpm_rcnn.evaluation.coco_metric import FIGURES
-from cpm_rcnn.lightning_module import DetectionModule
-from cpm_rcnn.models.backbone import FPNBackbone, build_body
-from cpm_rcnn.reporting.progress import LossProgressBar
+from cpm_rcnn.evaluation.coco_metric import METRIC_NAMES
+from cpm_rcnn.training.module import DetectionModule
+from cpm_rcnn.models.backbones.build import FPNBackbone, build_body
+from cpm_rcnn.training.progress import LossProgressBar
 from cpm_rcnn.reporting.validation_sheet import validation_sheet
 
 BACKBONE = "tf_efficientnet_lite0"
@@ -144,7 +144,7 @@ def train(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     validation_sheet(
         module.eval(), dataset, module.class_names, options.out / f"{kind}_seed{seed}.png", 6, module.device
     )
-    return module.figures | {"seconds": seconds}
+    return module.metrics | {"seconds": seconds}
 
 
 def main() -> None:
@@ -187,11 +187,11 @@ def main() -> None:
 
     table = Table(title=f"{options.root.name}: mean of seeds {options.seeds}, percent")
     table.add_column("model")
-    for name in FIGURES:
+    for name in METRIC_NAMES:
         table.add_column(name, justify="right")
     table.add_column("minutes", justify="right")
     for kind, runs in results.items():
-        means = [sum(run[name] for run in runs) / len(runs) for name in FIGURES]
+        means = [sum(run[name] for run in runs) / len(runs) for name in METRIC_NAMES]
         minutes = sum(run["seconds"] for run in runs) / len(runs) / 60
         table.add_row(kind, *(f"{100 * mean:.1f}" for mean in means), f"{minutes:.1f}")
     Console(width=150).print(table)

@@ -16,8 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from cpm_rcnn.models.pooling import PyramidRoIAlign, pooling_format, pyramid_levels
-from cpm_rcnn.models.rois import Rois
-from cpm_rcnn.pixels import CONTINUOUS
+from cpm_rcnn.models.structures import Rois
+from cpm_rcnn.boxes import CONTINUOUS
 
 STRIDES = (4, 8, 16, 32)
 

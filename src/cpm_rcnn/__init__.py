@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cpm_rcnn.models.build import build_detector
     from cpm_rcnn.models.detector import CPMRCNN
-    from cpm_rcnn.release import from_release
+    from cpm_rcnn.weights.release import from_release
 
 __all__ = ["CPMRCNN", "build_detector", "from_release"]
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return CPMRCNN
     if name == "from_release":
-        from cpm_rcnn.release import from_release
+        from cpm_rcnn.weights.release import from_release
 
         return from_release
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend, and the checks that raise it."""
+"""Errors caused by user input, and the checks that raise them."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -6,82 +6,111 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input: a file, key, value or id that the user can mend.
+    """An error caused by user input: a file, key, value or id that the user can correct.
 
-    Its message is one line that names the thing and says what is allowed; commands print it without a
-    traceback (``commands.py``).
+    Its message is one line that names what is wrong and says what to do. Commands print it without a traceback.
     """
 
 
-def check_range(key: str, value: float, low: float, high: float = float("inf")) -> None:
-    """Raise :class:`UserError` unless ``low <= value <= high``; NaN fails."""
+class ArgumentError(UserError):
+    """An invalid value of a named argument.
+
+    Code that knows where the argument came from adds that to its name with :meth:`under`: commands add the config
+    node, a container adds the name of the part.
+
+    Args:
+        argument: name of the argument, for example ``nms_iou`` or ``stages[0].mapping_ratio``.
+        problem: the rest of the message, for example ``=2: must be a number from 0 to 1``.
+    """
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(f"{argument}{problem}")
+        self.argument = argument
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild the error in another process, as a DataLoader does."""
+        return type(self), (self.argument, self.problem)
+
+    def under(self, prefix: str) -> "ArgumentError":
+        """The same error for the argument inside ``prefix``."""
+        return ArgumentError(f"{prefix}.{self.argument}", self.problem)
+
+
+def check_range(argument: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is a number with ``low <= value <= high``; NaN fails."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         allowed = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
-        raise UserError(f"{key}={value}: must be a number, {allowed}")
+        raise ArgumentError(argument, f"={value}: must be a number, {allowed}")
 
 
-def check_count(key: str, value: Any, low: int = 1) -> None:
-    """Raise :class:`UserError` unless ``value`` is a whole number, at least ``low``."""
+def check_count(argument: str, value: Any, low: int = 1) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is an integer of at least ``low``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UserError(f"{key}={value}: must be a whole number, at least {low}")
+        raise ArgumentError(argument, f"={value}: must be an integer, at least {low}")
 
 
-def check_list(key: str, value: Any) -> None:
-    """Raise :class:`UserError` unless ``value`` is a list or a tuple."""
+def check_list(argument: str, value: Any) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is a list or a tuple."""
     if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
-        raise UserError(f"{key}={value}: must be a list, for example [{value}]")
+        raise ArgumentError(argument, f"={value}: must be a list, for example [{value}]")
 
 
-def check_choice(key: str, value: Any, allowed: Collection[Any]) -> None:
-    """Raise :class:`UserError` unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise UserError(f"{key}={value}: must be one of {', '.join(map(str, allowed))}")
+def check_choice(argument: str, value: Any, allowed: Collection[Any]) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is one of ``allowed``."""
+    # Compared with types, so that True is not taken for 1.
+    if not any(type(value) is type(choice) and value == choice for choice in allowed):
+        raise ArgumentError(argument, f"={value}: must be one of {', '.join(map(str, allowed))}")
 
 
-def check_keys(key: str, mapping: Mapping[str, Any], allowed: Iterable[str], required: Iterable[str]) -> None:
-    """Raise :class:`UserError` unless ``mapping`` has all of the ``required`` keys and none but the ``allowed``."""
+def check_flag(argument: str, value: Any) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentError(argument, f"={value}: must be true or false")
+
+
+def check_keys(argument: str, mapping: Any, allowed: Iterable[str], required: Iterable[str] = ()) -> None:
+    """Raise :class:`ArgumentError` unless ``mapping`` has all ``required`` keys and no key outside ``allowed``."""
     allowed = list(allowed)
+    if not isinstance(mapping, Mapping):
+        raise ArgumentError(argument, f"={mapping}: must be a mapping with {', '.join(allowed)}")
     unknown = [name for name in mapping if name not in allowed]
     missing = [name for name in required if name not in mapping]
     for what, names in (("unknown", unknown), ("missing", missing)):
         if names:
-            raise UserError(f"{key}: {what} key {', '.join(map(str, names))}; allowed: {', '.join(allowed)}")
+            raise ArgumentError(argument, f": {what} key {', '.join(map(str, names))}; allowed: {', '.join(allowed)}")
 
 
-def check_flag(key: str, value: Any) -> None:
-    """Raise :class:`UserError` unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise UserError(f"{key}={value}: must be true or false")
-
-
-def check_path(key: str, value: Any) -> Path:
-    """``value`` as a path, ``~`` expanded.
+def check_path(argument: str, value: Any) -> Path:
+    """``value`` as a path, with ``~`` expanded.
 
     Raises:
-        UserError: it is no text, or no path that the system could have.
+        ArgumentError: ``value`` is not a string or not a valid path on this system.
     """
     if not isinstance(value, (str, Path)) or not str(value):
-        raise UserError(f"{key}={value}: must be a path")
+        raise ArgumentError(argument, f"={value}: must be a path")
     try:
         path = Path(value).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{key}={value}: no usable path ({getattr(error, 'strerror', None) or error})") from None
+        raise ArgumentError(
+            argument, f"={value}: not a valid path ({getattr(error, 'strerror', None) or error})"
+        ) from None
     return path
 
 
-def check_file(key: str, value: Any, allowed: str = "") -> Path:
-    """``value`` as the path of a file that is there.
+def check_file(argument: str, value: Any, allowed: str = "") -> Path:
+    """``value`` as the path of an existing file.
 
     Args:
-        key: the config key, for messages.
+        argument: name of the argument, for messages.
         value: the path.
         allowed: what else could have been given, for messages.
 
     Raises:
-        UserError: it is no path, or no file.
+        ArgumentError: ``value`` is not a path, or there is no such file.
     """
-    path = check_path(key, value)
+    path = check_path(argument, value)
     if not path.is_file():
-        raise UserError(f"{key}={value}: no such file" + (f"; allowed: {allowed}" if allowed else ""))
+        raise ArgumentError(argument, f"={value}: no such file" + (f"; allowed: {allowed}" if allowed else ""))
     return path

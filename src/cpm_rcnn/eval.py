@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cpm_rcnn import assembly
-from cpm_rcnn.commands import run
+from cpm_rcnn.cli.main import run
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 
@@ -24,9 +24,9 @@ def evaluate(config: DictConfig) -> None:
     loop(module, datamodule=datamodule, verbose=False)
     if not trainer.is_global_zero:
         return
-    write_metrics(module.figures, run_dir / "metrics.json")
+    write_metrics(module.metrics, run_dir / "metrics.json")
     (run_dir / "detections.json").write_text(json.dumps(module.metric.results()))
-    print_metrics(module.figures)
+    print_metrics(module.metrics)
     print(run_dir)
 
 

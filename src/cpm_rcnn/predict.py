@@ -9,13 +9,13 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from cpm_rcnn import assembly
-from cpm_rcnn.commands import run
+from cpm_rcnn.cli.main import run
 from cpm_rcnn.data import ImageSource
 from cpm_rcnn.data.transforms import EvalTransform
 from cpm_rcnn.errors import UserError, check_range
-from cpm_rcnn.lightning_module import to_original
+from cpm_rcnn.training.module import to_original
 from cpm_rcnn.ops import use_deform_backend
-from cpm_rcnn.pixels import CONVENTIONS
+from cpm_rcnn.boxes import CONVENTIONS
 from cpm_rcnn.reporting.pictures import draw, save
 
 # Files of other kinds in a folder are passed over.
@@ -32,7 +32,7 @@ def predict(config: DictConfig) -> None:
     module = assembly.load_module(config.ckpt, **assembly.given(config.detector)).to(device)
     data = module.hparams["data"] | assembly.given(config.data)
     transform = EvalTransform(data["test_short_side"], data["test_max_size"])
-    pixels = CONVENTIONS[module.hparams["model"]["pixels"]]
+    pixels = CONVENTIONS[module.hparams["model"]["convention"]]
     source = ImageSource(folder)
     results = []
     for image_id, name in enumerate(track(names, description="predict"), start=1):
@@ -42,7 +42,7 @@ def predict(config: DictConfig) -> None:
             found = {key: value.cpu() for key, value in module([small.to(device)])[0].items()}
         found["boxes"] = to_original(found["boxes"], small.shape[-2:], image.shape[-2:])
         for box, score, label in zip(
-            pixels.to_xywh(found["boxes"]).tolist(), found["scores"].tolist(), found["labels"].tolist()
+            convention.to_xywh(found["boxes"]).tolist(), found["scores"].tolist(), found["labels"].tolist()
         ):
             category = module.hparams["categories"][label - 1]["id"]
             results.append(

@@ -11,13 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from cpm_rcnn import assembly
 from cpm_rcnn.callbacks import Interrupted
-from cpm_rcnn.commands import run
+from cpm_rcnn.cli.main import run
 from cpm_rcnn.errors import UserError, check_count
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.curves import keep_metrics, plot_curves
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 from cpm_rcnn.reporting.validation_sheet import validation_sheet
-from cpm_rcnn.resuming import find_start, start_step
+from cpm_rcnn.weights.resume import find_start, start_step
 
 
 def train(config: DictConfig) -> None:
@@ -56,7 +56,7 @@ def train(config: DictConfig) -> None:
     trainer.validate(module, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
     if not trainer.is_global_zero:
         return
-    write_metrics(module.figures, run_dir / "metrics.json")
+    write_metrics(module.metrics, run_dir / "metrics.json")
     if not config.trainer.fast_dev_run:
         plot_curves(run_dir / "metrics.csv", run_dir)
     if config.sheet_images:
@@ -69,7 +69,7 @@ def train(config: DictConfig) -> None:
             config.sheet_images,
             module.device,
         )
-    print_metrics(module.figures)
+    print_metrics(module.metrics)
     print(run_dir)
 
 

@@ -125,7 +125,7 @@ class Signal:
     stage: str = "fit"
 
     def __call__(self) -> None:
-        from cpm_rcnn.lightning_module import DetectionModule
+        from cpm_rcnn.training.module import DetectionModule
 
         original = getattr(DetectionModule, self.hook)
 

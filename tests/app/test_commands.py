@@ -19,10 +19,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from small_run import SMALL
 
-from cpm_rcnn.assembly import load_module
-from cpm_rcnn.evaluation.coco_metric import FIGURES
+from cpm_rcnn.cli.assembly import load_module
+from cpm_rcnn.evaluation.coco_metric import METRIC_NAMES
 
-KEYS = {*FIGURES, "per_class"}
+KEYS = {*METRIC_NAMES, "per_class"}
 
 
 def metrics(folder: Path) -> dict:
@@ -63,7 +63,7 @@ def test_detections_json_scores_the_same_in_pycocotools(command, checkpoint, wor
         evaluation.accumulate()
         evaluation.summarize()
     ours = metrics(answer.folder)
-    np.testing.assert_allclose([ours[name] for name in FIGURES], evaluation.stats, atol=1e-12)
+    np.testing.assert_allclose([ours[name] for name in METRIC_NAMES], evaluation.stats, atol=1e-12)
 
 
 def test_eval_takes_a_json_of_your_own(command, checkpoint, workplace):
@@ -223,7 +223,7 @@ def test_a_checkpoint_knows_its_model_classes_and_pixel_format(checkpoint):
     module = load_module(checkpoint)
     assert module.class_names == ["circle", "square", "triangle", "star", "cross"]
     assert module.hparams["model"]["backbone"]["name"] == "tiny"
-    assert module.hparams["model"]["pixels"] == "continuous"
+    assert module.hparams["model"]["convention"] == "continuous"
     assert not module.training
 
 
@@ -247,7 +247,7 @@ def refused(answer) -> str:
         (["detector.nms_iou=-1"], ["detector.nms_iou=-1", "0 to 1"]),
         (["detector.point_channels=10"], ["detector.point_channels=10", "multiple of 4"]),
         (["ops.deform=fast"], ["ops.deform=fast", "compiled", "torchvision"]),
-        (["detector.pixels=round"], ["pixels=round", "continuous", "inclusive"]),
+        (["detector.convention=round"], ["convention=round", "continuous", "inclusive"]),
         (["schedule.optimizer=lion"], ["schedule.optimizer=lion", "sgd", "adamw"]),
         (["schedule.milestones=[9,1]"], ["schedule.milestones", "ascend"]),
         (["data.flip_probability=2"], ["data.flip_probability=2", "0 to 1"]),

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from cpm_rcnn import assembly
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.models.build import build_detector
-from cpm_rcnn.schedule import Schedule
-from cpm_rcnn.targets import TARGETS, make
+from cpm_rcnn.training.schedule import Schedule
+from cpm_rcnn.cli.instantiate import TARGETS, make
 
 CONF = Path(__file__).parents[2] / "conf"
 

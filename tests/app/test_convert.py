@@ -8,9 +8,9 @@ from small_run import SMALL
 from test_commands import metrics, refused
 from torchvision.io import write_png
 
-from cpm_rcnn.assembly import load_module
-from cpm_rcnn.coco_categories import COCO_CATEGORIES
-from cpm_rcnn.release import from_release
+from cpm_rcnn.cli.assembly import load_module
+from cpm_rcnn.data.coco_categories import COCO_CATEGORIES
+from cpm_rcnn.weights.release import from_release
 from release_files import case_image, case_state
 
 
@@ -47,7 +47,7 @@ def test_a_converted_checkpoint_loads_to_the_last_bit(converted, released):
     assert len(straight["scores"]) > 100
     assert all(torch.equal(through_file[key], straight[key]) for key in straight)
     assert module.hparams["categories"] == COCO_CATEGORIES
-    assert module.hparams["model"]["pixels"] == "inclusive"
+    assert module.hparams["model"]["convention"] == "inclusive"
 
 
 @pytest.fixture(scope="module")

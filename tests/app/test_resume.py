@@ -8,7 +8,7 @@ import torch
 from small_run import SMALL
 from test_commands import refused, rows_of
 
-from cpm_rcnn.lightning_module import DetectionModule
+from cpm_rcnn.training.module import DetectionModule
 
 STEPS = 7
 RUN = [*SMALL, f"schedule.max_steps={STEPS}", "schedule.val_interval=3", "schedule.warmup_steps=2", "sheet_images=0"]

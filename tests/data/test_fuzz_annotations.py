@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cpm_rcnn.data.coco import CocoAnnotations
+from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.errors import UserError
 
 CONTENT = {

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from cpm_rcnn.data.transforms import EvalTransform, TrainTransform, flip, network_size, resize
-from cpm_rcnn.pixels import CONTINUOUS, CONVENTIONS, INCLUSIVE
+from cpm_rcnn.boxes import CONTINUOUS, CONVENTIONS, INCLUSIVE
 
 
 @pytest.mark.parametrize(
@@ -51,10 +51,10 @@ def test_resize_scales_boxes_by_the_ratios_after_rounding():
 @pytest.mark.parametrize("pixels", CONVENTIONS.values(), ids=lambda pixels: pixels.name)
 def test_flip_moves_boxes_with_the_pixels_and_twice_is_nothing(pixels):
     box = torch.tensor([[12.0, 8, 36, 28]])
-    last = torch.tensor([0, 0, pixels.extra, pixels.extra])
-    image, boxes = flip(block_image((12, 8, 36, 28)), box - last, pixels)
+    last = torch.tensor([0, 0, convention.extra, convention.extra])
+    image, boxes = flip(block_image((12, 8, 36, 28)), box - last, convention)
     assert torch.equal(boxes + last, bounds(image))
-    assert torch.equal(flip(image, boxes, pixels)[1], box - last)
+    assert torch.equal(flip(image, boxes, convention)[1], box - last)
 
 
 def test_no_boxes_stay_no_boxes():

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from cpm_rcnn.data.batches import Sample
-from cpm_rcnn.data.coco import CocoAnnotations, CocoDataset
+from cpm_rcnn.data.samplers import Sample
+from cpm_rcnn.data.annotations import CocoAnnotations, CocoDataset
 from cpm_rcnn.data.images import ImageSource
 from cpm_rcnn.data.transforms import EvalTransform
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
-from cpm_rcnn.pixels import CONTINUOUS
+from cpm_rcnn.boxes import CONTINUOUS
 
 CONTENT = {
     "info": {"contributor": "someone"},

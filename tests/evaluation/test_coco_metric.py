@@ -14,8 +14,8 @@ from pycocotools.cocoeval import COCOeval
 
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.evaluation import coco_metric
-from cpm_rcnn.evaluation.coco_metric import FIGURES, CocoMetric
-from cpm_rcnn.pixels import INCLUSIVE
+from cpm_rcnn.evaluation.coco_metric import METRIC_NAMES, CocoMetric
+from cpm_rcnn.boxes import INCLUSIVE
 
 # On purpose not in ascending order, nor 1..C.
 IDS = [7, 3, 90]
@@ -112,7 +112,7 @@ def _assert_as_pycocotools(path, found):
         metric.update([image_id], [one])
     figures = metric.compute()
     expected = _pycocotools(path, found)
-    assert [figures[name] for name in FIGURES] == pytest.approx(expected.stats.tolist(), abs=1e-12)
+    assert [figures[name] for name in METRIC_NAMES] == pytest.approx(expected.stats.tolist(), abs=1e-12)
     precision = expected.eval["precision"][:, :, :, 0, -1]
     for name, category_id in zip(NAMES, IDS):
         of_class = precision[:, :, sorted(IDS).index(category_id)]
@@ -225,11 +225,11 @@ def test_the_results_give_the_same_figures_when_read_by_pycocotools(tmp_path):
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-    assert [figures[name] for name in FIGURES] == pytest.approx(evaluator.stats.tolist(), abs=1e-12)
+    assert [figures[name] for name in METRIC_NAMES] == pytest.approx(evaluator.stats.tolist(), abs=1e-12)
 
 
 def test_inclusive_boxes_are_one_pixel_wider_in_the_results(tmp_path):
-    metric = CocoMetric(_write(tmp_path / "truth.json", []), IDS, NAMES, pixels=INCLUSIVE)
+    metric = CocoMetric(_write(tmp_path / "truth.json", []), IDS, NAMES, convention=INCLUSIVE)
     metric.update([1], [_found([[10, 20, 29, 59]], [0.5], [2])])
     metric.compute()
     assert metric.results() == [{"image_id": 1, "category_id": 3, "bbox": [10, 20, 20, 40], "score": 0.5}]
@@ -239,8 +239,8 @@ def test_a_file_without_annotations_gives_results_but_no_figures(tmp_path):
     metric = CocoMetric(_write(tmp_path / "test-dev.json", None), IDS, NAMES)
     metric.update([44], [_found([[0, 0, 9, 9]], [0.5], [3])])
     figures = metric.compute()
-    assert list(figures) == [*FIGURES, "per_class"]
-    assert all(math.isnan(figures[name]) for name in FIGURES)
+    assert list(figures) == [*METRIC_NAMES, "per_class"]
+    assert all(math.isnan(figures[name]) for name in METRIC_NAMES)
     assert all(math.isnan(value) for value in figures["per_class"].values())
     assert metric.results() == [{"image_id": 44, "category_id": 90, "bbox": [0, 0, 9, 9], "score": 0.5}]
 

@@ -6,8 +6,8 @@ from torchvision.models import get_model
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from cpm_rcnn.errors import UserError
-from cpm_rcnn.models.backbone import FPNBackbone, build_body, default_pixel_format
-from cpm_rcnn.models.resnet import ResNet
+from cpm_rcnn.models.backbones.build import FPNBackbone, build_body, default_pixel_format
+from cpm_rcnn.models.backbones.resnet import ResNet
 from cpm_rcnn.ops import DeformConv2dPack
 
 TIMM = "tf_efficientnet_lite0"

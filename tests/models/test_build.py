@@ -60,7 +60,7 @@ def test_stages_have_the_papers_thresholds_ratios_and_weights():
 
 @pytest.mark.parametrize("pixels", ["continuous", "inclusive"])
 def test_every_part_shares_the_pixel_convention(pixels):
-    detector = build_detector("tiny", 3, pixels=pixels, **SMALL)
+    detector = build_detector("tiny", 3, convention=convention, **SMALL)
     conventions = {m.pixels.name for m in detector.modules() if hasattr(m, "pixels")}
     assert conventions == {pixels}
 

@@ -3,9 +3,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import nms
 
-from cpm_rcnn.models.classification import Classifier, classification_loss, probability_of, select_detections
-from cpm_rcnn.models.rois import Rois
-from cpm_rcnn.pixels import CONTINUOUS
+from cpm_rcnn.models.heads.classification import Classifier, classification_loss, probability_of, select_detections
+from cpm_rcnn.models.structures import Rois
+from cpm_rcnn.boxes import CONTINUOUS
 
 
 def random_rois(count, images, generator, size=100.0):

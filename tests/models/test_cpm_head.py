@@ -3,10 +3,10 @@ import torch
 
 from cpm_rcnn.models import cpm_head as cpm_head_module
 from cpm_rcnn.models.build import CMM_STAGES
-from cpm_rcnn.models.cpm_head import CPMHead
-from cpm_rcnn.models.grid_stage import GridStage, StageSettings
-from cpm_rcnn.models.rois import Match, Rois, Truth, match_rois
-from cpm_rcnn.pixels import CONTINUOUS
+from cpm_rcnn.models.heads.cpm import CPMHead
+from cpm_rcnn.models.heads.grid_stage import GridStage, StageSettings
+from cpm_rcnn.models.structures import Match, Rois, GroundTruth, match_rois
+from cpm_rcnn.boxes import CONTINUOUS
 
 STRIDES = (4, 8, 16, 32)
 
@@ -25,7 +25,7 @@ def make_head(stages=CMM_STAGES, **arguments):
         "score_threshold": 0.03,
         "nms_iou": 0.3,
         "test_stages": None,
-        "pixels": CONTINUOUS,
+        "convention": CONTINUOUS,
     }
     return CPMHead(8, STRIDES, 3, stages=[StageSettings(**stage) for stage in stages], **defaults | arguments)
 
@@ -40,7 +40,7 @@ BOXES = torch.tensor([[10.0, 10, 50, 60], [60, 50, 110, 100]]), torch.tensor([[3
 
 @pytest.fixture
 def truth():
-    return Truth.stack(
+    return GroundTruth.stack(
         [{"boxes": BOXES[0], "labels": torch.tensor([1, 2])}, {"boxes": BOXES[1], "labels": torch.tensor([3])}]
     )
 
@@ -203,7 +203,7 @@ def test_no_gradient_reaches_a_stage_through_the_boxes_it_gave_the_next(proposal
 
 @pytest.mark.parametrize("stages", [CMM_STAGES, CMM_STAGES[:1]], ids=["three", "one"])
 def test_batch_without_objects_has_zero_grid_losses_and_gradients_everywhere(proposals, stages):
-    nothing = Truth.stack([{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * 2)
+    nothing = GroundTruth.stack([{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}] * 2)
     head = make_head(stages)
     losses = head.losses(pyramid(), proposals, nothing)
     assert all(losses[f"loss_grid{k}"].total.item() == 0 for k in range(len(stages)))

@@ -6,8 +6,8 @@ from torch.utils.data import default_collate
 
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.models.build import CMM_STAGES, build_detector
-from cpm_rcnn.models.grid_stage import GridStage
-from cpm_rcnn.pixels import CONTINUOUS
+from cpm_rcnn.models.heads.grid_stage import GridStage
+from cpm_rcnn.boxes import CONTINUOUS
 
 SMALL = {
     "fpn_channels": 16,
@@ -156,7 +156,7 @@ def test_losses_of_equal_images_are_a_mean_and_not_a_sum():
 
 @pytest.mark.parametrize("pixels", ["continuous", "inclusive"])
 def test_detections_are_a_dict_an_image_best_score_first(pixels):
-    detector = make_noisy_detector(pixels=pixels)
+    detector = make_noisy_detector(convention=convention)
     with torch.no_grad():
         detections = detector([random_image(64, 96), random_image(50, 40, 1), random_image(33, 65, 2)])
     assert len(detections) == 3

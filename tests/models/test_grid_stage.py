@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from cpm_rcnn.models.grid_stage import GridOutput, GridStage, PointFusion, StageSettings
+from cpm_rcnn.models.heads.grid_stage import GridOutput, GridStage, PointFusion, StageSettings
 from cpm_rcnn.models.heatmaps import grid_loss, grid_targets
-from cpm_rcnn.models.rois import Rois
-from cpm_rcnn.pixels import CONTINUOUS
+from cpm_rcnn.models.structures import Rois
+from cpm_rcnn.boxes import CONTINUOUS
 
 STRIDES = (4, 8, 16, 32)
 
@@ -14,7 +14,7 @@ def make_stage(fusion=False, point_channels=4, num_convs=2, **settings):
     torch.manual_seed(0)
     settings = StageSettings(**{"positive_iou": 0.5, "mapping_ratio": 1.0, "loss_weight": 1.0} | settings)
     stage = GridStage(
-        settings, 8, STRIDES, point_channels=point_channels, num_convs=num_convs, fusion=fusion, pixels=CONTINUOUS
+        settings, 8, STRIDES, point_channels=point_channels, num_convs=num_convs, fusion=fusion, convention=CONTINUOUS
     )
     for deconv in (stage.deconvs[0], stage.deconvs[3]):
         nn.init.normal_(deconv.weight, std=0.3)  # visible, where the initial weights are not
@@ -54,7 +54,7 @@ def test_no_rois_give_no_heatmaps_and_every_parameter_a_gradient(features, fusio
 
 def test_layers_are_those_of_the_spec():
     stage = GridStage(
-        StageSettings(0.5, 1.0, 1.0), 256, STRIDES, point_channels=64, num_convs=8, fusion=False, pixels=CONTINUOUS
+        StageSettings(0.5, 1.0, 1.0), 256, STRIDES, point_channels=64, num_convs=8, fusion=False, convention=CONTINUOUS
     )
     convs = [layer for layer in stage.convs if isinstance(layer, nn.Conv2d)]
     norms = [layer for layer in stage.convs if isinstance(layer, nn.GroupNorm)]

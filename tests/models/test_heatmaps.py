@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpm_rcnn.models.heatmaps import decode_heatmaps, enlarge, grid_loss, grid_targets, sub_regions
-from cpm_rcnn.pixels import CONTINUOUS
+from cpm_rcnn.boxes import CONTINUOUS
 
 COMPONENTS = Path(__file__).parents[1] / "reference/components.npz"
 RATIOS = (1.0, 0.5, 0.25)

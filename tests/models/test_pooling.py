@@ -6,8 +6,8 @@ import torch
 from torchvision.ops import roi_align
 
 from cpm_rcnn.models.pooling import PyramidRoIAlign, pyramid_levels
-from cpm_rcnn.models.rois import Rois
-from cpm_rcnn.pixels import CONTINUOUS, CONVENTIONS, INCLUSIVE
+from cpm_rcnn.models.structures import Rois
+from cpm_rcnn.boxes import CONTINUOUS, CONVENTIONS, INCLUSIVE
 
 COMPONENTS = Path(__file__).parents[1] / "reference/components.npz"
 STRIDES = (4, 8, 16, 32)
@@ -54,12 +54,12 @@ def test_inside_out_box_goes_to_some_level():
 @pytest.mark.parametrize("pixels", CONVENTIONS.values(), ids=lambda pixels: pixels.name)
 def test_each_roi_is_pooled_from_its_level_and_image_into_its_row(pixels):
     features = pyramid()
-    pooled = PyramidRoIAlign(7, STRIDES, pixels)(features, rois())
-    levels = pyramid_levels(rois().boxes, 4, pixels).tolist()
+    pooled = PyramidRoIAlign(7, STRIDES, convention)(features, rois())
+    levels = pyramid_levels(rois().boxes, 4, convention).tolist()
     assert set(levels) == {0, 1, 2, 3}
     for row, (box, image, level) in enumerate(zip(BOXES, IMAGES, levels)):
         feature, box = features[level][image : image + 1], torch.tensor([box], dtype=torch.float32)
-        alone = roi_align(feature, [box], 7, 1 / STRIDES[level], 2, aligned=pixels is CONTINUOUS)
+        alone = roi_align(feature, [box], 7, 1 / STRIDES[level], 2, aligned=convention is CONTINUOUS)
         torch.testing.assert_close(pooled[row], alone[0])
 
 
@@ -95,15 +95,15 @@ def test_half_precision_features_are_pooled_at_full_coordinates_and_kept_in_thei
 
 @pytest.mark.parametrize("pixels", [CONTINUOUS, INCLUSIVE], ids=lambda pixels: pixels.name)
 @pytest.mark.parametrize("size", [7, 14])
-def test_both_ways_of_pooling_agree_forward_and_backward_far_beyond_the_image_too(pixels, size):
+def test_both_ways_of_pooling_agree_forward_and_backward_far_beyond_the_image_too(convention, size):
     torch.manual_seed(0)
     features = [torch.randn(2, 8, 64 // k, 96 // k, requires_grad=True) for k in (1, 2, 4, 8)]
     corner = torch.rand(300, 2) * 500 - 80
     # Some turned inside out, as early grid stages decode them.
     rois = Rois(torch.cat([corner, corner + torch.rand(300, 2) ** 2 * 600 - 5], dim=1), torch.randint(0, 2, (300,)))
-    levels = pyramid_levels(rois.boxes, 4, pixels)
+    levels = pyramid_levels(rois.boxes, 4, convention)
     assert len(levels.unique()) == 4
-    pool = PyramidRoIAlign(size, (4, 8, 16, 32), pixels)
+    pool = PyramidRoIAlign(size, (4, 8, 16, 32), convention)
     one, other = pool._pool_levels(features, rois, levels), pool._pool_bags(features, rois, levels)
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     gradient = torch.randn_like(one)

@@ -8,15 +8,15 @@ from torchvision.models.detection.rpn import RegionProposalNetwork as Torchvisio
 from torchvision.ops import box_iou, nms
 
 from cpm_rcnn.models import rpn as rpn_module
-from cpm_rcnn.models.rois import Truth
+from cpm_rcnn.models.structures import GroundTruth
 from cpm_rcnn.models.rpn import RATIOS, RegionProposalNetwork, level_anchors
-from cpm_rcnn.pixels import CONTINUOUS, CONVENTIONS, INCLUSIVE
+from cpm_rcnn.boxes import CONTINUOUS, CONVENTIONS, INCLUSIVE
 
 CPU = torch.device("cpu")
 both = pytest.mark.parametrize("pixels", CONVENTIONS.values(), ids=lambda pixels: pixels.name)
 
 
-def make_rpn(strides=(8, 16), anchor_sizes=(32, 64), *, pixels=CONTINUOUS, border=False, train=200, test=100):
+def make_rpn(strides=(8, 16), anchor_sizes=(32, 64), *, convention=CONTINUOUS, border=False, train=200, test=100):
     torch.manual_seed(0)
     return RegionProposalNetwork(
         4,
@@ -25,7 +25,7 @@ def make_rpn(strides=(8, 16), anchor_sizes=(32, 64), *, pixels=CONTINUOUS, borde
         ignore_border_anchors=border,
         proposals_train=train,
         proposals_test=test,
-        pixels=pixels,
+        convention=convention,
     )
 
 
@@ -35,7 +35,7 @@ def pyramid(batch=2, size=128, strides=(8, 16)):
 
 
 def truth(*boxes_per_image):
-    return Truth.stack(
+    return GroundTruth.stack(
         [
             {
                 "boxes": torch.tensor(b, dtype=torch.float32).reshape(-1, 4),
@@ -48,8 +48,8 @@ def truth(*boxes_per_image):
 
 @both
 def test_anchors_run_row_by_row_cell_by_cell_ratio_by_ratio(pixels):
-    anchors = level_anchors(pixels, 8, 32, (2, 3), CPU)
-    cell = pixels.cell_anchors(8, 32, RATIOS)
+    anchors = level_anchors(convention, 8, 32, (2, 3), CPU)
+    cell = convention.cell_anchors(8, 32, RATIOS)
     expected = [cell[k] + torch.tensor([8 * x, 8 * y] * 2) for y in range(2) for x in range(3) for k in range(3)]
     assert torch.equal(anchors, torch.stack(expected))
 
@@ -58,8 +58,8 @@ def test_anchors_run_row_by_row_cell_by_cell_ratio_by_ratio(pixels):
 @pytest.mark.parametrize(
     ("level", "image", "row", "column", "ratio"), [(0, 0, 3, 5, 0), (0, 1, 9, 2, 2), (1, 1, 4, 6, 1)]
 )
-def test_output_of_the_head_moves_the_anchor_of_its_own_place(pixels, level, image, row, column, ratio):
-    rpn = make_rpn(pixels=pixels, test=3).eval()
+def test_output_of_the_head_moves_the_anchor_of_its_own_place(convention, level, image, row, column, ratio):
+    rpn = make_rpn(convention=convention, test=3).eval()
     features = pyramid()
     logits = [torch.full((2, 3, *x.shape[-2:]), -9.0) for x in features]
     deltas = [torch.zeros(2, 12, *x.shape[-2:]) for x in features]
@@ -69,16 +69,16 @@ def test_output_of_the_head_moves_the_anchor_of_its_own_place(pixels, level, ima
     rpn.head.forward = lambda _: (logits, deltas)
     proposals, losses = rpn(features, torch.tensor([[400, 400], [400, 400]]))
     stride = rpn.strides[level]
-    anchor = pixels.cell_anchors(stride, rpn.anchor_sizes[level], RATIOS)[ratio]
+    anchor = convention.cell_anchors(stride, rpn.anchor_sizes[level], RATIOS)[ratio]
     anchor = anchor + torch.tensor([column * stride, row * stride] * 2)
     best = proposals.boxes[proposals.images == image][0]
-    torch.testing.assert_close(best, pixels.decode(moves, anchor))
+    torch.testing.assert_close(best, convention.decode(moves, anchor))
     assert losses == {}
 
 
 @both
 def test_proposals_are_inside_their_image_limited_apart_and_best_first(pixels):
-    rpn = make_rpn(pixels=pixels, test=20).eval()
+    rpn = make_rpn(convention=convention, test=20).eval()
     nn.init.normal_(rpn.head.bbox_pred.weight, std=0.5)
     nn.init.normal_(rpn.head.cls_logits.weight, std=1.0)
     sizes = torch.tensor([[100, 128], [128, 60]])
@@ -90,9 +90,9 @@ def test_proposals_are_inside_their_image_limited_apart_and_best_first(pixels):
         boxes = proposals.boxes[proposals.images == image]
         assert len(boxes) == 20
         assert (boxes >= 0).all()
-        assert (boxes[:, 2] <= width - pixels.extra).all()
-        assert (boxes[:, 3] <= height - pixels.extra).all()
-        assert all((side > 0).all() for side in pixels.sizes(boxes))
+        assert (boxes[:, 2] <= width - convention.extra).all()
+        assert (boxes[:, 3] <= height - convention.extra).all()
+        assert all((side > 0).all() for side in convention.sizes(boxes))
         # Best first, an image at a time, is what one NMS a level and one sort give.
         expected = slow_proposals(rpn, [x[image : image + 1] for x in features], sizes[image], 20)
         torch.testing.assert_close(boxes, expected, rtol=0, atol=1e-3)
@@ -108,8 +108,8 @@ def slow_proposals(rpn, features, size, limit):
         score = level_logits[0].permute(1, 2, 0).flatten()
         delta = level_deltas[0].permute(1, 2, 0).reshape(-1, 4)
         best = score.argsort(descending=True)[:limit]
-        box = rpn.pixels.clip(rpn.pixels.decode(delta[best], anchors[best]), size)
-        some = torch.stack(rpn.pixels.sizes(box)).amin(dim=0) > 0
+        box = rpn.convention.clip(rpn.convention.decode(delta[best], anchors[best]), size)
+        some = torch.stack(rpn.convention.sizes(box)).amin(dim=0) > 0
         box, score = box[some], score[best][some]
         kept = nms(box, score, 0.7)
         boxes.append(box[kept])
@@ -148,7 +148,7 @@ def test_losses_and_proposals_are_torchvisions_where_nothing_is_drawn_at_random(
 
 @both
 def test_overlap_decides_and_the_best_anchor_teaches_even_below_it(pixels):
-    rpn = make_rpn(pixels=pixels)
+    rpn = make_rpn(convention=convention)
     anchors = torch.tensor(
         [
             [0.0, 0, 100, 100],
@@ -181,16 +181,16 @@ def test_object_out_of_every_anchors_reach_has_no_best():
 
 @both
 def test_anchors_that_cross_the_border_of_their_image_teach_nothing_if_set(pixels):
-    last = 100 - pixels.extra
+    last = 100 - convention.extra
     anchors = torch.tensor([[0.0, 0, 50, last], [-1, 0, 50, 50], [0, 0, last + 1, 50], [0, 0, 50, last + 1]])
     sizes = torch.tensor([[100, 100], [200, 200]])
     objects = truth([[0, 0, 50, 99]], [[0, 0, 50, 99]])
-    strict, _ = make_rpn(pixels=pixels, border=True)._assign(anchors, sizes, objects)
+    strict, _ = make_rpn(convention=convention, border=True)._assign(anchors, sizes, objects)
     assert (strict == -1).tolist()[0][1:] == [True] * 3
     assert strict[:, 0].tolist() == [1, 1]
     assert strict[1].tolist()[1] == -1
     assert strict[1].tolist()[3] == 1
-    lenient, _ = make_rpn(pixels=pixels)._assign(anchors, sizes, objects)
+    lenient, _ = make_rpn(convention=convention)._assign(anchors, sizes, objects)
     assert lenient[0, 3] == 1
 
 
@@ -206,7 +206,7 @@ def test_image_without_objects_is_all_background_and_lends_its_neighbour_no_obje
 
 def test_objects_padding_teaches_nothing():
     anchors = torch.tensor([[0.0, 0, 1, 1], [10, 10, 30, 30]])
-    rpn = make_rpn(pixels=INCLUSIVE)  # where a box of zeros has an area
+    rpn = make_rpn(convention=INCLUSIVE)  # where a box of zeros has an area
     labels, _ = rpn._assign(
         anchors, torch.tensor([[64, 64]] * 2), truth([[10, 10, 30, 30]], [[0, 0, 9, 9], [3, 3, 5, 5]])
     )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from cpm_rcnn.models.scoring import InstanceScorer, instance_rescale, instance_score_loss, rescore
+from cpm_rcnn.models.heads.scoring import InstanceScorer, instance_rescale, instance_score_loss, rescore
 
 
 def test_loss_is_the_mean_squared_norm_to_one_minus_iou_and_iou():

@@ -8,7 +8,7 @@ from rich.console import Console
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 
-FIGURES = {
+METRIC_NAMES = {
     **{"AP": 0.4123, "AP50": 0.6, "AP75": 0.45, "APs": -1.0, "APm": math.nan, "APl": 0.5},
     **{"AR1": 0.3, "AR10": 0.5, "AR100": 0.55, "ARs": 0.0, "ARm": 0.1, "ARl": 1.0},
     "per_class": {"cat": 0.25, "dog [old]": -1.0, "cow": 0.75, "hen": 0.5},
@@ -26,7 +26,7 @@ def _rows(text):
 
 
 def test_figures_show_in_percent_and_undefined_ones_as_a_dash():
-    text = _printed(FIGURES)
+    text = _printed(METRIC_NAMES)
     assert "percent" in text
     rows = _rows(text)
     assert rows[0] == ["AP", "41.2", "AP50", "60.0", "AP75", "45.0"]
@@ -35,20 +35,20 @@ def test_figures_show_in_percent_and_undefined_ones_as_a_dash():
 
 
 def test_every_class_shows_with_its_name_as_written():
-    rows = _rows(_printed(FIGURES))
+    rows = _rows(_printed(METRIC_NAMES))
     assert rows[4] == ["AP cat", "25.0", "AP dog [old]", "–", "AP cow", "75.0"]
     assert rows[5] == ["AP hen", "50.0", "", "", "", ""]
 
 
 def test_the_json_has_the_figures_unrounded_and_null_for_nan(tmp_path):
-    write_metrics(FIGURES, tmp_path / "new" / "metrics.json")
+    write_metrics(METRIC_NAMES, tmp_path / "new" / "metrics.json")
     text = (tmp_path / "new" / "metrics.json").read_text()
     assert "NaN" not in text
     read = json.loads(text)
     assert read["AP"] == 0.4123
     assert read["APs"] == -1
     assert read["APm"] is None
-    assert read["per_class"] == FIGURES["per_class"]
+    assert read["per_class"] == METRIC_NAMES["per_class"]
 
 
 def test_nan_of_a_class_is_null_too(tmp_path):
@@ -58,4 +58,4 @@ def test_nan_of_a_class_is_null_too(tmp_path):
 
 def test_a_path_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}: cannot be written"):
-        write_metrics(FIGURES, tmp_path)
+        write_metrics(METRIC_NAMES, tmp_path)

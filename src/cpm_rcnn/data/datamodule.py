@@ -9,13 +9,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from cpm_rcnn.data.batches import EvalSampler, TrainBatchSampler, TrainOrder, collate
-from cpm_rcnn.data.coco import CocoAnnotations, CocoDataset, OnError
+from cpm_rcnn.data.samplers import EvalSampler, TrainBatchSampler, TrainOrder, collate
+from cpm_rcnn.data.annotations import CocoAnnotations, CocoDataset, OnError
 from cpm_rcnn.data.images import ImageSource
 from cpm_rcnn.data.shapes import CATEGORIES, TRAIN_IMAGES, VAL_IMAGES, write_shapes
 from cpm_rcnn.data.transforms import EvalTransform, TrainTransform
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_list, check_range
-from cpm_rcnn.pixels import CONVENTIONS
+from cpm_rcnn.boxes import CONVENTIONS
 
 Split = Literal["train", "val", "test"]
 
@@ -24,7 +24,7 @@ class CocoDataModule(pl.LightningDataModule):
     """A COCO-style data set on disk.
 
     Its loaders shard by rank themselves, hence the Trainer needs ``use_distributed_sampler=False``. Batches are those
-    of :func:`~cpm_rcnn.data.batches.collate` over :class:`~cpm_rcnn.data.coco.CocoDataset`.
+    of :func:`~cpm_rcnn.data.samplers.collate` over :class:`~cpm_rcnn.data.annotations.CocoDataset`.
 
     Args:
         root: folder that the other paths are relative to, or None where they need none.
@@ -46,9 +46,9 @@ class CocoDataModule(pl.LightningDataModule):
         flip_probability: of a horizontal flip in training, 0 to 1.
         seed: of the order and the augmentation.
         max_steps: length of the whole run in steps, each of one batch; only training needs it.
-        pixels: name of the pixel convention of the targets, ``continuous`` or ``inclusive``.
+        convention: name of the pixel convention of the targets, ``continuous`` or ``inclusive``.
         on_error: what becomes of faulty annotations and images: ``raise``, an error at the first file that has some; or
-            ``skip``, a warning (:meth:`CocoAnnotations.load` and :class:`~cpm_rcnn.data.coco.CocoDataset` say how).
+            ``skip``, a warning (:meth:`CocoAnnotations.load` and :class:`~cpm_rcnn.data.annotations.CocoDataset` say how).
 
     Attributes:
         start_step: first step that the training loader yields; a resumed run sets it.
@@ -78,7 +78,7 @@ class CocoDataModule(pl.LightningDataModule):
         flip_probability: float = 0.5,
         seed: int = 0,
         max_steps: int | None = None,
-        pixels: str = "continuous",
+        convention: str = "continuous",
         on_error: OnError = "raise",
     ) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class CocoDataModule(pl.LightningDataModule):
         check_range("seed", seed, 0, 2**32 - 1)
         if max_steps is not None:
             check_range("max_steps", max_steps, 1)
-        check_choice("pixels", pixels, CONVENTIONS)
+        check_choice("pixels", convention, CONVENTIONS)
         check_choice("data.on_error", on_error, ("raise", "skip"))
         self.root = Path(root or "").expanduser()
         self._files = {
@@ -113,8 +113,8 @@ class CocoDataModule(pl.LightningDataModule):
         self.seed = seed
         self.max_steps = max_steps
         self.start_step = 0
-        self._pixels = CONVENTIONS[pixels]
-        self._train_transform = TrainTransform(tuple(short_sides), max_size, flip_probability, seed, self._pixels)
+        self.convention = CONVENTIONS[convention]
+        self._train_transform = TrainTransform(tuple(short_sides), max_size, flip_probability, seed, self.convention)
         self._eval_transform = EvalTransform(test_short_side, test_max_size)
         self._annotations: dict[str, CocoAnnotations] = {}
 
@@ -205,7 +205,7 @@ class CocoDataModule(pl.LightningDataModule):
     ) -> DataLoader:
         images = ImageSource(self._path(split, "images"))
         return DataLoader(
-            CocoDataset(self.annotations(split), images, transform, self._pixels, self.on_error, stand_ins),
+            CocoDataset(self.annotations(split), images, transform, self.convention, self.on_error, stand_ins),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

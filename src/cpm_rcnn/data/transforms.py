@@ -11,7 +11,7 @@ from numpy.random import Philox
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from cpm_rcnn.pixels import CONTINUOUS, PixelConvention
+from cpm_rcnn.boxes import CONTINUOUS, BoxConvention
 
 
 def network_size(size: tuple[int, int], short_side: int, max_size: int) -> tuple[int, int]:
@@ -48,9 +48,9 @@ def _size(image: Tensor) -> tuple[int, int]:
     return image.shape[-2], image.shape[-1]
 
 
-def flip(image: Tensor, boxes: Tensor, pixels: PixelConvention) -> tuple[Tensor, Tensor]:
+def flip(image: Tensor, boxes: Tensor, convention: BoxConvention) -> tuple[Tensor, Tensor]:
     """Mirror an image (3, H, W) and its boxes (N, 4) from left to right."""
-    return image.flip(-1), pixels.flip(boxes, image.shape[-1])
+    return image.flip(-1), convention.flip(boxes, image.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class TrainTransform:
         max_size: most pixels of the longer side.
         flip_probability: 0 to 1.
         seed: of the run, at least 0.
-        pixels: the convention of the boxes.
+        convention: the convention of the boxes.
     """
 
     short_sides: tuple[int, ...]
     max_size: int
     flip_probability: float
     seed: int
-    pixels: PixelConvention = CONTINUOUS
+    convention: BoxConvention = CONTINUOUS
 
     def draw(self, sample_number: int) -> tuple[int, bool]:
         """The shorter side in pixels, and whether to flip, of one sample of the run."""
@@ -85,7 +85,7 @@ class TrainTransform:
         """Image (3, h, w) uint8 and boxes (N, 4) at the drawn size, from those of the file."""
         short_side, mirror = self.draw(sample_number)
         image, boxes = resize(image, boxes, network_size(_size(image), short_side, self.max_size))
-        return flip(image, boxes, self.pixels) if mirror else (image, boxes)
+        return flip(image, boxes, self.convention) if mirror else (image, boxes)
 
 
 @dataclass(frozen=True)

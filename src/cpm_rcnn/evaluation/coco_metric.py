@@ -18,10 +18,10 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from cpm_rcnn.errors import UserError
-from cpm_rcnn.pixels import CONTINUOUS, PixelConvention
+from cpm_rcnn.boxes import CONTINUOUS, BoxConvention
 
 # In the order of pycocotools' ``COCOeval.stats``.
-FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 class CocoMetric(Metric):
@@ -50,7 +50,7 @@ class CocoMetric(Metric):
         annotation_file: str | PathLike[str],
         category_ids: Sequence[int],
         category_names: Sequence[str],
-        pixels: PixelConvention = CONTINUOUS,
+        convention: BoxConvention = CONTINUOUS,
         skipped_images: Collection[int] = (),
         skipped_objects: Collection[int] = (),
     ) -> None:
@@ -62,7 +62,7 @@ class CocoMetric(Metric):
                 ``iscrowd`` is no crowd, one without ``id`` has its place in the file.
             category_ids: the file's category id of each label: label l means ``category_ids[l - 1]``.
             category_names: their names, in the same order. A name that occurs twice is told apart by its id.
-            pixels: the meaning of the detections' x2 and y2.
+            convention: the meaning of the detections' x2 and y2.
             skipped_images: places in the file's list of those that do not count.
             skipped_objects: places in its list of annotations of those that do not count.
 
@@ -77,7 +77,7 @@ class CocoMetric(Metric):
             name if times[name] == 1 else f"{name} ({category_id})"
             for name, category_id in zip(category_names, category_ids, strict=True)
         ]
-        self.pixels = pixels
+        self.convention = convention
         self._truth = _read_truth(self.annotation_file, skipped_images, skipped_objects)
         self._known_ids = {image["id"] for image in self._truth["images"]}
         self._results: list[dict[str, Any]] | None = None
@@ -128,7 +128,7 @@ class CocoMetric(Metric):
         """
         image_ids, self._results = self._gathered()
         if self._truth["annotations"] is None:
-            return _figures([math.nan] * len(FIGURES), dict.fromkeys(self.category_names, math.nan))
+            return _figures([math.nan] * len(METRIC_NAMES), dict.fromkeys(self.category_names, math.nan))
         stats, precision = _evaluate(self._truth, self._results, image_ids, self.category_ids)
         # The engine sorts the categories by id: (thresholds, recalls, categories), all areas, 100 detections.
         by_id = {category_id: precision[:, :, k] for k, category_id in enumerate(sorted(self.category_ids))}
@@ -157,7 +157,7 @@ class CocoMetric(Metric):
         """The ids of the images seen, each once, and their detections in COCO's results format."""
         image_ids: list[int] = dim_zero_cat(self.image_ids).tolist()
         counts = dim_zero_cat(self.counts).tolist()
-        boxes = self.pixels.to_xywh(dim_zero_cat(self.boxes).cpu().double()).tolist()
+        boxes = self.convention.to_xywh(dim_zero_cat(self.boxes).cpu().double()).tolist()
         scores = dim_zero_cat(self.scores).tolist()
         labels = dim_zero_cat(self.labels).tolist()
         assert all(1 <= label <= len(self.category_ids) for label in labels), "labels must be in 1..C"
@@ -184,7 +184,7 @@ class CocoMetric(Metric):
 
 def _figures(stats: Sequence[float], per_class: dict[str, float]) -> dict[str, Any]:
     return {
-        **dict(zip(FIGURES, stats, strict=True)),
+        **dict(zip(METRIC_NAMES, stats, strict=True)),
         "per_class": per_class,
     }
 

@@ -6,13 +6,13 @@ from inspect import signature
 from typing import Any
 
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag, check_keys, check_list, check_range
-from cpm_rcnn.models.backbone import STRIDES, FPNBackbone, build_body, default_pixel_format
-from cpm_rcnn.models.cpm_head import CPMHead
+from cpm_rcnn.models.backbones.build import STRIDES, FPNBackbone, build_body, default_pixel_format
+from cpm_rcnn.models.heads.cpm import CPMHead
 from cpm_rcnn.models.detector import CPMRCNN
-from cpm_rcnn.models.grid_stage import StageSettings
-from cpm_rcnn.models.pixel_format import PixelFormat
+from cpm_rcnn.models.heads.grid_stage import StageSettings
+from cpm_rcnn.models.preprocess import ImagePreprocessor
 from cpm_rcnn.models.rpn import RegionProposalNetwork
-from cpm_rcnn.pixels import CONVENTIONS
+from cpm_rcnn.boxes import CONVENTIONS
 
 _PIXEL_FORMAT_KEYS = ("order", "scale", "mean", "std")
 
@@ -32,7 +32,7 @@ def build_detector(
     ism: bool = True,
     rsm: bool = True,
     fusion: bool = False,
-    pixels: str = "continuous",
+    convention: str = "continuous",
     fpn_channels: int = 256,
     mlp_channels: int = 1024,
     point_channels: int = 64,
@@ -51,7 +51,7 @@ def build_detector(
 
     Args:
         backbone: a name (``tiny``, ``resnet18`` .. ``resnext101_64x4d``, or a timm model), or the arguments of
-            :func:`~cpm_rcnn.models.backbone.build_body` with, optionally, ``pixel_format`` (order, scale, mean, std).
+            :func:`~cpm_rcnn.models.backbones.build.build_body` with, optionally, ``pixel_format`` (order, scale, mean, std).
         num_classes: foreground classes C; labels are 1..C.
         stages: one mapping a grid stage with ``positive_iou``, ``mapping_ratio`` and ``loss_weight``; three are CMM,
             one is the Grid R-CNN baseline.
@@ -78,7 +78,7 @@ def build_detector(
         UserError: a value out of range, or a backbone that does not exist or whose weights do not fit.
     """
     check_count("detector.num_classes", num_classes)
-    check_choice("detector.pixels", pixels, tuple(CONVENTIONS))
+    check_choice("detector.convention", convention, tuple(CONVENTIONS))
     for key, value in (
         ("fpn_channels", fpn_channels),
         ("mlp_channels", mlp_channels),
@@ -120,8 +120,8 @@ def build_detector(
     if given_format:
         check_keys("backbone.pixel_format", given_format, _PIXEL_FORMAT_KEYS, _PIXEL_FORMAT_KEYS)
     body_format = given_format or default_pixel_format(body_arguments["name"])
-    convention = CONVENTIONS[pixels]
-    pixel_format = PixelFormat(**body_format, pixels=convention)
+    convention = CONVENTIONS[convention]
+    pixel_format = ImagePreprocessor(**body_format, convention=convention)
     body = build_body(**body_arguments, pixel_format=body_format)
     return CPMRCNN(
         pixel_format,
@@ -133,7 +133,7 @@ def build_detector(
             ignore_border_anchors=ignore_border_anchors,
             proposals_train=proposals_train,
             proposals_test=proposals_test,
-            pixels=convention,
+            convention=convention,
         ),
         CPMHead(
             fpn_channels,
@@ -151,6 +151,6 @@ def build_detector(
             score_threshold=score_threshold,
             nms_iou=nms_iou,
             test_stages=test_stages,
-            pixels=convention,
+            convention=convention,
         ),
     )

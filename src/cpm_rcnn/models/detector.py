@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from cpm_rcnn.errors import UserError
-from cpm_rcnn.models.backbone import FPNBackbone
-from cpm_rcnn.models.cpm_head import CPMHead, Detections
+from cpm_rcnn.models.backbones.build import FPNBackbone
+from cpm_rcnn.models.heads.cpm import CPMHead, Detections
 from cpm_rcnn.models.losses import resolve
-from cpm_rcnn.models.pixel_format import PixelFormat
+from cpm_rcnn.models.preprocess import ImagePreprocessor
 from cpm_rcnn.models.pooling import pooling_format
-from cpm_rcnn.models.rois import Truth
+from cpm_rcnn.models.structures import GroundTruth
 from cpm_rcnn.models.rpn import RegionProposalNetwork
 
 
@@ -26,7 +26,7 @@ class CPMRCNN(nn.Module):
     """
 
     def __init__(
-        self, pixel_format: PixelFormat, backbone: FPNBackbone, rpn: RegionProposalNetwork, head: CPMHead
+        self, pixel_format: ImagePreprocessor, backbone: FPNBackbone, rpn: RegionProposalNetwork, head: CPMHead
     ) -> None:
         super().__init__()
         self.pixel_format = pixel_format
@@ -68,7 +68,7 @@ class CPMRCNN(nn.Module):
             proposals, _ = self.rpn(features, sizes)
             return _split(self.head.detect(pooling_format(features), proposals), len(images))
         assert targets is not None
-        truth = Truth.stack(targets)
+        truth = GroundTruth.stack(targets)
         proposals, losses = self.rpn(features, sizes, truth)
         return resolve(losses | self.head.losses(pooling_format(features), proposals, truth))
 

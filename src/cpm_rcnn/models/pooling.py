@@ -7,25 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from cpm_rcnn.models.rois import Rois
-from cpm_rcnn.pixels import PixelConvention
+from cpm_rcnn.models.structures import Rois
+from cpm_rcnn.boxes import BoxConvention
 
 # Samples a bin side (spec section 4).
 _SAMPLING_RATIO = 2
 
 
-def pyramid_levels(boxes: Tensor, num_levels: int, pixels: PixelConvention) -> Tensor:
+def pyramid_levels(boxes: Tensor, num_levels: int, convention: BoxConvention) -> Tensor:
     """Which level each box is pooled from: floor(4 + log2(sqrt(area) / 224 + 1e-6)), spec section 4.
 
     Args:
         boxes: (R, 4) xyxy pixels.
         num_levels: levels there are, from P2 on.
-        pixels: whose area.
+        convention: whose area.
 
     Returns:
         (R,) int64, 0 = P2.
     """
-    side = pixels.area(boxes).clamp(min=0).sqrt()
+    side = convention.area(boxes).clamp(min=0).sqrt()
     level = torch.floor(4 + torch.log2(side / 224 + 1e-6))
     return level.clamp(2, 1 + num_levels).long() - 2
 
@@ -45,14 +45,14 @@ class PyramidRoIAlign(nn.Module):
     Args:
         output_size: bins a side.
         strides: the stride of each level, from P2 on, in pixels.
-        pixels: decides the level and the half-pixel shift.
+        convention: decides the level and the half-pixel shift.
     """
 
-    def __init__(self, output_size: int, strides: Sequence[int], pixels: PixelConvention) -> None:
+    def __init__(self, output_size: int, strides: Sequence[int], convention: BoxConvention) -> None:
         super().__init__()
         self.output_size = output_size
         self.strides = tuple(strides)
-        self.pixels = pixels
+        self.convention = convention
 
     def forward(self, features: Sequence[Tensor], rois: Rois) -> Tensor:
         """Pooled features (R, C, output_size, output_size) in the features' dtype.
@@ -63,7 +63,7 @@ class PyramidRoIAlign(nn.Module):
             rois: R boxes in pixels at network size.
         """
         features = features[: len(self.strides)]
-        levels = pyramid_levels(rois.boxes, len(features), self.pixels)
+        levels = pyramid_levels(rois.boxes, len(features), self.convention)
         # Coordinates do not survive half precision, so pooling runs in float32 whatever the features are.
         pool = self._pool_bags if features[0].device.type == "cpu" else self._pool_levels
         return pool([feature.float() for feature in features], rois, levels).to(features[0].dtype)
@@ -74,7 +74,7 @@ class PyramidRoIAlign(nn.Module):
         order = levels.argsort(stable=True)
         counts = torch.bincount(levels, minlength=len(features)).tolist()
         parts = [
-            roi_align(feature, part, self.output_size, 1 / stride, _SAMPLING_RATIO, self.pixels.aligned)
+            roi_align(feature, part, self.output_size, 1 / stride, _SAMPLING_RATIO, self.convention.aligned)
             for feature, stride, part in zip(features, self.strides, boxes[order].split(counts))
         ]
         pooled = torch.cat(parts)
@@ -110,7 +110,7 @@ class PyramidRoIAlign(nn.Module):
         Returns:
             (R, bins, 4) int64 cells and (R, bins, 4) float32 weights: two samples a bin, two cells a sample.
         """
-        if self.pixels.aligned:
+        if self.convention.aligned:
             start, end = start - 0.5, end - 0.5
             length = end - start
         else:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cpm_rcnn.data.batches import Sample
+from cpm_rcnn.data.samplers import Sample
 from cpm_rcnn.reporting.pictures import draw, save, sheet
 
 
@@ -24,7 +24,7 @@ def validation_sheet(
 
     Args:
         detector: uint8 images to detections, as :class:`~cpm_rcnn.models.detector.CPMRCNN` in eval mode.
-        dataset: a :class:`~cpm_rcnn.data.coco.CocoDataset`.
+        dataset: a :class:`~cpm_rcnn.data.annotations.CocoDataset`.
         class_names: names of labels 1..C.
         path: the png to write.
         count: images at most.

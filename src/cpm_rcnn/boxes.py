@@ -1,0 +1,134 @@
+"""What a box's numbers mean: the pixel convention, in one place.
+
+A box is ``(x1, y1, x2, y2)`` in pixels. In the *continuous* convention x2 and y2 are where the box ends, so its width
+is ``x2 - x1``. In the release's *inclusive* convention they are the last pixel that it holds, so its width is
+``x2 - x1 + 1`` (spec section 9). Every rule that differs between the two is a method or a named property
+here; nothing else in the project asks which of the two is in force.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# exp(dw) of the box coder is held below 1000 / 16, as is usual, so that one wild delta cannot overflow.
+_MAX_LOG_SCALE = 4.135166556742356
+
+
+@dataclass(frozen=True)
+class BoxConvention:
+    """Box arithmetic under one meaning of x2 and y2.
+
+    All methods are pure, broadcast over leading dimensions, and keep dtype and device.
+
+    Attributes:
+        name: ``"continuous"`` or ``"inclusive"``.
+        extra: what to add to ``x2 - x1`` to get a width: 0.0 or 1.0 pixels.
+    """
+
+    name: str
+    extra: float
+
+    @property
+    def aligned(self) -> bool:
+        """Whether RoIAlign shifts by half a pixel (``aligned`` of ``torchvision.ops.roi_align``)."""
+        return self.extra == 0.0
+
+    def sizes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Width and height, each (...), of boxes (..., 4)."""
+        return boxes[..., 2] - boxes[..., 0] + self.extra, boxes[..., 3] - boxes[..., 1] + self.extra
+
+    @property
+    def pads_raw(self) -> bool:
+        """Whether images are padded with raw zeros, before normalisation, and not with its zeros after."""
+        return self.extra != 0.0
+
+    def cell_anchors(self, stride: int, size: float, ratios: Sequence[float]) -> Tensor:
+        """The anchors of the first cell of a feature map.
+
+        Continuous anchors stand on the cell's centre. Inclusive ones are the release's: the shape is rounded at the
+        size of the cell and then scaled, ``[-22, -10, 25, 13]`` for stride 4, size 32, ratio 0.5.
+
+        Args:
+            stride: pixels between cells.
+            size: square root of the anchors' area in pixels.
+            ratios: heights over widths.
+
+        Returns:
+            (len(ratios), 4) float32 xyxy pixels.
+        """
+        ratio = torch.tensor(ratios, dtype=torch.float64)
+        if self.extra:
+            width = (stride / ratio.sqrt()).round()
+            height = (width * ratio).round()
+            width, height = width * (size / stride), height * (size / stride)
+        else:
+            width, height = size / ratio.sqrt(), size * ratio.sqrt()
+        centre = 0.5 * (stride - self.extra)
+        half_w, half_h = 0.5 * (width - self.extra), 0.5 * (height - self.extra)
+        return torch.stack([centre - half_w, centre - half_h, centre + half_w, centre + half_h], dim=1).float()
+
+    def area(self, boxes: Tensor) -> Tensor:
+        """Areas (...) in square pixels of boxes (..., 4)."""
+        width, height = self.sizes(boxes)
+        return width * height
+
+    def iou(self, a: Tensor, b: Tensor) -> Tensor:
+        """Intersection over union, elementwise with broadcasting.
+
+        Args:
+            a: (..., 4) boxes; ``a[:, None]`` against ``b[None]`` gives the full matrix.
+            b: (..., 4) boxes.
+
+        Returns:
+            (...) in 0..1; 0 where both boxes are empty.
+        """
+        width = torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0]) + self.extra
+        height = torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1]) + self.extra
+        intersection = width.clamp_(min=0) * height.clamp_(min=0)
+        union = self.area(a) + self.area(b) - intersection
+        return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+    def clip(self, boxes: Tensor, sizes: Tensor) -> Tensor:
+        """Boxes (..., 4) moved inside images of ``sizes`` (..., 2), each (height, width) in pixels."""
+        limit = sizes.flip(-1).to(boxes.dtype) - self.extra
+        return torch.minimum(boxes.clamp(min=0), torch.cat([limit, limit], dim=-1))
+
+    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """Deltas (..., 4) = (dx, dy, dw, dh) that move ``anchors`` (..., 4) onto ``boxes`` (..., 4); weights 1."""
+        anchor_w, anchor_h = self.sizes(anchors)
+        width, height = self.sizes(boxes)
+        dx = (boxes[..., 0] + 0.5 * width - anchors[..., 0] - 0.5 * anchor_w) / anchor_w
+        dy = (boxes[..., 1] + 0.5 * height - anchors[..., 1] - 0.5 * anchor_h) / anchor_h
+        return torch.stack([dx, dy, torch.log(width / anchor_w), torch.log(height / anchor_h)], dim=-1)
+
+    def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
+        """Boxes (..., 4) from ``deltas`` (..., 4) on ``anchors`` (..., 4); the inverse of :meth:`encode`."""
+        anchor_w, anchor_h = self.sizes(anchors)
+        x = deltas[..., 0] * anchor_w + anchors[..., 0] + 0.5 * anchor_w
+        y = deltas[..., 1] * anchor_h + anchors[..., 1] + 0.5 * anchor_h
+        width = deltas[..., 2].clamp(max=_MAX_LOG_SCALE).exp() * anchor_w
+        height = deltas[..., 3].clamp(max=_MAX_LOG_SCALE).exp() * anchor_h
+        x1, y1 = x - 0.5 * width, y - 0.5 * height
+        return torch.stack([x1, y1, x + 0.5 * width - self.extra, y + 0.5 * height - self.extra], dim=-1)
+
+    def from_xywh(self, xywh: Tensor) -> Tensor:
+        """Boxes (..., 4) from COCO's (x, y, width, height)."""
+        corner = xywh[..., :2]
+        return torch.cat([corner, corner + xywh[..., 2:] - self.extra], dim=-1)
+
+    def to_xywh(self, boxes: Tensor) -> Tensor:
+        """COCO's (x, y, width, height) from boxes (..., 4)."""
+        return torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2] + self.extra], dim=-1)
+
+    def flip(self, boxes: Tensor, width: int) -> Tensor:
+        """Boxes (..., 4) of an image of ``width`` pixels after its horizontal flip."""
+        x1, y1, x2, y2 = boxes.unbind(-1)
+        last = width - self.extra
+        return torch.stack([last - x2, y1, last - x1, y2], dim=-1)
+
+
+CONTINUOUS = BoxConvention("continuous", 0.0)
+INCLUSIVE = BoxConvention("inclusive", 1.0)
+CONVENTIONS = {convention.name: convention for convention in (CONTINUOUS, INCLUSIVE)}

@@ -1,0 +1,59 @@
+"""Soft-NMS: lower the scores of overlapping boxes instead of dropping the boxes."""
+
+import torch
+from torch import Tensor
+
+from cpm_rcnn.boxes import CONTINUOUS
+
+
+def soft_nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float = 0.5, min_score: float = 0.001
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Linear soft-NMS (Bodla et al., ICCV 2017, equation 2), each class by itself.
+
+    The box with the highest score is picked; every other box of its class whose IoU with it is above the
+    threshold has its score multiplied by 1 - IoU; and so on with the rest. All classes advance together, one
+    pick each per round, and the rounds end as soon as no class has a score above ``min_score`` left.
+
+    Args:
+        boxes: (N, 4) float, xyxy in pixels; areas are plain, also for boxes of the inclusive convention (spec
+            section 9).
+        scores: (N,) float, at least 0.
+        labels: (N,) int64.
+        iou_threshold: boxes that overlap by no more than this keep their scores.
+        min_score: boxes whose score ends at or below this are dropped; at least 0.
+
+    Returns:
+        Boxes (M, 4), decayed scores (M,) in descending order, and labels (M,).
+    """
+    if len(scores) == 0:
+        return boxes, scores, labels
+
+    # One row per class, filled up with boxes of score 0, which are never picked.
+    _, row, counts = labels.unique(return_inverse=True, return_counts=True)
+    order = row.argsort(stable=True)
+    row = row[order]
+    starts = counts.cumsum(0) - counts
+    column = torch.arange(len(row), device=row.device) - starts[row]
+    longest = int(counts.max())
+    table = boxes.new_zeros(len(counts), longest, 4)
+    table[row, column] = boxes[order]
+    waiting = scores.new_zeros(len(counts), longest)
+    waiting[row, column] = scores[order]
+    picked = torch.zeros_like(waiting)
+
+    classes = torch.arange(len(counts), device=row.device)
+    while True:
+        best, place = waiting.max(dim=1)
+        live = best > min_score
+        if not live.any():
+            break
+        # In a class that has ended, this writes 0 where 0 or a score too low for any later pick stood.
+        picked[classes, place] += torch.where(live, best, 0)
+        waiting[classes, place] = 0
+        iou = CONTINUOUS.iou(table[classes, place][:, None], table)
+        waiting *= torch.where(iou > iou_threshold, 1 - iou, 1)
+
+    decayed = picked[row, column]
+    kept = decayed.argsort(descending=True, stable=True)[: int((decayed > 0).sum())]
+    return boxes[order][kept], decayed[kept], labels[order][kept]

@@ -1,0 +1,115 @@
+import pytest
+import torch
+from torch import nn
+
+from cpm_rcnn.inference.multi_scale import MultiScaleDetector
+from cpm_rcnn.boxes import CONTINUOUS, CONVENTIONS
+
+
+class _ColourDetector(nn.Module):
+    """Finds the extent of pure red (label 1) and pure green (label 2) in an image's pixels."""
+
+    def __init__(self, convention=CONTINUOUS):
+        super().__init__()
+        self.convention = pixels
+        self.sizes = []
+
+    def forward(self, images):
+        self.sizes.append([tuple(image.shape[-2:]) for image in images])
+        found = []
+        for image in images:
+            assert image.dtype == torch.uint8
+            boxes, labels = [], []
+            for channel in (0, 1):
+                y, x = (image[channel] > 127).nonzero(as_tuple=True)
+                if len(x):
+                    end = 1 - self.convention.extra
+                    boxes.append([x.min().item(), y.min().item(), x.max().item() + end, y.max().item() + end])
+                    labels.append(channel + 1)
+            found.append(
+                {
+                    "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+                    "scores": torch.full((len(boxes),), 0.9),
+                    "labels": torch.tensor(labels, dtype=torch.int64),
+                }
+            )
+        return found
+
+
+def _image(height, width, **rectangles):
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    for colour, (x1, y1, x2, y2) in rectangles.items():
+        image[["red", "green"].index(colour), y1:y2, x1:x2] = 255
+    return image
+
+
+@pytest.mark.parametrize("convention", ["continuous", "inclusive"])
+@pytest.mark.parametrize("scale", [50, 97, 160, 240])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_box_comes_back_to_its_place_from_any_scale_and_the_mirror(convention, scale, mirrored):
+    pixels = CONVENTIONS[convention]
+    red, green = (10, 20, 60, 50), (90, 5, 131, 88)
+    image = _image(100, 150, red=red, green=green)
+    inner = _ColourDetector(pixels)
+    if mirrored:  # only the mirror image shows anything
+        plain = inner.forward
+        calls = []
+
+        def forward(images):
+            calls.append(1)
+            found = plain(images)
+            return found if len(calls) == 2 else [{k: v[:0] for k, v in one.items()} for one in found]
+
+        inner.forward = forward
+    detector = MultiScaleDetector(inner, scales=[scale], flip=mirrored, convention=convention)
+
+    (found,) = detector([image])
+
+    by_label = dict(zip(found["labels"].tolist(), found["boxes"]))
+    truth = torch.tensor([red, green], dtype=torch.float32)
+    truth[:, 2:] -= convention.extra
+    tolerance = 0.51 * 100 / scale + 0.51 + convention.extra * abs(1 - 100 / scale)
+    assert (torch.stack([by_label[1], by_label[2]]) - truth).abs().max() <= tolerance
+
+
+def test_scales_are_of_the_shorter_side_and_give_way_to_the_longest_allowed():
+    inner = _ColourDetector()
+    MultiScaleDetector(inner, scales=[40, 80], max_size=120, flip=False)([_image(50, 100), _image(90, 60)])
+    assert inner.sizes == [[(40, 80), (60, 40)], [(60, 120), (120, 80)]]
+
+
+def test_the_views_of_one_object_merge_into_one_confident_box():
+    inner = _ColourDetector()
+    (found,) = MultiScaleDetector(inner, scales=[100, 200, 300])([_image(100, 150, red=(10, 20, 60, 50))])
+    assert len(inner.sizes) == 6
+    assert found["scores"][0] == pytest.approx(0.9)
+    assert (found["scores"][1:] < 0.1).all()
+    assert (found["boxes"][0] - torch.tensor([10.0, 20, 60, 50])).abs().max() < 1
+
+
+def test_images_without_detections_stay_in_the_list():
+    found = MultiScaleDetector(_ColourDetector(), scales=[60])([_image(50, 50), _image(50, 70, red=(0, 0, 20, 20))])
+    assert [len(one["boxes"]) for one in found] == [0, 1]
+    assert found[0]["boxes"].shape == (0, 4)
+
+
+def test_no_more_than_the_allowed_detections_come_back_best_first():
+    class Many(nn.Module):
+        def forward(self, images):
+            left = torch.arange(50.0) * 10
+            boxes = torch.stack([left, left * 0, left + 5, left * 0 + 5], 1)
+            return [
+                {"boxes": boxes, "scores": torch.linspace(0.1, 0.9, 50), "labels": torch.ones(50).long()}
+                for _ in images
+            ]
+
+    (found,) = MultiScaleDetector(Many(), scales=[20], flip=False, max_detections=7)([_image(20, 500)])
+    assert len(found["scores"]) == 7
+    assert torch.allclose(found["scores"], torch.linspace(0.1, 0.9, 50).flip(0)[:7])
+
+
+def test_the_default_is_the_release_s_multi_scale_test():
+    detector = MultiScaleDetector(_ColourDetector())
+    assert detector.scales == (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)
+    assert detector.max_size == 2000
+    assert detector.flip
