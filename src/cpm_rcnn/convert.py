@@ -6,14 +6,14 @@ from typing import Any
 from omegaconf import DictConfig
 
 from cpm_rcnn import assembly
-from cpm_rcnn.weights.checkpoints import write_checkpoint
-from cpm_rcnn.data.coco_categories import COCO_CATEGORIES
+from cpm_rcnn.cli.instantiate import make
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.data.annotations import CocoAnnotations
+from cpm_rcnn.data.coco_categories import COCO_CATEGORIES
 from cpm_rcnn.errors import UserError, check_path
-from cpm_rcnn.weights.release import build_release, convert_state, release_arguments
-from cpm_rcnn.cli.instantiate import make
+from cpm_rcnn.weights.checkpoints import write_checkpoint
 from cpm_rcnn.weights.files import read_weights
+from cpm_rcnn.weights.release import build_release, convert_state, release_arguments
 
 
 def convert(config: DictConfig) -> None:

@@ -9,14 +9,14 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from cpm_rcnn import assembly
+from cpm_rcnn.boxes import CONVENTIONS
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.data import ImageSource
 from cpm_rcnn.data.transforms import EvalTransform
 from cpm_rcnn.errors import UserError, check_range
-from cpm_rcnn.training.module import to_original
 from cpm_rcnn.ops import use_deform_backend
-from cpm_rcnn.boxes import CONVENTIONS
 from cpm_rcnn.reporting.pictures import draw, save
+from cpm_rcnn.training.module import to_original
 
 # Files of other kinds in a folder are passed over.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")

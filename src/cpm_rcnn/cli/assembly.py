@@ -6,24 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from cpm_rcnn.callbacks import AtomicCheckpointIO, EvaluationSignals, Interruption, NonFiniteGuard, StepSeed
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 
-from cpm_rcnn.callbacks import AtomicCheckpointIO, EvaluationSignals, Interruption, NonFiniteGuard, StepSeed
-from cpm_rcnn.weights.checkpoints import read_checkpoint
+from cpm_rcnn.boxes import CONVENTIONS
+from cpm_rcnn.cli.instantiate import make
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_count
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector
-from cpm_rcnn.weights.initialize import start_from
-from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.models.backbones.build import default_pixel_format
-from cpm_rcnn.boxes import CONVENTIONS
-from cpm_rcnn.training.tolerant_logger import TolerantLogger
+from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.training.progress import LossProgressBar
-from cpm_rcnn.training.throughput import Throughput
 from cpm_rcnn.training.schedule import Schedule
-from cpm_rcnn.cli.instantiate import make
+from cpm_rcnn.training.throughput import Throughput
+from cpm_rcnn.training.tolerant_logger import TolerantLogger
+from cpm_rcnn.weights.checkpoints import read_checkpoint
 from cpm_rcnn.weights.files import check_names
+from cpm_rcnn.weights.initialize import start_from
 
 
 def check_room(run_dir: Path, module: DetectionModule) -> None:
@@ -219,7 +219,9 @@ def evaluation_data(config: DictConfig, module: DetectionModule) -> CocoDataModu
     if config.multi_scale.enabled:
         # The multi-scale detector resizes by itself.
         data["test_short_side"] = None
-    return CocoDataModule(**data, categories=module.hparams["categories"], convention=module.hparams["model"]["convention"])
+    return CocoDataModule(
+        **data, categories=module.hparams["categories"], convention=module.hparams["model"]["convention"]
+    )
 
 
 def use_multi_scale(config: DictConfig, module: DetectionModule) -> None:

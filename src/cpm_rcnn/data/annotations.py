@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cpm_rcnn.data.samplers import Sample
+from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.data.images import ImageSource
+from cpm_rcnn.data.samplers import Sample
 from cpm_rcnn.data.validation import check_json, read_json
 from cpm_rcnn.errors import UserError
-from cpm_rcnn.boxes import BoxConvention
 
 _log = logging.getLogger(__name__)
 

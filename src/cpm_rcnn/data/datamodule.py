@@ -9,13 +9,13 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from cpm_rcnn.data.samplers import EvalSampler, TrainBatchSampler, TrainOrder, collate
+from cpm_rcnn.boxes import CONVENTIONS
 from cpm_rcnn.data.annotations import CocoAnnotations, CocoDataset, OnError
 from cpm_rcnn.data.images import ImageSource
+from cpm_rcnn.data.samplers import EvalSampler, TrainBatchSampler, TrainOrder, collate
 from cpm_rcnn.data.shapes import CATEGORIES, TRAIN_IMAGES, VAL_IMAGES, write_shapes
 from cpm_rcnn.data.transforms import EvalTransform, TrainTransform
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_list, check_range
-from cpm_rcnn.boxes import CONVENTIONS
 
 Split = Literal["train", "val", "test"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from cpm_rcnn.errors import UserError
 from cpm_rcnn.boxes import CONTINUOUS, BoxConvention
+from cpm_rcnn.errors import UserError
 
 # In the order of pycocotools' ``COCOeval.stats``.
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

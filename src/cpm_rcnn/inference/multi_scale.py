@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
+from cpm_rcnn.boxes import CONTINUOUS, BoxConvention
 from cpm_rcnn.data.transforms import network_size
 from cpm_rcnn.errors import check_count, check_list
 from cpm_rcnn.inference.soft_nms import soft_nms
-from cpm_rcnn.boxes import CONTINUOUS, BoxConvention
 
 
 class MultiScaleDetector(nn.Module):

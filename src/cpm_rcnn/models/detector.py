@@ -1,4 +1,4 @@
-"""CPM R-CNN: images -> backbone -> RPN -> CPM head -> detections or losses."""
+"""A two-stage detector: images -> backbone -> FPN -> RPN -> RoI head -> detections or losses."""
 
 from collections.abc import Sequence
 
@@ -6,31 +6,39 @@ import torch
 from torch import Tensor, nn
 
 from cpm_rcnn.errors import UserError
-from cpm_rcnn.models.backbones.build import FPNBackbone
-from cpm_rcnn.models.heads.cpm import CPMHead, Detections
-from cpm_rcnn.models.losses import resolve
-from cpm_rcnn.models.preprocess import ImagePreprocessor
+from cpm_rcnn.models.fpn import FPNBackbone
+from cpm_rcnn.models.heads import RoIHead
+from cpm_rcnn.models.losses import reduce_losses
 from cpm_rcnn.models.pooling import pooling_format
-from cpm_rcnn.models.structures import GroundTruth
+from cpm_rcnn.models.preprocess import ImagePreprocessor
 from cpm_rcnn.models.rpn import RegionProposalNetwork
+from cpm_rcnn.models.settings import ModelSettings
+from cpm_rcnn.models.structures import Detections, GroundTruth
 
 
-class CPMRCNN(nn.Module):
-    """The detector of arXiv 2003.03570; :func:`~cpm_rcnn.models.build.build_detector` makes one from plain arguments.
+class TwoStageDetector(nn.Module):
+    """The model of this project; :func:`~cpm_rcnn.models.build.build_detector` constructs it from plain arguments.
 
     Args:
-        pixel_format: uint8 images to a normalised batch.
+        settings: what the parts were built from.
+        preprocessor: uint8 images to a normalized batch.
         backbone: that batch to the pyramid P2..P6.
         rpn: the pyramid to proposals.
-        head: proposals to detections, on P2..P5.
+        head: proposals to detections.
     """
 
     def __init__(
-        self, pixel_format: ImagePreprocessor, backbone: FPNBackbone, rpn: RegionProposalNetwork, head: CPMHead
+        self,
+        settings: ModelSettings,
+        preprocessor: ImagePreprocessor,
+        backbone: FPNBackbone,
+        rpn: RegionProposalNetwork,
+        head: RoIHead,
     ) -> None:
         super().__init__()
-        self.pixel_format = pixel_format
-        # The format that convolutions are fastest in; the grid heads stay as they are, GroupNorm would copy there.
+        self.settings = settings
+        self.preprocessor = preprocessor
+        # Convolutions are fastest in channels_last. The heads stay contiguous, since GroupNorm would copy there.
         self.backbone = backbone.to(memory_format=torch.channels_last)
         self.rpn = rpn
         self.head = head
@@ -38,20 +46,20 @@ class CPMRCNN(nn.Module):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
-        """Detections in eval mode, losses in train mode; images and targets as torchvision's detectors take them.
+        """Detections in eval mode, losses in train mode; inputs and outputs as of torchvision's detectors.
 
         Args:
-            images: uint8 RGB tensors (3, H, W) at network size (what the model sees; nothing is resized here).
-            targets: needed in train mode: a dict an image with ``boxes`` (N, 4) xyxy pixels and ``labels`` (N,)
-                int64 1..C; N may be 0.
+            images: uint8 RGB tensors (3, H, W) at network size; nothing is resized here.
+            targets: required in train mode: one dict per image with ``boxes`` (N, 4) in xyxy pixels and ``labels``
+                (N,) int64 in 1..C; N may be 0.
 
         Returns:
-            In eval mode a dict an image: ``boxes`` (N, 4) float32 xyxy pixels of the given image, best score first
-            (they may reach beyond the image's border: grid points do), ``scores`` (N,) float32 0..1 and ``labels``
-            (N,) int64 1..C. In train mode a dict of () float32 losses, whose sum is to be minimised.
+            In eval mode one dict per image, best score first: ``boxes`` (N, 4) float32 in xyxy pixels of the given
+            image, which may extend beyond it since grid points do; ``scores`` (N,) float32 in 0..1; ``labels`` (N,)
+            int64 in 1..C. In train mode a dict of () float32 losses, whose sum is to be minimized.
 
         Raises:
-            UserError: images that are not uint8 (3, H, W), or train mode without a target for each image.
+            UserError: an image is not uint8 (3, H, W), or there is not one target per image in train mode.
         """
         for i, image in enumerate(images):
             if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
@@ -62,27 +70,23 @@ class CPMRCNN(nn.Module):
             raise UserError("images is empty: at least one is needed")
         if self.training and (targets is None or len(targets) != len(images)):
             raise UserError(f"train mode needs one target for each of the {len(images)} images")
-        batch, sizes = self.pixel_format(images)
+        batch, sizes = self.preprocessor(images)
         features = list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values())
         if not self.training:
             proposals, _ = self.rpn(features, sizes)
-            return _split(self.head.detect(pooling_format(features), proposals), len(images))
+            return _per_image(self.head.detect(pooling_format(features), proposals), len(images))
         assert targets is not None
-        truth = GroundTruth.stack(targets)
-        proposals, losses = self.rpn(features, sizes, truth)
-        return resolve(losses | self.head.losses(pooling_format(features), proposals, truth))
+        ground_truth = GroundTruth.stack(targets)
+        proposals, losses = self.rpn(features, sizes, ground_truth)
+        return reduce_losses(losses | self.head.losses(pooling_format(features), proposals, ground_truth))
 
 
-def _split(detections: Detections, num_images: int) -> list[dict[str, Tensor]]:
-    """A dict an image, best score first."""
+def _per_image(detections: Detections, num_images: int) -> list[dict[str, Tensor]]:
+    """One dict per image, best score first."""
     order = detections.scores.argsort(descending=True, stable=True)
-    order = order[detections.rois.images[order].argsort(stable=True)]
-    counts = torch.bincount(detections.rois.images, minlength=num_images).tolist()
+    order = order[detections.images[order].argsort(stable=True)]
+    counts = torch.bincount(detections.images, minlength=num_images).tolist()
     return [
-        {
-            "boxes": detections.rois.boxes[rows],
-            "scores": detections.scores[rows],
-            "labels": detections.labels[rows],
-        }
+        {"boxes": detections.boxes[rows], "scores": detections.scores[rows], "labels": detections.labels[rows]}
         for rows in order.split(counts)
     ]

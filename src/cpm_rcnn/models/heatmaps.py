@@ -104,13 +104,15 @@ def _weighted_mean(values: Tensor, weights: Tensor, dim: int) -> Tensor:
     return (values * weights).sum(dim) / weights.sum(dim).clamp(min=torch.finfo(weights.dtype).tiny)
 
 
-def grid_loss(heatmaps: Tensor, targets: Tensor) -> LossTerm:
-    """Binary cross-entropy over RoIs, points and cells, times 15, in float32.
+def grid_loss(heatmaps: Tensor, targets: Tensor, valid: Tensor) -> LossTerm:
+    """Binary cross-entropy over valid RoIs, points and cells, times 15, in float32.
 
     Args:
         heatmaps: (R, 9, 28, 28) logits, any floating dtype.
         targets: (R, 9, 28, 28) bool or floating 0/1.
+        valid: (R,) bool.
     """
     logits = heatmaps.float()
-    total = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
-    return LossTerm(GRID_LOSS_FACTOR * total, logits.numel())
+    weight = valid[:, None, None, None].to(logits.dtype)
+    total = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), weight, reduction="sum")
+    return LossTerm(GRID_LOSS_FACTOR * total, valid.sum() * logits[0:1].numel())

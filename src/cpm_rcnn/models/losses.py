@@ -1,4 +1,4 @@
-"""Losses as (sum, count), so that a mean is over the RoIs of all processes and not the mean of their means."""
+"""Losses as a sum and a count, so that a mean is over the RoIs of all processes and not a mean of means."""
 
 from dataclasses import dataclass
 
@@ -9,27 +9,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossTerm:
-    """A loss before its division.
+    """A loss before the division by its count.
 
     Attributes:
-        total: () float32, the weighted sum over RoIs (or cells, or anchors).
-        count: how many were summed: an int, or a () tensor where only the device knows.
+        total: () float32, the weighted sum over valid RoIs (or cells, or anchors).
+        count: how many were summed: an int, or a () tensor where only the device knows the number.
     """
 
     total: Tensor
     count: int | Tensor
 
     def weighted(self, weight: float) -> "LossTerm":
-        """The same term with its loss weight applied."""
+        """The same term times a loss weight."""
         return LossTerm(self.total * weight, self.count)
 
 
-def resolve(terms: dict[str, LossTerm]) -> dict[str, Tensor]:
-    """Means by name: total / count, 0 where nothing was counted.
+def reduce_losses(terms: dict[str, LossTerm]) -> dict[str, Tensor]:
+    """Means by name: total / count, and 0 where the count is 0.
 
-    Under ``torch.distributed`` each count is the mean of the processes' counts (one all-reduce for all terms). DDP
-    averages gradients over processes, so that their sum is divided by the whole count, as on one process that had
-    all images; a process without RoIs adds zero and changes nobody's share.
+    Under ``torch.distributed`` each count is replaced by its mean over the processes, with one all-reduce for all
+    terms. DDP averages gradients over the processes, so the result is the gradient of the mean over all RoIs, as if one
+    process had all images. A process without RoIs contributes zero and does not change the others' weights.
     """
     device = next(iter(terms.values())).total.device
     counts = torch.stack(
@@ -41,6 +41,6 @@ def resolve(terms: dict[str, LossTerm]) -> dict[str, Tensor]:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(counts)
         counts /= dist.get_world_size()
-    # Below one RoI on average, a count over several processes is a fraction: only zero itself needs a guard.
+    # A mean count over several processes can be a fraction below 1, so only zero is replaced.
     counts = torch.where(counts > 0, counts, 1.0)
     return {name: term.total / count for (name, term), count in zip(terms.items(), counts.unbind())}

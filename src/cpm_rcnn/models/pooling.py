@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from cpm_rcnn.models.structures import Rois
 from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.models.structures import Rois
 
-# Samples a bin side (spec section 4).
+# Spec section 4.
 _SAMPLING_RATIO = 2
 
 
@@ -31,21 +31,22 @@ def pyramid_levels(boxes: Tensor, num_levels: int, convention: BoxConvention) ->
 
 
 def pooling_format(features: Sequence[Tensor]) -> list[Tensor]:
-    """The pyramid in the memory format that RoIAlign reads, converted once for the many poolings of a head."""
+    """The pyramid in the memory format that RoIAlign reads fastest, converted once for all poolings of a head."""
     wanted = torch.channels_last if features[0].device.type == "cpu" else torch.contiguous_format
     return [feature.contiguous(memory_format=wanted) for feature in features]
 
 
 class PyramidRoIAlign(nn.Module):
-    """Pool each RoI from the pyramid level of its size, two samples a bin side, as ``torchvision.ops.roi_align`` does.
+    """Pools each RoI from the pyramid level of its size, with sampling ratio 2, as ``torchvision.ops.roi_align`` does.
 
-    On a CPU, torchvision works out every sample's weights anew for each channel, in one thread backward; there the
-    same sums run as one ``embedding_bag`` over all levels, whose bags are the bins (``benchmarks/roi_align.py``).
+    torchvision's CPU operator recomputes every sample's weights for each channel and runs its backward pass in one
+    thread. On a CPU the same sums are therefore computed as one ``embedding_bag`` over all levels, whose bags are the
+    bins (``benchmarks/roi_align.py``).
 
     Args:
-        output_size: bins a side.
-        strides: the stride of each level, from P2 on, in pixels.
-        convention: decides the level and the half-pixel shift.
+        output_size: number of bins per side.
+        strides: stride of each level in pixels, from P2 on.
+        convention: decides the level of a box and whether RoIAlign shifts by half a pixel.
     """
 
     def __init__(self, output_size: int, strides: Sequence[int], convention: BoxConvention) -> None:
@@ -58,19 +59,19 @@ class PyramidRoIAlign(nn.Module):
         """Pooled features (R, C, output_size, output_size) in the features' dtype.
 
         Args:
-            features: the levels from P2 on, each (B, C, H, W), best as :func:`pooling_format` gives them; more than
-                ``strides`` are ignored.
-            rois: R boxes in pixels at network size.
+            features: the levels from P2 on, each (B, C, H, W), fastest in the format of :func:`pooling_format`; levels
+                beyond ``strides`` are ignored.
+            rois: R RoIs.
         """
         features = features[: len(self.strides)]
         levels = pyramid_levels(rois.boxes, len(features), self.convention)
-        # Coordinates do not survive half precision, so pooling runs in float32 whatever the features are.
+        # Half precision cannot represent the coordinates, so pooling always runs in float32.
         pool = self._pool_bags if features[0].device.type == "cpu" else self._pool_levels
         return pool([feature.float() for feature in features], rois, levels).to(features[0].dtype)
 
     def _pool_levels(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
         boxes = torch.cat([rois.images.to(rois.boxes.dtype)[:, None], rois.boxes], dim=1)
-        # Level after level: one wait for the device, for the counts, and not one a level.
+        # Sorted by level, so that the device is waited for once, for the counts, and not once per level.
         order = levels.argsort(stable=True)
         counts = torch.bincount(levels, minlength=len(features)).tolist()
         parts = [
@@ -100,15 +101,15 @@ class PyramidRoIAlign(nn.Module):
         return pooled.view(-1, size, size, channels).permute(0, 3, 1, 2)
 
     def _taps(self, start: Tensor, end: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-        """Cells that the bins along one axis read, and their shares of the bin's mean.
+        """The cells that the bins along one axis read, and their weights in the mean of the bin.
 
         Args:
-            start: (R,) where the RoIs begin, in cells.
-            end: (R,) where they end.
-            size: (R,) int64, cells of the map.
+            start: (R,) first coordinate of the RoIs, in cells.
+            end: (R,) last coordinate, in cells.
+            size: (R,) int64, number of cells of the feature map along the axis.
 
         Returns:
-            (R, bins, 4) int64 cells and (R, bins, 4) float32 weights: two samples a bin, two cells a sample.
+            (R, bins, 4) int64 cells and (R, bins, 4) float32 weights: two samples per bin, two cells per sample.
         """
         if self.convention.aligned:
             start, end = start - 0.5, end - 0.5
@@ -118,7 +119,7 @@ class PyramidRoIAlign(nn.Module):
         samples = self.output_size * _SAMPLING_RATIO
         positions = start[:, None] + length[:, None] * ((torch.arange(samples) + 0.5) / samples)
         last = (size - 1)[:, None]
-        # A sample more than one cell outside the map is zero; nearer ones read the border.
+        # A sample more than one cell outside the map is zero; nearer ones read the border cell.
         inside = (positions >= -1) & (positions <= size[:, None])
         positions = positions.clamp(min=0)
         low = torch.minimum(positions.long(), last)

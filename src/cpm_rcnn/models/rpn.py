@@ -1,16 +1,19 @@
 """Region proposal network on a feature pyramid (spec section 3)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
 
-from cpm_rcnn.models.losses import LossTerm
-from cpm_rcnn.models.structures import Rois, GroundTruth, grouped_nms
-from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
 from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.models.losses import LossTerm
+from cpm_rcnn.models.nms import grouped_nms
+from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
+from cpm_rcnn.models.structures import GroundTruth, Rois
+from cpm_rcnn.settings import Settings, architecture, flag, integer, list_of, number, testing, training
 
 RATIOS = (0.5, 1.0, 2.0)
 _POSITIVE_IOU, _NEGATIVE_IOU = 0.7, 0.3
@@ -19,52 +22,56 @@ _SMOOTH_L1_BETA = 1 / 9
 _NMS_IOU = 0.7
 
 
+@dataclass(frozen=True)
+class RPNSettings(Settings):
+    """Settings of the region proposal network.
+
+    Attributes:
+        anchor_sizes: one anchor size for each of P2..P6: the square root of the anchor's area in pixels.
+        ignore_border_anchors: whether anchors that cross the image border are ignored in training, as in the release.
+            If images are hardly larger than their objects, that leaves almost no anchors: turn it off there.
+        proposals_train: proposals kept per level before NMS and per image after NMS, in training.
+        proposals_test: the same at test.
+    """
+
+    anchor_sizes: Sequence[float] = architecture((32, 64, 128, 256, 512), check=list_of(number(1), 5))
+    ignore_border_anchors: bool = training(True, check=flag)
+    proposals_train: int = training(2000, check=integer())
+    proposals_test: int = testing(1000, check=integer())
+
+
 class RegionProposalNetwork(nn.Module):
-    """Anchors, objectness and deltas; proposals out.
+    """Predicts objectness and box deltas on anchors, and selects proposals.
 
     Args:
+        settings: anchors and number of proposals.
         in_channels: channels of the pyramid.
-        strides: strides of its levels, in pixels.
-        anchor_sizes: one anchor size a level: square root of its area in pixels.
-        ignore_border_anchors: whether anchors that cross the image border teach nothing (the release's rule). Where
-            images are hardly larger than their objects that leaves hardly an anchor; small-image recipes turn it off.
-        proposals_train: proposals kept per level before NMS and per image after it, in training.
-        proposals_test: the same at test.
-        convention: the pixel convention.
+        strides: strides of its levels in pixels.
+        convention: the box coordinate convention.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        strides: Sequence[int],
-        *,
-        anchor_sizes: Sequence[float],
-        ignore_border_anchors: bool,
-        proposals_train: int,
-        proposals_test: int,
-        convention: BoxConvention,
+        self, settings: RPNSettings, in_channels: int, strides: Sequence[int], convention: BoxConvention
     ) -> None:
         super().__init__()
+        self.settings = settings
         self.head = RPNHead(in_channels, len(RATIOS))
         self.strides = tuple(strides)
-        self.anchor_sizes = tuple(anchor_sizes)
-        self.ignore_border_anchors = ignore_border_anchors
-        self.proposals_train = proposals_train
-        self.proposals_test = proposals_test
         self.convention = convention
 
     def forward(
-        self, features: Sequence[Tensor], image_sizes: Tensor, truth: GroundTruth | None = None
+        self, features: Sequence[Tensor], image_sizes: Tensor, ground_truth: GroundTruth | None = None
     ) -> tuple[Rois, dict[str, LossTerm]]:
-        """Proposals of a batch and, with ``truth``, the losses.
+        """Proposals of a batch and, if ``ground_truth`` is given, the losses.
 
         Args:
-            features: one (B, C, H, W) a level.
+            features: P2..P6, each (B, C, H, W).
             image_sizes: (B, 2) height and width in pixels, without padding.
-            truth: ground truth; given in training.
+            ground_truth: of the batch; required in training.
 
         Returns:
-            Proposals without gradient, and ``loss_rpn_objectness`` and ``loss_rpn_box`` (empty without ``truth``).
+            The proposals, without gradient, and ``loss_rpn_objectness`` and ``loss_rpn_box`` (an empty dict without
+            ``ground_truth``).
         """
         logits_per_level, deltas_per_level = self.head(list(features))
         # (B, A, H, W) -> (B, H * W * A), the order of the anchors.
@@ -72,18 +79,18 @@ class RegionProposalNetwork(nn.Module):
         deltas = [x.permute(0, 2, 3, 1).reshape(len(x), -1, 4).float() for x in deltas_per_level]
         anchors = [
             level_anchors(self.convention, stride, size, feature.shape[-2:], feature.device)
-            for stride, size, feature in zip(self.strides, self.anchor_sizes, features)
+            for stride, size, feature in zip(self.strides, self.settings.anchor_sizes, features)
         ]
         with torch.no_grad():
             proposals = self._propose(logits, deltas, anchors, image_sizes)
-        if truth is None:
+        if ground_truth is None:
             return proposals, {}
         return proposals, self._losses(
-            torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), image_sizes, truth
+            torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), image_sizes, ground_truth
         )
 
     def _propose(self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], image_sizes: Tensor) -> Rois:
-        limit = self.proposals_train if self.training else self.proposals_test
+        limit = self.settings.proposals_train if self.training else self.settings.proposals_test
         batch = len(image_sizes)
         boxes, scores, levels = [], [], []
         for level, (level_logits, level_deltas, anchor) in enumerate(zip(logits, deltas, anchors)):
@@ -101,12 +108,12 @@ class RegionProposalNetwork(nn.Module):
         kept = grouped_nms(box, score, group, _NMS_IOU)
         box, image = box[kept], image[keep][kept]
         rank, _ = rank_in_group(-score[kept], image, batch)
-        return Rois(box, image).keep((rank < limit).nonzero().squeeze(1))
+        return Rois.of(box, image)[(rank < limit).nonzero().squeeze(1)]
 
     def _losses(
-        self, logits: Tensor, deltas: Tensor, anchors: Tensor, image_sizes: Tensor, truth: GroundTruth
+        self, logits: Tensor, deltas: Tensor, anchors: Tensor, image_sizes: Tensor, ground_truth: GroundTruth
     ) -> dict[str, LossTerm]:
-        labels, boxes = self._assign(anchors, image_sizes, truth)
+        labels, boxes = self._assign(anchors, image_sizes, ground_truth)
         batch, per_image = labels.shape
         images = torch.arange(batch, device=labels.device).repeat_interleave(per_image)
         flat = labels.flatten()
@@ -117,7 +124,7 @@ class RegionProposalNetwork(nn.Module):
         chosen = positive | sample.negative.view_as(labels)
         count = chosen.sum()
         objectness = F.binary_cross_entropy_with_logits(logits, positive.to(logits.dtype), reduction="none")
-        # Masked, not gathered: how many are chosen stays on the device.
+        # Masked instead of gathered, so that the number of samples stays on the device.
         encoded = self.convention.encode(torch.where(positive[..., None], boxes, anchors), anchors)
         distance = F.smooth_l1_loss(deltas, encoded, beta=_SMOOTH_L1_BETA, reduction="none").sum(-1)
         return {
@@ -126,33 +133,36 @@ class RegionProposalNetwork(nn.Module):
         }
 
     @torch.no_grad()
-    def _assign(self, anchors: Tensor, image_sizes: Tensor, truth: GroundTruth) -> tuple[Tensor, Tensor]:
-        """Labels (B, A): 1 object, 0 background, -1 neither; and the matched boxes (B, A, 4)."""
-        iou = self.convention.iou(truth.boxes[:, :, None], anchors)  # (B, G, A)
-        iou.masked_fill_(~truth.valid[:, :, None], -1.0)
+    def _assign(self, anchors: Tensor, image_sizes: Tensor, ground_truth: GroundTruth) -> tuple[Tensor, Tensor]:
+        """Labels (B, A), 1 for object, 0 for background, -1 for ignored, and the matched boxes (B, A, 4)."""
+        iou = self.convention.iou(ground_truth.boxes[:, :, None], anchors)  # (B, G, A)
+        iou.masked_fill_(~ground_truth.valid[:, :, None], -1.0)
         best, index = iou.max(dim=1)
-        # An object's best anchors teach it however little they overlap; but no overlap is no match.
+        # Each object's best-overlapping anchors are positive, whatever their IoU, as long as they overlap at all.
         best_of_object = iou.amax(dim=2, keepdim=True)
         is_best = ((iou == best_of_object) & (iou > 0)).any(dim=1)
         positive = (best >= _POSITIVE_IOU) | is_best
         labels = torch.where(positive, 1, torch.where(best < _NEGATIVE_IOU, 0, -1))
-        if self.ignore_border_anchors:
+        if self.settings.ignore_border_anchors:
             clipped = self.convention.clip(anchors, image_sizes[:, None].to(anchors.dtype))
             labels = labels.masked_fill((clipped != anchors).any(dim=-1), -1)
-        return labels, truth.boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        return labels, ground_truth.boxes.gather(1, index[..., None].expand(-1, -1, 4))
 
 
 def level_anchors(
     convention: BoxConvention, stride: int, size: float, shape: Sequence[int], device: torch.device
 ) -> Tensor:
-    """Anchors of one level, (H * W * ratios, 4) xyxy pixels: row by row, cell by cell, ratio by ratio.
+    """The anchors of one level, ordered by row, column and ratio.
 
     Args:
-        convention: the pixel convention.
+        convention: the box coordinate convention.
         stride: pixels between cells.
         size: square root of the anchors' area in pixels.
         shape: height and width of the level in cells.
-        device: where the anchors are made.
+        device: device of the result.
+
+    Returns:
+        (H * W * 3, 4) float32, xyxy pixels.
     """
     cell = convention.cell_anchors(stride, size, RATIOS).to(device, non_blocking=True)
     y = torch.arange(shape[0], dtype=torch.float32, device=device) * stride

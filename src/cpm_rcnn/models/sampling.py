@@ -1,4 +1,4 @@
-"""Which RoIs train: random subsets with a share of positives, for a whole batch at once (spec sections 3, 4, 7)."""
+"""Random subsets of RoIs or anchors with a limited share of positives, for a whole batch at once."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ class BalancedSample(NamedTuple):
     """A random subset of a batch's RoIs or anchors.
 
     Attributes:
-        positive: (N,) bool, chosen as positive.
-        negative: (N,) bool, chosen as negative.
-        rank: (N,) int64, the random place 0, 1, ... of each chosen positive among its image's; a further cut of the
-            positives to k keeps ``rank < k``. Undefined elsewhere.
+        positive: (N,) bool, True for the chosen positives.
+        negative: (N,) bool, True for the chosen negatives.
+        rank: (N,) int64, a random order 0, 1, ... of the chosen positives of each image, so that ``rank < k`` chooses k
+            of them at random. Undefined for other rows.
     """
 
     positive: Tensor
@@ -30,17 +30,17 @@ def sample_balanced(
     count: int,
     positive_fraction: float,
 ) -> BalancedSample:
-    """Choose at random, for each image, up to ``count`` of which at most ``positive_fraction`` are positive.
+    """Choose rows of each image at random: up to ``count``, at most ``positive_fraction`` of them positive.
 
-    Negatives fill what the positives leave. No host sync.
+    Negatives fill what the positives leave. Nothing here waits for the device.
 
     Args:
         positive: (N,) bool.
-        negative: (N,) bool, disjoint from ``positive``; what is neither is never chosen.
-        images: (N,) int64 in 0..num_images - 1.
-        num_images: images in the batch.
-        count: how many to choose for an image at most.
-        positive_fraction: 0..1.
+        negative: (N,) bool, disjoint from ``positive``; rows that are neither are never chosen.
+        images: (N,) int64 in 0..num_images - 1, the image of each row.
+        num_images: number of images in the batch.
+        count: maximum number of rows per image.
+        positive_fraction: maximum share of positives in ``count``, 0..1.
     """
     group = torch.where(positive, images, torch.where(negative, images + num_images, 2 * num_images))
     key = torch.rand(len(images), device=images.device)
@@ -53,15 +53,15 @@ def sample_balanced(
 
 
 def rank_in_group(key: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """The place of each element among its group, by ascending ``key``; ties in their order.
+    """The rank of each row within its group, by ascending ``key``; equal keys keep their order.
 
     Args:
-        key: (N,) floating.
+        key: (N,) floating point.
         group: (N,) int64 in 0..num_groups - 1.
-        num_groups: how many groups there may be.
+        num_groups: number of groups.
 
     Returns:
-        The ranks (N,) int64 and the groups' sizes (num_groups,) int64.
+        The ranks (N,) int64 and the group sizes (num_groups,) int64.
     """
     order = key.argsort(stable=True)
     order = order[group[order].argsort(stable=True)]

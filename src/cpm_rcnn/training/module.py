@@ -7,10 +7,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from cpm_rcnn.boxes import CONVENTIONS
 from cpm_rcnn.evaluation.coco_metric import METRIC_NAMES, CocoMetric
 from cpm_rcnn.models.build import build_detector
 from cpm_rcnn.models.detector import CPMRCNN
-from cpm_rcnn.boxes import CONVENTIONS
 from cpm_rcnn.training.schedule import Schedule
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]

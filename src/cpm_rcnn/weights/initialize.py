@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
-from cpm_rcnn.weights.checkpoints import read_checkpoint
 from cpm_rcnn.errors import UserError
-from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.models.backbones.build import build_body
 from cpm_rcnn.models.build import build_detector
+from cpm_rcnn.training.module import DetectionModule
+from cpm_rcnn.weights.checkpoints import read_checkpoint
 from cpm_rcnn.weights.files import check_names
 
 _log = logging.getLogger(__name__)

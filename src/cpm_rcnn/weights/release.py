@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from cpm_rcnn.errors import UserError, check_keys
+from cpm_rcnn.models.backbones.resnet import RESNETS, ResNetLayout
 from cpm_rcnn.models.build import CMM_STAGES, build_detector
 from cpm_rcnn.models.detector import CPMRCNN
-from cpm_rcnn.weights.imagenet import with_statistics
-from cpm_rcnn.models.backbones.resnet import RESNETS, ResNetLayout
 from cpm_rcnn.weights.files import check_names, named_tensors, read_weights
+from cpm_rcnn.weights.imagenet import with_statistics
 
 # What the released models were trained on.
 RELEASE_PIXEL_FORMAT = {"order": "bgr", "scale": 1, "mean": [102.9801, 115.9465, 122.7717], "std": [1, 1, 1]}

@@ -3,10 +3,10 @@
 import logging
 from pathlib import Path
 
-from cpm_rcnn.weights.checkpoints import read_checkpoint
 from cpm_rcnn.errors import UserError, check_file
-from cpm_rcnn.weights.initialize import check_same_model
 from cpm_rcnn.training.module import DetectionModule
+from cpm_rcnn.weights.checkpoints import read_checkpoint
+from cpm_rcnn.weights.initialize import check_same_model
 
 _log = logging.getLogger(__name__)
 

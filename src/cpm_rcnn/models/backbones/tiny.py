@@ -1,4 +1,4 @@
-"""A small residual network with GroupNorm that learns from scratch on a CPU."""
+"""A small residual network with GroupNorm that can be trained from scratch on a CPU."""
 
 from collections.abc import Sequence
 
@@ -27,10 +27,10 @@ class _Block(nn.Module):
 
 
 class TinyBackbone(nn.Module):
-    """Stem of stride 4 and four residual blocks at strides 4, 8, 16 and 32.
+    """A stem with stride 4 and four residual blocks at strides 4, 8, 16 and 32.
 
     Args:
-        channels: of the four outputs; multiples of 8.
+        channels: channels of the four outputs, multiples of 8.
     """
 
     def __init__(self, channels: Sequence[int] = (32, 64, 96, 128)) -> None:

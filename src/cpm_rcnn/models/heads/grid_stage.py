@@ -1,4 +1,4 @@
-"""One grid stage: RoIs in, heatmaps and better boxes out (paper section 3.1, spec section 5)."""
+"""A grid stage: predicts heatmaps of nine points for each RoI and decodes better boxes (paper section 3.1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,63 +7,59 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cpm_rcnn.errors import check_range
+from cpm_rcnn.models.heads.base import HeadInputs
+from cpm_rcnn.models.heads.cascade import RefinementStage
 from cpm_rcnn.models.heatmaps import NUM_POINTS, decode_heatmaps, grid_loss, grid_targets
 from cpm_rcnn.models.init import init_conv, init_deconv
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.pooling import PyramidRoIAlign
-from cpm_rcnn.models.structures import Rois
-from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.models.structures import Match, Rois
+from cpm_rcnn.settings import Settings, architecture, number, training
 
 _POOLED_SIZE = 14
 FEATURE_SIZE = 7
 _NORM_GROUPS = 36
-# Sigmoid of the first prediction is 0.01: most cells are negative.
+# The first predictions are sigmoid(bias) = 0.01, because most cells are negative.
 _PRIOR_LOGIT = -4.59511985013459
 
 
 @dataclass(frozen=True)
-class StageSettings:
-    """What tells the stages of the cascade apart.
+class StageSettings(Settings):
+    """Settings of one grid stage.
 
     Attributes:
-        positive_iou: RoIs train this stage from this IoU with their object on, 0..1.
-        mapping_ratio: how far the heatmap reaches beyond the RoI, as a share of its size.
-        loss_weight: of this stage's grid loss.
+        positive_iou: RoIs whose IoU with their object is at least this train the stage, 0..1.
+        mapping_ratio: how much the area of the heatmap is larger than the RoI, as a fraction of its size.
+        loss_weight: weight of the stage's loss.
     """
 
-    positive_iou: float
-    mapping_ratio: float
-    loss_weight: float
-
-    def __post_init__(self) -> None:
-        check_range("cmm.stages.positive_iou", self.positive_iou, 0, 1)
-        check_range("cmm.stages.mapping_ratio", self.mapping_ratio, 0)
-        check_range("cmm.stages.loss_weight", self.loss_weight, 0)
+    positive_iou: float = training(check=number(0, 1))
+    mapping_ratio: float = architecture(check=number(0))
+    loss_weight: float = training(check=number(0))
 
 
 class GridOutput(NamedTuple):
-    """What a grid stage says of R RoIs.
+    """What a grid stage predicts for R RoIs.
 
     Attributes:
-        point_features: (R, 9 * channels, 7, 7), before the deconvolutions; ISM reads them.
-        heatmaps: (R, 9, 28, 28) logits to decode; from the fused features where there is fusion.
+        features: (R, 9 * channels, 7, 7), the point features before the deconvolutions; ISM reads them.
+        heatmaps: (R, 9, 28, 28) logits to decode; with fusion, those of the fused features.
         unfused_heatmaps: (R, 9, 28, 28) logits of the unfused features; only with fusion in training.
     """
 
-    point_features: Tensor
+    features: Tensor
     heatmaps: Tensor
     unfused_heatmaps: Tensor | None = None
 
 
 class PointFusion(nn.Module):
-    """Grid R-CNN's feature fusion: each point sums messages from its neighbours on the 3x3 grid, twice.
+    """Grid R-CNN's feature fusion: each point adds transformed features of its neighbours on the 3x3 grid, twice.
 
-    Every directed edge of the grid (24) has its own depthwise 5x5 and 1x1 convolution; all edges run as one grouped
-    convolution. Edges are ordered by receiving point, then by sending point.
+    Each of the grid's 24 directed edges has its own depthwise 5x5 and 1x1 convolution. All edges run as one grouped
+    convolution, ordered by receiving point and then by sending point.
 
     Args:
-        channels: of one point.
+        channels: channels per point.
     """
 
     sources: Tensor
@@ -100,40 +96,30 @@ class PointFusion(nn.Module):
         return points.index_add(1, self.sinks, sent.to(points.dtype))
 
 
-class GridStage(nn.Module):
-    """Grid head and its mapping.
+class GridStage(RefinementStage):
+    """One grid stage: a small convolutional network and the mapping between boxes and heatmaps.
 
-    RoIAlign 14x14; 3x3 convolutions with GroupNorm and ReLU, the first with stride 2; per point two transposed
-    convolutions up to 28x28. The channels of point i are contiguous.
+    RoIAlign 14x14; 3x3 convolutions with GroupNorm and ReLU, the first with stride 2; then, for each point, two
+    transposed convolutions up to 28x28. The channels of one point are contiguous.
 
     Args:
-        settings: mapping ratio, threshold and weight.
-        in_channels: channels of the pyramid.
-        strides: strides of the levels pooled from, in pixels.
-        point_channels: channels of one point; a multiple of 4 (GroupNorm has 36 groups over 9 points).
-        num_convs: convolutions before the deconvolutions.
-        fusion: whether points exchange features (Grid R-CNN's; off in CPM R-CNN).
-        convention: the pixel convention.
+        settings: mapping ratio, IoU threshold and loss weight.
+        inputs: the pyramid and the convention.
+        point_channels: channels per point, a multiple of 4 (GroupNorm has 36 groups over 9 points).
+        num_convs: number of convolutions before the transposed ones.
+        fusion: whether points exchange features (used by Grid R-CNN, off in CPM R-CNN).
     """
 
     def __init__(
-        self,
-        settings: StageSettings,
-        in_channels: int,
-        strides: Sequence[int],
-        *,
-        point_channels: int,
-        num_convs: int,
-        fusion: bool,
-        convention: BoxConvention,
+        self, settings: StageSettings, inputs: HeadInputs, *, point_channels: int, num_convs: int, fusion: bool
     ) -> None:
         super().__init__()
         width = NUM_POINTS * point_channels
         self.settings = settings
-        self.pool = PyramidRoIAlign(_POOLED_SIZE, strides, convention)
+        self.pool = PyramidRoIAlign(_POOLED_SIZE, inputs.strides, inputs.convention)
         layers: list[nn.Module] = []
         for i in range(num_convs):
-            conv = nn.Conv2d(width if i else in_channels, width, 3, stride=1 if i else 2, padding=1)
+            conv = nn.Conv2d(width if i else inputs.channels, width, 3, stride=1 if i else 2, padding=1)
             init_conv(conv)
             layers += [conv, nn.GroupNorm(_NORM_GROUPS, width), nn.ReLU(inplace=True)]
         self.convs = nn.Sequential(*layers)
@@ -153,14 +139,14 @@ class GridStage(nn.Module):
         return GridOutput(point_features, heatmaps, self.deconvs(point_features) if self.training else None)
 
     def decode(self, output: GridOutput, rois: Rois) -> Rois:
-        """The boxes that the heatmaps point at, without gradient."""
-        boxes = decode_heatmaps(output.heatmaps.detach(), rois.boxes, self.settings.mapping_ratio)
-        return Rois(boxes, rois.images)
+        """The boxes that the heatmaps predict, without gradient; not clipped to the image."""
+        return rois.with_boxes(decode_heatmaps(output.heatmaps.detach(), rois.boxes, self.settings.mapping_ratio))
 
-    def loss(self, output: GridOutput, rois: Rois, boxes: Tensor) -> LossTerm:
-        """The weighted grid loss of R ``rois`` whose objects are ``boxes`` (R, 4); with fusion, both heatmaps'."""
-        targets = grid_targets(rois.boxes, boxes, self.settings.mapping_ratio)
-        term = grid_loss(output.heatmaps, targets)
+    def loss(self, output: GridOutput, rois: Rois, match: Match) -> LossTerm:
+        """The weighted grid loss of R ``rois`` whose objects are ``match``; with fusion, of both heatmaps."""
+        targets = grid_targets(rois.boxes, match.boxes, self.settings.mapping_ratio)
+        term = grid_loss(output.heatmaps, targets, rois.valid)
         if output.unfused_heatmaps is not None:
-            term = LossTerm(term.total + grid_loss(output.unfused_heatmaps, targets).total, term.count)
+            unfused = grid_loss(output.unfused_heatmaps, targets, rois.valid)
+            term = LossTerm(term.total + unfused.total, term.count)
         return term.weighted(self.settings.loss_weight)

@@ -1,22 +1,31 @@
-"""ISM and RSM: scores that follow the quality of the box (paper sections 3.3 and 3.4, spec sections 6 and 7)."""
+"""ISM and RSM: scores that follow the quality of the box (paper sections 3.3 and 3.4, spec sections 6 and 7).
+
+Both attach to any list of stages. ISM reads the features of the last stage; RSM pools the pyramid again at the refined
+boxes.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from cpm_rcnn.models.heads.classification import probability_of
+from cpm_rcnn.models.heads.base import HeadInputs
+from cpm_rcnn.models.heads.classification import Classifier, classification_loss, probability_of
+from cpm_rcnn.models.heads.roi_sampling import sample_rois
 from cpm_rcnn.models.init import init_linear, init_predictor
 from cpm_rcnn.models.losses import LossTerm
+from cpm_rcnn.models.structures import GroundTruth, Match, Rois
 
 _MLP_CHANNELS = 1024
 # score <- score^0.8 * p^0.2 (spec section 7).
 _RESCORE_POWER = 0.2
 
 
-class InstanceScorer(nn.Module):
-    """ISM: predicts (1 - IoU, IoU) of a grid stage's RoI from the stage's point features.
+class InstanceScoring(nn.Module):
+    """ISM: predicts (1 - IoU, IoU) of a stage's RoI from the stage's features.
 
     Args:
-        in_features: values of the point features of one RoI: 9 points x channels x 7 x 7.
+        in_features: number of values that the stage's features have per RoI.
     """
 
     def __init__(self, in_features: int) -> None:
@@ -31,22 +40,68 @@ class InstanceScorer(nn.Module):
         init_linear(self.mlp)
         init_predictor(self.predictor)
 
-    def forward(self, point_features: Tensor) -> Tensor:
-        """(R, 2) predictions from ``point_features`` (R, 9 * channels, 7, 7)."""
-        return self.predictor(self.mlp(point_features.flatten(1)))
+    def forward(self, stage_features: Tensor) -> Tensor:
+        """Predictions (R, 2) from ``stage_features`` (R, ...)."""
+        return self.predictor(self.mlp(stage_features.flatten(1)))
+
+    def loss(self, stage_features: Tensor, rois: Rois, match: Match) -> LossTerm:
+        """The loss of R ``rois``, those that the stage received, with the IoU of their ``match`` as target."""
+        return instance_score_loss(self(stage_features), match.iou, rois.valid)
+
+    def rescale(self, scores: Tensor, stage_features: Tensor) -> Tensor:
+        """Scores (R,) at test, times the predicted IoU."""
+        return instance_rescale(scores, self(stage_features))
 
 
-def instance_score_loss(predictions: Tensor, iou: Tensor) -> LossTerm:
-    """Squared error to (1 - IoU, IoU), summed over the two outputs; ``predictions`` (R, 2), ``iou`` (R,) 0..1."""
+class Rescoring(Classifier):
+    """RSM: a second classification branch, for the refined boxes.
+
+    Args:
+        inputs: the pyramid, the classes and the convention.
+        mlp_channels: width of the FC layers.
+        samples: RoIs per image that train the branch.
+    """
+
+    def __init__(self, inputs: HeadInputs, mlp_channels: int, samples: int) -> None:
+        super().__init__(inputs, mlp_channels)
+        self.samples = samples
+        self.convention = inputs.convention
+
+    def loss(self, features: Sequence[Tensor], negatives: Rois, rois: Rois, ground_truth: GroundTruth) -> LossTerm:
+        """The loss on a new sample of two sets of RoIs.
+
+        Args:
+            features: the pyramid.
+            negatives: the negatives that trained the first classification branch.
+            rois: those that entered the last stage.
+            ground_truth: of the batch.
+        """
+        sampled = sample_rois(negatives.cat(rois), ground_truth, self.convention, self.samples)
+        return classification_loss(self(features, sampled.rois), sampled.labels, sampled.rois.valid)
+
+    def rescore(self, scores: Tensor, labels: Tensor, features: Sequence[Tensor], rois: Rois) -> Tensor:
+        """Scores (R,) at test, combined with the probability of each label (R,) at the refined ``rois``."""
+        return rescore(scores, self(features, rois), labels)
+
+
+def instance_score_loss(predictions: Tensor, iou: Tensor, valid: Tensor) -> LossTerm:
+    """Squared error to (1 - IoU, IoU), summed over both outputs and the valid RoIs.
+
+    Args:
+        predictions: (R, 2).
+        iou: (R,) in 0..1.
+        valid: (R,) bool.
+    """
     target = torch.stack([1 - iou, iou], dim=1)
-    return LossTerm((predictions.float() - target).square().sum(), len(iou))
+    error = torch.where(valid[:, None], predictions.float() - target, 0.0)
+    return LossTerm(error.square().sum(), valid.sum())
 
 
 def instance_rescale(scores: Tensor, predictions: Tensor) -> Tensor:
-    """ISM at test: scores (R,) times the predicted IoU, held in 0..1; ``predictions`` (R, 2)."""
+    """Scores (R,) times the predicted IoU, clamped to 0..1; ``predictions`` (R, 2)."""
     return scores * predictions[:, 1].float().clamp(0, 1)
 
 
 def rescore(scores: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """RSM at test: scores (R,) mixed with the refined boxes' probability; ``logits`` (R, C + 1), ``labels`` (R,)."""
+    """``scores^0.8 * p^0.2``, where p is the probability of the label; ``logits`` (R, C + 1), ``labels`` (R,)."""
     return scores.pow(1 - _RESCORE_POWER) * probability_of(logits, labels).pow(_RESCORE_POWER)

@@ -1,0 +1,63 @@
+"""The interface of RoI heads: what turns proposals into detections."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.models.losses import LossTerm
+from cpm_rcnn.models.structures import Detections, GroundTruth, Rois
+from cpm_rcnn.settings import Settings
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What a head is built for.
+
+    Attributes:
+        channels: channels of the feature pyramid.
+        strides: strides in pixels of the levels to pool from, P2 first.
+        num_classes: number of foreground classes C.
+        convention: the box coordinate convention.
+    """
+
+    channels: int
+    strides: Sequence[int]
+    num_classes: int
+    convention: BoxConvention
+
+
+class RoIHead(nn.Module, ABC):
+    """Base of all RoI heads.
+
+    A head is registered in :data:`cpm_rcnn.models.heads.HEADS` under the name that ``head=NAME`` selects. It is
+    constructed as ``Head(settings, inputs)``.
+
+    Attributes:
+        settings_class: the dataclass of the head's settings.
+    """
+
+    settings_class: ClassVar[type[Settings]]
+
+    @abstractmethod
+    def detect(self, features: Sequence[Tensor], proposals: Rois) -> Detections:
+        """Detections of a batch, at test.
+
+        Args:
+            features: P2..P6, each (B, channels, H, W), in the format of
+                :func:`~cpm_rcnn.models.pooling.pooling_format`.
+            proposals: from the RPN.
+        """
+
+    @abstractmethod
+    def losses(self, features: Sequence[Tensor], proposals: Rois, ground_truth: GroundTruth) -> dict[str, LossTerm]:
+        """The training losses by name, each beginning with ``loss_``; the model minimizes their sum.
+
+        Args:
+            features: as for :meth:`detect`.
+            proposals: from the RPN, without the ground-truth boxes.
+            ground_truth: of the batch.
+        """

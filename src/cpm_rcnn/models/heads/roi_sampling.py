@@ -1,0 +1,86 @@
+"""Which RoIs train a head: matching, balanced sampling, and the RoIs of the next cascade stage (spec sections 4, 5)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.models.sampling import sample_balanced
+from cpm_rcnn.models.structures import GroundTruth, Match, Rois, match_rois
+
+# An RoI that overlaps an object by at least this IoU is positive; a quarter of the samples may be.
+POSITIVE_IOU = 0.5
+_POSITIVE_FRACTION = 0.25
+
+
+@dataclass(frozen=True)
+class SampledRois:
+    """R RoIs that train a classifier.
+
+    Attributes:
+        rois: the RoIs.
+        match: their best-overlapping ground truth.
+        labels: (R,) int64 in 0..C; 0 is background.
+        rank: (R,) int64, a random order 0, 1, ... of the positives of each image; undefined for negatives.
+    """
+
+    rois: Rois
+    match: Match
+    labels: Tensor
+    rank: Tensor
+
+    def positives(self, limit: int) -> tuple[Rois, Match]:
+        """At most ``limit`` random positives per image, with their match."""
+        return self.rois.where((self.labels > 0) & (self.rank < limit)).compact(self.match)
+
+    def negatives(self) -> Rois:
+        """The background RoIs."""
+        (rois,) = self.rois.where(self.labels == 0).compact()
+        return rois
+
+
+@torch.no_grad()
+def sample_rois(rois: Rois, ground_truth: GroundTruth, convention: BoxConvention, count: int) -> SampledRois:
+    """Match RoIs at IoU 0.5 and choose up to ``count`` per image at random, at most a quarter of them positive.
+
+    Args:
+        rois: the candidates.
+        ground_truth: of the batch.
+        convention: the box coordinate convention.
+        count: RoIs per image.
+    """
+    (rois,) = rois.compact()
+    match = match_rois(rois, ground_truth, convention)
+    positive = match.iou >= POSITIVE_IOU
+    sample = sample_balanced(
+        positive & rois.valid,
+        ~positive & rois.valid,
+        rois.images,
+        len(ground_truth.boxes),
+        count=count,
+        positive_fraction=_POSITIVE_FRACTION,
+    )
+    labels = torch.where(positive, match.labels, 0)
+    return SampledRois(*rois.where(sample.positive | sample.negative).compact(match, labels, sample.rank))
+
+
+@torch.no_grad()
+def next_stage_rois(
+    rois: Rois, decoded: Rois, match: Match, ground_truth: GroundTruth, convention: BoxConvention
+) -> tuple[Rois, Match]:
+    """The candidates of the next cascade stage: the decoded boxes and the ground-truth boxes, matched again.
+
+    RoIs that are a ground-truth box themselves are dropped: they have no error for the next stage to learn from, and the
+    ground-truth boxes are appended anyway.
+
+    Args:
+        rois: R RoIs of the stage.
+        decoded: the boxes that the stage decoded from them.
+        match: the ground truth of ``rois``.
+        ground_truth: of the batch.
+        convention: the box coordinate convention.
+    """
+    is_ground_truth = (rois.boxes == match.boxes).all(dim=1)
+    (candidates,) = decoded.where(~is_ground_truth).cat(ground_truth.rois()).compact()
+    return candidates, match_rois(candidates, ground_truth, convention)
