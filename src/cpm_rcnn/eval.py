@@ -1,4 +1,4 @@
-"""``python -m cpm_rcnn.eval ckpt=PATH``: COCO's figures of a checkpoint."""
+"""``python -m cpm_rcnn.eval ckpt=PATH``: COCO metrics of a checkpoint."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,11 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cpm_rcnn import assembly
+from cpm_rcnn.cli.assembly import evaluation_data, load_detector
 from cpm_rcnn.cli.main import run
+from cpm_rcnn.cli.trainer import build_evaluator
+from cpm_rcnn.evaluation.coco_metric import CocoMetric
+from cpm_rcnn.evaluation.module import EvaluationModule
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 
@@ -16,14 +19,15 @@ def evaluate(config: DictConfig) -> None:
     """One evaluation into Hydra's output folder."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
-    module = assembly.load_module(config.ckpt, **assembly.given(config.detector))
-    datamodule = assembly.evaluation_data(config, module)
-    assembly.use_multi_scale(config, module)
-    trainer = assembly.build_evaluator(config, run_dir)
+    detector, data = load_detector(config)
+    module = EvaluationModule(detector)
+    datamodule = evaluation_data(config, detector, data)
+    trainer = build_evaluator(config, run_dir)
     loop = trainer.validate if config.split == "val" else trainer.test
     loop(module, datamodule=datamodule, verbose=False)
     if not trainer.is_global_zero:
         return
+    assert isinstance(module.metric, CocoMetric)
     write_metrics(module.metrics, run_dir / "metrics.json")
     (run_dir / "detections.json").write_text(json.dumps(module.metric.results()))
     print_metrics(module.metrics)

@@ -1,4 +1,4 @@
-"""``python -m cpm_rcnn.predict ckpt=PATH source=FILE_OR_FOLDER``: boxes drawn on copies of images."""
+"""``python -m cpm_rcnn.predict ckpt=PATH source=FILE_OR_FOLDER``: draw the detections on copies of images."""
 
 import json
 from pathlib import Path
@@ -8,59 +8,49 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.progress import track
 
-from cpm_rcnn import assembly
-from cpm_rcnn.boxes import CONVENTIONS
+from cpm_rcnn.cli.assembly import load_detector
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.data import ImageSource
-from cpm_rcnn.data.transforms import EvalTransform
 from cpm_rcnn.errors import UserError, check_range
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.pictures import draw, save
-from cpm_rcnn.training.module import to_original
 
-# Files of other kinds in a folder are passed over.
+# Other files in a folder are skipped.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def predict(config: DictConfig) -> None:
-    """Detect in every image of ``source``, into Hydra's output folder: ``images/`` and ``detections.json``."""
+    """Detect in every image of ``source``; write ``images/`` and ``detections.json`` to Hydra's output folder."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
     check_range("min_score", config.min_score, 0, 1)
     folder, names = find_images(Path(config.source).expanduser())
     device = choose_device(config.device)
-    module = assembly.load_module(config.ckpt, **assembly.given(config.detector)).to(device)
-    data = module.hparams["data"] | assembly.given(config.data)
-    transform = EvalTransform(data["test_short_side"], data["test_max_size"])
-    pixels = CONVENTIONS[module.hparams["model"]["convention"]]
+    detector, _ = load_detector(config)
+    detector.to(device)
     source = ImageSource(folder)
     results = []
     for image_id, name in enumerate(track(names, description="predict"), start=1):
         image = source.read(name)
-        small, _ = transform(image, torch.zeros(0, 4), 0)
-        with torch.inference_mode():
-            found = {key: value.cpu() for key, value in module([small.to(device)])[0].items()}
-        found["boxes"] = to_original(found["boxes"], small.shape[-2:], image.shape[-2:])
-        for box, score, label in zip(
-            convention.to_xywh(found["boxes"]).tolist(), found["scores"].tolist(), found["labels"].tolist()
-        ):
-            category = module.hparams["categories"][label - 1]["id"]
+        (found,) = detector.detect([image])
+        boxes = detector.convention.to_xywh(found.boxes).tolist()
+        for box, score, label in zip(boxes, found.scores.tolist(), found.labels.tolist()):
+            category = detector.categories[label - 1]["id"]
             results.append(
                 {"image_id": image_id, "file_name": name, "category_id": category, "bbox": box, "score": score}
             )
         target = run_dir / "images" / f"{name}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save(draw(image, found, module.class_names, min_score=config.min_score), target)
+        save(draw(image, found.to_dict(), detector.class_names, min_score=config.min_score), target)
     (run_dir / "detections.json").write_text(json.dumps(results))
     print(f"{len(names)} images, {len(results)} detections")
     print(run_dir)
 
 
 def find_images(source: Path) -> tuple[Path, list[str]]:
-    """A folder and the names of the images to read from it, sorted; of a file, its folder and its name.
+    """The folder and the sorted names of the images to read; for a file, its folder and its name.
 
     Raises:
-        UserError: ``source`` is not there, or a folder without an image.
+        UserError: ``source`` does not exist, or is a folder without an image.
     """
     if source.is_file():
         return source.parent, [source.name]
@@ -77,7 +67,7 @@ def find_images(source: Path) -> tuple[Path, list[str]]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; ``auto``: an accelerator where there is one.
+    """The device of that name; ``auto`` is a CUDA device if there is one, otherwise the CPU.
 
     Raises:
         UserError: no such device.

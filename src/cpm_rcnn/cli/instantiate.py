@@ -1,4 +1,4 @@
-"""What a config can make."""
+"""Instantiate classes that a config names, from a list of allowed ones."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from cpm_rcnn.errors import UserError, check_choice
 
-# All that a config can name: a file from someone else composes, but runs nothing.
-TARGETS = (
+# The only classes that a config may instantiate, so that a config from someone else cannot run arbitrary code.
+ALLOWED = (
     "cpm_rcnn.data.CocoDataModule",
     "cpm_rcnn.data.ShapesDataModule",
     "pytorch_lightning.Trainer",
@@ -19,27 +19,27 @@ TARGETS = (
 )
 
 
-def make(node: DictConfig, **arguments: Any) -> Any:
-    """What a config node with ``_target_`` describes.
+def instantiate_allowed(node: DictConfig, **arguments: Any) -> Any:
+    """An instance of the class that a config node names.
 
     Args:
-        node: ``_target_``, one of :data:`TARGETS`, and its arguments, plain values.
-        **arguments: more of them.
+        node: ``_target_``, one of :data:`ALLOWED`, and the arguments, plain values.
+        **arguments: further arguments.
 
     Raises:
-        UserError: another target, also in its depth.
+        UserError: ``_target_`` is another class, or occurs inside the arguments.
     """
-    targets = list(_targets(OmegaConf.to_container(node, resolve=True)))
+    targets = list(_class_names(OmegaConf.to_container(node, resolve=True)))
     for target in targets:
-        check_choice("_target_", target, TARGETS)
+        check_choice("_target_", target, ALLOWED)
     if len(targets) != 1 or node.get("_target_") is None:
-        raise UserError(f"_target_={targets}: one is needed, and none within its arguments")
+        raise UserError(f"_target_={targets}: exactly one is needed, and none inside the arguments")
     return instantiate(node, **arguments, _convert_="all")
 
 
-def _targets(value: Any) -> Iterator[Any]:
+def _class_names(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         yield from (inner for key, inner in value.items() if key == "_target_")
-        yield from (target for inner in value.values() for target in _targets(inner))
+        yield from (target for inner in value.values() for target in _class_names(inner))
     elif isinstance(value, list):
-        yield from (target for inner in value for target in _targets(inner))
+        yield from (target for inner in value for target in _class_names(inner))

@@ -1,4 +1,4 @@
-"""Soft-NMS: lower the scores of overlapping boxes instead of dropping the boxes."""
+"""Soft-NMS: reduces the scores of overlapping boxes instead of dropping the boxes."""
 
 import torch
 from torch import Tensor
@@ -9,27 +9,26 @@ from cpm_rcnn.boxes import CONTINUOUS
 def soft_nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float = 0.5, min_score: float = 0.001
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Linear soft-NMS (Bodla et al., ICCV 2017, equation 2), each class by itself.
+    """Linear soft-NMS per class (Bodla et al., ICCV 2017, equation 2).
 
-    The box with the highest score is picked; every other box of its class whose IoU with it is above the
-    threshold has its score multiplied by 1 - IoU; and so on with the rest. All classes advance together, one
-    pick each per round, and the rounds end as soon as no class has a score above ``min_score`` left.
+    The box with the highest score is selected, and every other box of its class whose IoU with it exceeds the threshold
+    has its score multiplied by 1 - IoU. This repeats with the remaining boxes. All classes proceed in parallel, one box
+    per class and round, until no class has a score above ``min_score`` left.
 
     Args:
-        boxes: (N, 4) float, xyxy in pixels; areas are plain, also for boxes of the inclusive convention (spec
-            section 9).
+        boxes: (N, 4) float, xyxy pixels; areas are plain in both box conventions (spec section 9).
         scores: (N,) float, at least 0.
         labels: (N,) int64.
         iou_threshold: boxes that overlap by no more than this keep their scores.
-        min_score: boxes whose score ends at or below this are dropped; at least 0.
+        min_score: boxes whose reduced score is not above this are dropped; at least 0.
 
     Returns:
-        Boxes (M, 4), decayed scores (M,) in descending order, and labels (M,).
+        Boxes (M, 4), reduced scores (M,) in descending order, and labels (M,).
     """
     if len(scores) == 0:
         return boxes, scores, labels
 
-    # One row per class, filled up with boxes of score 0, which are never picked.
+    # One row per class, padded with boxes of score 0, which are never selected.
     _, row, counts = labels.unique(return_inverse=True, return_counts=True)
     order = row.argsort(stable=True)
     row = row[order]
@@ -48,7 +47,7 @@ def soft_nms(
         live = best > min_score
         if not live.any():
             break
-        # In a class that has ended, this writes 0 where 0 or a score too low for any later pick stood.
+        # In a class without a live box, this overwrites a score that is too low to be selected later.
         picked[classes, place] += torch.where(live, best, 0)
         waiting[classes, place] = 0
         iou = CONTINUOUS.iou(table[classes, place][:, None], table)

@@ -1,1 +1,1 @@
-"""What a person looks at: pictures, curves, tables, and the speed of training."""
+"""Pictures, curves and tables of a run."""

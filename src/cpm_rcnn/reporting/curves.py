@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _AP_COLUMNS = ("val/AP", "val/AP50", "val/AP75")
-# The smoothed line is a moving mean over this part of the run.
+# Window of the moving average as a fraction of the run.
 _SMOOTHED_OVER = 1 / 30
 
 _Curve = tuple[np.ndarray, np.ndarray]
@@ -25,14 +25,14 @@ _Curve = tuple[np.ndarray, np.ndarray]
 def plot_curves(csv_path: str | PathLike[str], out_dir: str | PathLike[str]) -> list[Path]:
     """Plot a run's losses and its average precision.
 
-    ``loss.png`` has the total loss and each named one (the columns that begin with ``train/loss``) on a
-    logarithmic axis, faint as logged and solid as moving mean. ``ap.png`` has AP, AP50 and AP75 of every
-    validation (``val/AP``, ...), in percent. A picture that has nothing to show is not written.
+    ``loss.png`` shows the total loss and each named one (the columns that begin with ``train/loss``) on a logarithmic
+    axis: logged values faint, moving averages solid. ``ap.png`` shows AP, AP50 and AP75 of every validation
+    (``val/AP``, ...) in percent. A picture without content is not written.
 
     Args:
-        csv_path: the ``metrics.csv`` of Lightning's ``CSVLogger``; those before it that :func:`keep_metrics` kept are
-            read too. Empty cells, values that are not finite, and figures of -1 (undefined) are left out.
-        out_dir: the folder to write to; made where missing.
+        csv_path: the ``metrics.csv`` of Lightning's ``CSVLogger``; earlier parts that :func:`keep_metrics` renamed are
+            read too. Empty cells, non-finite values and values of -1 (undefined) are skipped.
+        out_dir: the folder to write to; it is made if it is missing.
 
     Returns:
         The paths of the files written.
@@ -56,15 +56,15 @@ def plot_curves(csv_path: str | PathLike[str], out_dir: str | PathLike[str]) -> 
     return [out_dir / name for name in figures]
 
 
-def keep_metrics(run_dir: Path, goes_on: bool) -> None:
-    """Put a run's ``metrics.csv`` aside before Lightning's logger starts it anew.
+def keep_metrics(run_dir: Path, resuming: bool) -> None:
+    """Rename a run's ``metrics.csv`` before Lightning's logger overwrites it.
 
     Args:
         run_dir: the run's folder.
-        goes_on: whether the new part of the run belongs to the old; if not, what older runs left is removed.
+        resuming: whether the run resumes an earlier one; if not, files of earlier runs are removed.
     """
     kept = _kept(run_dir)
-    if not goes_on:
+    if not resuming:
         for path in kept:
             path.unlink()
     elif (run_dir / "metrics.csv").exists():
@@ -72,12 +72,12 @@ def keep_metrics(run_dir: Path, goes_on: bool) -> None:
 
 
 def _kept(folder: Path) -> list[Path]:
-    """The parts of a run's metrics before the last, in order."""
+    """The earlier parts of a run's metrics, in order."""
     return sorted(folder.glob("metrics_[0-9][0-9][0-9].csv"))
 
 
 def _joined(parts: list[dict[str, _Curve]]) -> dict[str, _Curve]:
-    """Curves of a run in parts: what a later part has done again counts."""
+    """Curves over all parts of a run; where parts overlap, the later one counts."""
     whole: dict[str, _Curve] = {}
     for part in parts:
         start = min((steps[0] for steps, _ in part.values()), default=math.inf)
@@ -90,13 +90,13 @@ def _joined(parts: list[dict[str, _Curve]]) -> dict[str, _Curve]:
 
 
 def _read(path: Path) -> dict[str, _Curve]:
-    """Steps and values (float64, by ascending step) of each column that has any; rows are sparse."""
+    """Steps and values (float64, by ascending step) of each column; rows are sparse."""
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     try:
         with path.open(newline="") as file:
             rows = csv.DictReader(file)
             if "step" not in (rows.fieldnames or ()):
-                raise UserError(f"{path}: is not a metrics.csv of Lightning: it has no column 'step'")
+                raise UserError(f"{path}: not a metrics.csv of Lightning: it has no column 'step'")
             for row in rows:
                 step = _number(row.pop("step"))
                 for name, cell in row.items():
@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, _Curve]:
 
 
 def _number(cell: str | None) -> float:
-    """The number in a cell; NaN where there is none (a run that was cut off may end in half a line)."""
+    """The number in a cell; NaN if there is none, as in the incomplete last line of a killed run."""
     try:
         return float(cell or "nan")
     except (TypeError, ValueError):
@@ -121,7 +121,7 @@ def _number(cell: str | None) -> float:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean of values (N,), over what there is of the window at both ends."""
+    """Centered moving average of values (N,); at both ends over the part of the window that exists."""
     window = np.ones(2 * round(len(values) * _SMOOTHED_OVER / 2) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
@@ -129,7 +129,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 def _loss_figure(losses: dict[str, _Curve]) -> "Figure":
     figure, axes = _axes("Training loss", "loss")
     axes.set_yscale("log")
-    # The total first, and black, since it is what the others add up to.
+    # The total, which is the sum of the others, comes first and is black.
     for k, name in enumerate(sorted(losses)):
         steps, values = losses[name]
         total = name == "train/loss"
@@ -161,8 +161,7 @@ def _ap_figure(precision: dict[str, _Curve]) -> "Figure":
 
 
 def _axes(title: str, y_label: str) -> tuple["Figure", "Axes"]:
-    # Imported here, as a command that plots nothing should not wait for it; no pyplot, which keeps every
-    # figure alive and may look for a display.
+    # Imported here, because most commands plot nothing. pyplot would keep every figure alive and look for a display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.8), layout="constrained")

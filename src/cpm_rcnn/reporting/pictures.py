@@ -11,13 +11,13 @@ from torchvision.transforms.v2 import functional as F
 
 from cpm_rcnn.errors import UserError
 
-# A class keeps its colour in every picture: label l has entry l - 1, around again after the last.
+# A class has the same color in every picture: label l has entry l - 1, repeating after the last.
 _PALETTE = (
     *("#ff595e", "#1e96fc", "#ffca3a", "#52d273", "#c77dff", "#ff924c", "#00d5d5", "#ff70c5"),
     *("#b8e04f", "#8d99ff", "#d4a373", "#2ec4a0", "#e63c9b", "#f7ef81", "#6fa8dc", "#ffb3a7"),
 )
 _BACKGROUND = (24, 26, 30)
-# Images whose longer side is below this are enlarged first, since no text would be readable on them.
+# Images whose longer side is shorter than this are enlarged first, so that text is readable.
 _READABLE = 480
 
 _Rectangle = tuple[float, float, float, float]
@@ -27,24 +27,23 @@ def draw(
     image: Tensor,
     detections: dict[str, Tensor],
     class_names: Sequence[str],
-    truth: dict[str, Tensor] | None = None,
+    ground_truth: dict[str, Tensor] | None = None,
     min_score: float = 0.3,
 ) -> Tensor:
-    """Draw detections, and where given the true boxes, on an image.
+    """Draw detections and, if given, ground-truth boxes on an image.
 
-    A detection is a solid box in its class's colour with its name and score on a tag; a true box is dashed in
-    black and white. The better a detection's score, the further on top it lies.
+    A detection is a solid box in the color of its class with a tag of its name and score. A ground-truth box is dashed
+    in black and white. Detections with higher scores are drawn on top of others.
 
     Args:
         image: uint8 (3, H, W).
         detections: ``boxes`` (N, 4) xyxy in pixels of ``image``, ``scores`` (N,), ``labels`` (N,) in 1..C.
         class_names: the C names; label l is ``class_names[l - 1]``.
-        truth: ``boxes`` (M, 4).
-        min_score: detections below this are left out.
+        ground_truth: ``boxes`` (M, 4).
+        min_score: detections with a lower score are not drawn.
 
     Returns:
-        uint8 (3, kH, kW) on the CPU, where k is 1, or for small images the factor that brings the longer side
-        to at least 480 pixels.
+        uint8 (3, kH, kW) on the CPU, where k is the smallest integer that makes the longer side at least 480 pixels.
     """
     longer = max(image.shape[-2:])
     factor = -(-_READABLE // longer)
@@ -54,8 +53,8 @@ def draw(
     line = max(2, round(longer * factor / 320))
     font = ImageFont.load_default(size=max(13, round(longer * factor / 52)))
 
-    if truth is not None:
-        for box in (truth["boxes"] * factor).tolist():
+    if ground_truth is not None:
+        for box in (ground_truth["boxes"] * factor).tolist():
             _dashed_rectangle(pen, _ordered(box), width=max(1, line // 2), dash=4 * line)
 
     order = detections["scores"].argsort()
@@ -64,19 +63,19 @@ def draw(
     scores = detections["scores"][order].tolist()
     labels = detections["labels"][order].tolist()
     for box, label in zip(boxes, labels):
-        pen.rectangle(box, outline=_colour(label), width=line)
+        pen.rectangle(box, outline=_color(label), width=line)
     tags: list[_Rectangle] = []
     for box, score, label in reversed(list(zip(boxes, scores, labels))):
         text = f"{class_names[label - 1]} {score:.2f}"
-        tags.append(_draw_tag(pen, box, text, _colour(label), font, canvas.size, tags))
+        tags.append(_draw_tag(pen, box, text, _color(label), font, canvas.size, tags))
     return F.pil_to_tensor(canvas)
 
 
 def sheet(pictures: Sequence[Tensor], columns: int) -> Tensor:
-    """Lay pictures out in rows on one dark sheet, each in the middle of its cell.
+    """Arrange pictures in rows on one dark sheet, each in the middle of its cell.
 
     Args:
-        pictures: at least one uint8 (3, H, W), of any sizes; the largest height and width set the cell.
+        pictures: at least one uint8 (3, H, W) of any size; the largest height and width are the size of a cell.
         columns: pictures per row.
 
     Returns:
@@ -99,10 +98,10 @@ def sheet(pictures: Sequence[Tensor], columns: int) -> Tensor:
 
 
 def save(picture: Tensor, path: str | PathLike[str]) -> None:
-    """Write a picture, uint8 (3, H, W), in the format of the path's ending; missing folders are made.
+    """Write a picture, uint8 (3, H, W), in the format of the file suffix; missing folders are made.
 
     Raises:
-        UserError: the ending is of no known format, or the file cannot be written.
+        UserError: the suffix is unknown, or the file cannot be written.
     """
     path = Path(path)
     try:
@@ -112,18 +111,18 @@ def save(picture: Tensor, path: str | PathLike[str]) -> None:
         raise UserError(f"{path}: cannot write the picture: {error}") from error
 
 
-def _colour(label: int) -> str:
+def _color(label: int) -> str:
     return _PALETTE[(label - 1) % len(_PALETTE)]
 
 
 def _ordered(box: Sequence[float]) -> _Rectangle:
-    """The box in whole pixels, with no corner on the wrong side, which Pillow would refuse to draw."""
+    """The box in whole pixels; corners are ordered, since Pillow refuses to draw inverted boxes."""
     x1, y1, x2, y2 = (round(value) for value in box)
     return float(x1), float(y1), float(max(x1, x2)), float(max(y1, y2))
 
 
 def _dashed_rectangle(pen: ImageDraw.ImageDraw, box: _Rectangle, width: int, dash: int) -> None:
-    """White dashes on a black line: seen on any image, and no class has these colours."""
+    """White dashes on a black line: visible on any image, and different from all class colors."""
     x1, y1, x2, y2 = box
     pen.rectangle(box, outline="black", width=width)
     for x in range(round(x1), round(x2), 2 * dash):
@@ -138,14 +137,14 @@ def _draw_tag(
     pen: ImageDraw.ImageDraw,
     box: _Rectangle,
     text: str,
-    colour: str,
+    color: str,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     size: tuple[int, int],
     taken: Sequence[_Rectangle],
 ) -> _Rectangle:
-    """Draw a tag inside the image, if possible where it hides no other tag; returns its place."""
+    """Draw a tag inside the image, if possible where it covers no other tag, and return its rectangle."""
     left, _, right, _ = pen.textbbox((0, 0), text, font=font)
-    # The height of a letter with ascender and descender, so that all tags are alike.
+    # The height of letters with ascender and descender, so that all tags have the same height.
     _, tall_top, _, tall_bottom = pen.textbbox((0, 0), "dp", font=font)
     margin = max(2, round((tall_bottom - tall_top) / 6))
     width, height = right - left + 2 * margin, tall_bottom - tall_top + 2 * margin
@@ -165,8 +164,8 @@ def _draw_tag(
     free = (place for place in places if not any(_overlap(place, other) for other in taken))
     place = next(free, places[0])
 
-    pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=colour)
-    red, green, blue = ImageColor.getrgb(colour)[:3]
+    pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
+    red, green, blue = ImageColor.getrgb(color)[:3]
     bright = 0.299 * red + 0.587 * green + 0.114 * blue > 110
     pen.text(
         (place[0] + margin - left, place[1] + margin - tall_top),

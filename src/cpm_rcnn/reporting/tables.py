@@ -1,4 +1,4 @@
-"""COCO's figures for the terminal and for ``metrics.json``."""
+"""COCO metrics as a table on the terminal and as ``metrics.json``."""
 
 import json
 import math
@@ -13,33 +13,33 @@ from rich.table import Table
 
 from cpm_rcnn.errors import UserError
 
-# Pairs of name and figure side by side: the twelve figures fall into AP, AP by size, AR, AR by size.
+# Pairs of name and value per row: the twelve metrics fall into AP, AP by size, AR, AR by size.
 _PAIRS = 3
 
 
-def metrics_table(figures: dict[str, Any]) -> Table:
-    """The twelve figures and below them each class's AP, in percent as COCO's papers print them.
+def metrics_table(metrics: dict[str, Any]) -> Table:
+    """The twelve COCO metrics and the AP of each class, in percent.
 
     Args:
-        figures: what ``CocoMetric.compute`` returns. Figures that are not defined (-1 or NaN) show as a dash.
+        metrics: what ``CocoMetric.compute`` returns. Undefined values (-1 or NaN) are shown as a dash.
     """
-    table = Table(title="COCO figures, in percent", show_header=False)
+    table = Table(title="COCO metrics in percent", show_header=False)
     for _ in range(_PAIRS):
         table.add_column()
         table.add_column(justify="right")
-    _add_pairs(table, ((name, value) for name, value in figures.items() if name != "per_class"))
+    _add_pairs(table, ((name, value) for name, value in metrics.items() if name != "per_class"))
     table.add_section()
-    _add_pairs(table, ((f"AP {name}", value) for name, value in figures["per_class"].items()))
+    _add_pairs(table, ((f"AP {name}", value) for name, value in metrics["per_class"].items()))
     return table
 
 
-def print_metrics(figures: dict[str, Any], console: Console | None = None) -> None:
+def print_metrics(metrics: dict[str, Any], console: Console | None = None) -> None:
     """Print :func:`metrics_table` to ``console``, by default the terminal."""
-    (console or Console()).print(metrics_table(figures))
+    (console or Console()).print(metrics_table(metrics))
 
 
-def write_metrics(figures: dict[str, Any], path: str | PathLike[str]) -> None:
-    """Write the figures, from 0 to 1, as JSON; NaN, which JSON lacks, becomes null. Missing folders are made.
+def write_metrics(metrics: dict[str, Any], path: str | PathLike[str]) -> None:
+    """Write the metrics, from 0 to 1, as JSON; NaN becomes null. Missing folders are made.
 
     Raises:
         UserError: the file cannot be written.
@@ -47,7 +47,7 @@ def write_metrics(figures: dict[str, Any], path: str | PathLike[str]) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_without_nan(figures), indent=2, ensure_ascii=False) + "\n", "utf-8")
+        path.write_text(json.dumps(_without_nan(metrics), indent=2, ensure_ascii=False) + "\n", "utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 

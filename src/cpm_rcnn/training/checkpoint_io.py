@@ -1,39 +1,39 @@
-"""Checkpoint files that are there whole or not at all."""
+"""How Lightning reads and writes the checkpoints of a run."""
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.weights.resume import ResumePoint
+from cpm_rcnn.weights.writing import write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint aside, then renames it: a process killed meanwhile leaves the last one as it was.
+    """Writes checkpoints atomically, and does not read a checkpoint again whose content is known.
 
-    Local folders only, as those of a run are.
+    It writes to local folders only.
+
+    Args:
+        known: the checkpoint that the run resumes from.
     """
 
+    def __init__(self, known: ResumePoint | None = None) -> None:
+        super().__init__()
+        self._known = known
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` to ``path``; what is aside ends in ``.part``.
+        """Write ``checkpoint`` to ``path``.
 
         Raises:
-            UserError: it cannot be written: the disk is full, or the folder is gone.
+            UserError: it cannot be written, for example because the disk is full.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = target.with_name(f"{target.name}.part")
-        try:
-            with aside.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, target)
-        except (OSError, RuntimeError) as error:  # torch's zip writer raises the latter
-            with contextlib.suppress(OSError):
-                aside.unlink()
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{target}: cannot be written ({reason}); the checkpoint before is whole") from error
+        write_atomically(path, lambda file: torch.save(checkpoint, file), "; the previous checkpoint is intact")
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """The content of ``path``."""
+        known, self._known = self._known, None
+        if known is not None and Path(path) == known.path:
+            return known.checkpoint
+        return super().load_checkpoint(path, *arguments, **options)

@@ -1,4 +1,4 @@
-"""A run that is told to stop saves where it is, so that it can go on there."""
+"""A run that receives a signal to stop saves a checkpoint first, so that it can resume."""
 
 import signal
 import threading
@@ -11,19 +11,18 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 
-# Clusters send the first at the end of a job's time or before they take the machine away, and, if asked, the second
-# some time before that.
+# Clusters send SIGTERM at the end of a job's time or when they preempt it, and on request SIGUSR1 some time before.
 SIGNALS = [signal.SIGTERM] + ([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])
-# Steps between two looks at whether another process was told to stop.
-_ASK_EVERY = 10
+# Steps between checks whether another process has received a signal.
+_CHECK_EVERY = 10
 
 
 class Interrupted(BaseException):
-    """The run was told to stop, and has saved where it is; not an Exception, as nothing has gone wrong.
+    """The run received a signal and has saved a checkpoint; not an Exception, because nothing has failed.
 
     Args:
-        number: of the signal.
-        step: of the run, where it goes on.
+        number: number of the signal.
+        step: the step at which the run will resume.
     """
 
     def __init__(self, number: int, step: int) -> None:
@@ -32,7 +31,7 @@ class Interrupted(BaseException):
 
 
 class Interruption(Callback):
-    """Saves and ends the run at the next step when a signal of :data:`SIGNALS` has come to any of its processes.
+    """Saves a checkpoint and ends the run at the next step after any of its processes received one of :data:`SIGNALS`.
 
     Args:
         path: the checkpoint to write.
@@ -43,18 +42,18 @@ class Interruption(Callback):
         self._received = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Listen, instead of Lightning's handler; Lightning puts back what there was before it."""
+        """Replace Lightning's signal handlers; Lightning restores the previous ones when the run ends."""
         _handle(self._note)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Between two steps of the optimizer the state is whole."""
+        """Stop here, between two optimizer steps, where no accumulated gradient would be lost."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         received = self._received
         if trainer.world_size > 1:
-            if trainer.global_step % _ASK_EVERY:
+            if trainer.global_step % _CHECK_EVERY:
                 return
             received = int(trainer.strategy.reduce(torch.tensor(received, device=module.device), reduce_op="max"))
         if received:
@@ -66,23 +65,23 @@ class Interruption(Callback):
 
 
 class EvaluationSignals(Callback):
-    """Lets a signal end the process at once where there is nothing to save: in an evaluation that is not training's.
+    """Lets a signal end the process immediately during an evaluation outside training, where there is nothing to save.
 
-    Lightning's handler would call for the other processes, which are waiting for something else: all would hang.
+    Lightning's handler would wait for the other processes, which wait for something else, and all would hang.
     """
 
     def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take the place of Lightning's handler."""
+        """Replace Lightning's signal handlers."""
         if trainer.state.fn != TrainerFn.FITTING:
             _handle(signal.SIG_DFL)
 
     def on_test_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Take the place of Lightning's handler."""
+        """Replace Lightning's signal handlers."""
         _handle(signal.SIG_DFL)
 
 
 def _handle(handler: Any) -> None:
-    """Give all of :data:`SIGNALS` a handler, where Python allows it."""
+    """Set the handler of all :data:`SIGNALS`; Python allows that in the main thread only."""
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""A loss that is no number is named, its batch is kept, and the run stops or passes over the step."""
+"""Non-finite losses: report which, save the batch, and stop the run or skip the step."""
 
 import logging
 from pathlib import Path
@@ -12,20 +12,23 @@ from torch import Tensor
 from cpm_rcnn.errors import UserError, check_choice
 
 ACTIONS = ("raise", "skip")
-# Batches kept of one process of one run: the first tell what there is to tell.
-_MOST_KEPT = 5
+# Batches that one process of one run saves.
+_MAX_SAVED = 5
 _log = logging.getLogger(__name__)
 
 
 class NonFiniteGuard(Callback):
-    """Looks at every loss, in all processes together.
+    """Checks every loss, in all processes together.
 
-    Whether all losses are finite is found on the device during forward, and read when backward has been queued,
-    so that a GPU need not wait.
+    Whether the loss is finite is computed on the device before the backward pass and read after the backward pass was
+    queued, so that a GPU does not become idle.
 
     Args:
-        action: ``raise``: end the run; ``skip``: leave the weights as they are at this step, in all processes.
-        folder: where the batch of a faulty loss is saved, for a replay.
+        action: ``raise`` ends the run; ``skip`` leaves the weights unchanged at this step, in all processes.
+        folder: where the batch of a non-finite loss is saved, so that it can be replayed.
+
+    Raises:
+        ArgumentError: another action.
     """
 
     def __init__(self, action: str, folder: Path) -> None:
@@ -33,36 +36,36 @@ class NonFiniteGuard(Callback):
         self.action = action
         self.folder = folder
         self._batch: tuple[Any, int] | None = None
-        self._faulty: Tensor | None = None
-        self._kept = 0
+        self._nonfinite: Tensor | None = None
+        self._saved = 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember the batch until its losses have been looked at."""
+        """Keep the batch until its losses have been checked."""
         self._batch = batch, batch_idx
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
-        """Ask all processes, without waiting for the answer."""
-        self._faulty = (~torch.isfinite(loss.detach())).float()
+        """Start to combine the check of all processes, without waiting for the result."""
+        self._nonfinite = (~torch.isfinite(loss.detach())).float()
         if trainer.world_size > 1:
-            torch.distributed.all_reduce(self._faulty, torch.distributed.ReduceOp.MAX)
+            torch.distributed.all_reduce(self._nonfinite, torch.distributed.ReduceOp.MAX)
 
     def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Act where any loss of any process was faulty."""
-        assert self._faulty is not None
-        if not self._faulty.item():
+        """Act if the loss of any process was not finite."""
+        assert self._nonfinite is not None
+        if not self._nonfinite.item():
             return
         message = self._describe(trainer, module)
         if self.action == "raise":
-            raise UserError(f"{message}; on_nonfinite=skip would pass over it")
-        _log.warning("%s; passed over", message)
+            raise UserError(f"{message}; with on_nonfinite=skip such steps are skipped")
+        _log.warning("%s; step skipped", message)
         for parameter in module.parameters():
             if trainer.scaler is None:
                 parameter.grad = None
             elif parameter.grad is not None:
-                parameter.grad.zero_()  # a gradient scaler wants one to look at
+                parameter.grad.zero_()  # a gradient scaler needs gradients to inspect
 
     def _describe(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
-        """What is wrong, in a line; the batch is saved where it is this process's."""
+        """One line on what is not finite; the batch is saved if it belongs to this process."""
         assert self._batch is not None
         batch, batch_idx = self._batch
         where = f"step {trainer.global_step} (batch {batch_idx})"
@@ -70,10 +73,10 @@ class NonFiniteGuard(Callback):
         if not wrong:
             return f"{where}: a loss of another process is not finite"
         images = [target["image_id"] for target in batch[1]]
-        kept = ""
-        if self._kept < _MOST_KEPT:
-            self._kept += 1
+        saved = ""
+        if self._saved < _MAX_SAVED:
+            self._saved += 1
             path = self.folder / f"nonfinite_batch{batch_idx}_rank{trainer.global_rank}.pt"
             torch.save({"images": batch[0], "targets": batch[1], "losses": dict(module.losses)}, path)  # type: ignore[arg-type]
-            kept = f"; its batch is in {path}"
-        return f"{where}: {', '.join(wrong)} on images {images}{kept}"
+            saved = f"; the batch was saved as {path}"
+        return f"{where}: {', '.join(wrong)} on images {images}{saved}"

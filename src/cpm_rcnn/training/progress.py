@@ -1,4 +1,4 @@
-"""The progress bar: steps, rate, time left and every loss by its short name."""
+"""The progress bar: steps, speed, remaining time and every loss by its short name."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 
 
 class LossProgressBar(TQDMProgressBar):
-    """Lightning's bar with each loss beside the total; values are those of the last logging step."""
+    """Lightning's bar with every loss as of the last logged step."""
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """What stands right of the bar."""
+        """The values on the right of the bar."""
         items = super().get_metrics(trainer, pl_module)
         items.pop("v_num", None)
         shown = {name.removeprefix("train/"): value for name, value in items.items()}

@@ -1,66 +1,61 @@
-"""The training recipe: optimizer groups, warm-up and steps (spec section 8)."""
+"""The training schedule: optimizer, parameter groups, learning rate and number of steps (spec section 8)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from cpm_rcnn.errors import UserError, check_choice, check_count, check_list, check_range
+from cpm_rcnn.errors import ArgumentError, check_count, check_list
+from cpm_rcnn.settings import Settings, choice, integer, number, training
 
 # The batch that ``base_lr`` is meant for: 8 GPUs with 2 images each.
 REFERENCE_BATCH = 16
 
 
+def _is_milestones(argument: str, value: Any) -> None:
+    check_list(argument, value)
+    for milestone in value:
+        check_count(argument, milestone, 0)
+    if list(value) != sorted(value):
+        raise ArgumentError(argument, f"={list(value)}: must be in ascending order")
+
+
 @dataclass(frozen=True)
-class Schedule:
-    """A training recipe.
+class Schedule(Settings):
+    """Settings of the training schedule; the defaults are the paper's 2x schedule.
 
     Attributes:
-        max_steps: steps of the run.
-        milestones: steps at which the rate drops.
-        base_lr: learning rate for 16 images a step; it scales linearly with the batch.
-        gamma: factor of each drop.
-        warmup_steps: steps of linear warm-up.
-        warmup_factor: share of the rate that the warm-up starts from.
+        max_steps: number of optimizer steps.
+        milestones: steps at which the learning rate is multiplied by ``gamma``.
+        base_lr: learning rate for 16 images per step; it scales linearly with the number of images per step.
+        gamma: factor of the learning rate at each milestone.
+        warmup_steps: number of steps of linear warm-up.
+        warmup_factor: fraction of the learning rate at which the warm-up starts.
         optimizer: ``sgd`` (the paper's) or ``adamw``.
-        momentum: of SGD.
-        weight_decay: on weights; none on biases and norm layers.
-        bias_lr_factor: factor of the biases' learning rate.
-
-    Raises:
-        UserError: a value out of range.
+        momentum: SGD momentum.
+        weight_decay: weight decay of the weights; biases and norm layers have none.
+        bias_lr_factor: factor of the learning rate of biases.
+        images_per_device: images per step and device.
+        val_interval: number of optimizer steps between validations.
     """
 
-    max_steps: int
-    milestones: Sequence[int]
-    base_lr: float = 0.02
-    gamma: float = 0.1
-    warmup_steps: int = 500
-    warmup_factor: float = 0.1
-    optimizer: str = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    bias_lr_factor: float = 2.0
-
-    def __post_init__(self) -> None:
-        check_count("schedule.max_steps", self.max_steps)
-        check_range("schedule.base_lr", self.base_lr, 0)
-        check_range("schedule.gamma", self.gamma, 0, 1)
-        check_count("schedule.warmup_steps", self.warmup_steps, 0)
-        check_range("schedule.warmup_factor", self.warmup_factor, 0, 1)
-        check_choice("schedule.optimizer", self.optimizer, ("sgd", "adamw"))
-        check_range("schedule.momentum", self.momentum, 0, 1)
-        check_range("schedule.weight_decay", self.weight_decay, 0)
-        check_range("schedule.bias_lr_factor", self.bias_lr_factor, 0)
-        check_list("schedule.milestones", self.milestones)
-        for milestone in self.milestones:
-            check_count("schedule.milestones", milestone, 0)
-        if list(self.milestones) != sorted(self.milestones):
-            raise UserError(f"schedule.milestones={list(self.milestones)}: must ascend")
+    max_steps: int = training(180000, check=integer())
+    milestones: Sequence[int] = training((120000, 160000), check=_is_milestones)
+    base_lr: float = training(0.02, check=number(0))
+    gamma: float = training(0.1, check=number(0, 1))
+    warmup_steps: int = training(500, check=integer(0))
+    warmup_factor: float = training(0.1, check=number(0, 1))
+    optimizer: str = training("sgd", check=choice("sgd", "adamw"))
+    momentum: float = training(0.9, check=number(0, 1))
+    weight_decay: float = training(1e-4, check=number(0))
+    bias_lr_factor: float = training(2.0, check=number(0))
+    images_per_device: int = training(2, check=integer())
+    val_interval: int = training(10000, check=integer())
 
     def rate_factor(self, step: int) -> float:
-        """What the learning rate is multiplied by at ``step`` (0 = the first)."""
+        """The factor of the learning rate at ``step``, counted from 0."""
         drops = self.gamma ** sum(step >= milestone for milestone in self.milestones)
         if step >= self.warmup_steps:
             return drops
@@ -68,11 +63,11 @@ class Schedule:
         return drops * (self.warmup_factor * (1 - progress) + progress)
 
     def optimizer_for(self, module: nn.Module, images_per_step: int) -> torch.optim.Optimizer:
-        """The optimizer of ``module``'s parameters that want a gradient.
+        """The optimizer of the parameters of ``module`` that require a gradient.
 
         Args:
             module: the detector.
-            images_per_step: over all processes and accumulated batches; scales the rate.
+            images_per_step: images over all processes and accumulated batches; it scales the learning rate.
         """
         lr = self.base_lr * images_per_step / REFERENCE_BATCH
         groups = parameter_groups(module, lr, self.weight_decay, self.bias_lr_factor)
@@ -82,7 +77,9 @@ class Schedule:
 
 
 def parameter_groups(module: nn.Module, lr: float, weight_decay: float, bias_lr_factor: float) -> list[dict]:
-    """What wants a gradient, in three groups: weights, norm weights (no decay), biases (no decay, own rate)."""
+    """The parameters that require a gradient in three groups: weights, norm weights (no weight decay), and biases (no
+    weight decay, another learning rate).
+    """
     weights, norms, biases = [], [], []
     for layer in module.modules():
         for name, parameter in layer.named_parameters(recurse=False):

@@ -1,7 +1,5 @@
-"""Checkpoint files; nothing in them is unpickled but tensors and plain values."""
+"""Checkpoint files of this project. Only tensors and plain values are read from them; no code is executed."""
 
-import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,62 +9,97 @@ import torch
 from torch import Tensor
 
 from cpm_rcnn.errors import UserError
-from cpm_rcnn.weights.files import named_tensors, read_file
+from cpm_rcnn.weights.reading import named_tensors, read_file
+from cpm_rcnn.weights.writing import write_atomically
 
-# What ``DetectionModule`` stores of itself.
+# Increased whenever stored settings or parameter names change their meaning. Version 0.1.0 wrote no number.
+FORMAT = 2
+# What ``DetectionModule`` stores of itself, beside the format.
 _HYPERPARAMETERS = {"model": dict, "categories": list, "schedule": dict, "data": dict}
+# The detector's parameters are stored under the name that it has in ``DetectionModule``.
+_PREFIX = "model."
 
 
-def read_checkpoint(path: str | Path, key: str = "ckpt") -> dict[str, Any]:
-    """A checkpoint of ``train`` or ``convert``.
-
-    It has ``hyper_parameters`` (arguments of ``DetectionModule``), ``state_dict``, and of ``train`` Lightning's rest.
+def read_checkpoint(path: str | Path, argument: str = "ckpt") -> dict[str, Any]:
+    """A checkpoint that ``train`` or ``convert`` wrote.
 
     Args:
         path: the file.
-        key: the config key that named it, for messages.
+        argument: the argument that named it, for messages.
+
+    Returns:
+        ``hyper_parameters`` (arguments of ``DetectionModule``), ``state_dict``, and, from ``train``, Lightning's other
+        entries.
 
     Raises:
-        UserError: no such file, a damaged file, or a checkpoint of another program.
+        UserError: no such file, a damaged file, a checkpoint of another program, or one of another format.
     """
-    checkpoint = read_file(path, key)
-    known = isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)
-    arguments = checkpoint.get("hyper_parameters") if known else None
-    if not isinstance(arguments, dict) or not set(arguments) >= set(_HYPERPARAMETERS):
-        raise UserError(f"{key}={path}: not a checkpoint of cpm_rcnn.train; released weights: cpm_rcnn.convert")
-    for name, kind in _HYPERPARAMETERS.items():
-        if not isinstance(arguments[name], kind):
-            raise UserError(f"{key}={path}: its {name} is a {type(arguments[name]).__name__}; damaged")
-    if not isinstance(arguments["model"].get("backbone"), dict):
-        raise UserError(f"{key}={path}: its model has no backbone; damaged")
-    named_tensors(checkpoint["state_dict"], f"{key}={path}")
+    source = f"{argument}={path}"
+    checkpoint = read_file(path, argument)
+    check_checkpoint(checkpoint, source)
     return checkpoint
 
 
-def write_checkpoint(path: Path, weights: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any]) -> None:
-    """Write weights that no training of ours made as a checkpoint: without optimizer or loops.
+def check_checkpoint(checkpoint: Any, source: str) -> None:
+    """Raise :class:`UserError` unless ``checkpoint`` is one that this version of the project can use.
 
     Args:
-        path: the file; it appears whole or not at all.
-        weights: of the detector, by name.
-        hyper_parameters: arguments of ``DetectionModule``.
+        checkpoint: the content of a file.
+        source: where it came from, for messages.
+    """
+    known = isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)
+    arguments = checkpoint.get("hyper_parameters") if known else None
+    if not isinstance(arguments, dict) or not set(arguments) >= set(_HYPERPARAMETERS):
+        raise UserError(
+            f"{source}: not a checkpoint of cpm_rcnn.train; convert released weights with cpm_rcnn.convert first"
+        )
+    check_format(arguments.get("format"), source)
+    for name, kind in _HYPERPARAMETERS.items():
+        if not isinstance(arguments[name], kind):
+            raise UserError(f"{source}: {name} is of type {type(arguments[name]).__name__}; the file is damaged")
+    named_tensors(checkpoint["state_dict"], source)
+
+
+def check_format(number: Any, source: str) -> None:
+    """Raise :class:`UserError` unless ``number`` is the format that this version reads."""
+    if number == FORMAT:
+        return
+    if number is None:
+        found = "written before format numbers, by version 0.1.0 or earlier"
+    else:
+        found = f"of checkpoint format {number}"
+    raise UserError(
+        f"{source}: {found}; this version reads format {FORMAT}: use the version that wrote the file, or train or "
+        "convert again"
+    )
+
+
+def write_checkpoint(path: Path, weights: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any]) -> None:
+    """Write weights that come from another program as a checkpoint, without optimizer and loop states.
+
+    Args:
+        path: the file.
+        weights: the detector's parameters and buffers by name.
+        hyper_parameters: arguments of ``DetectionModule`` but ``format``.
 
     Raises:
-        UserError: it cannot be written there.
+        UserError: the file cannot be written.
     """
     checkpoint = {
         "pytorch-lightning_version": pl.__version__,
         "epoch": 0,
         "global_step": 0,
-        "hyper_parameters": dict(hyper_parameters),
-        "state_dict": {f"detector.{name}": value for name, value in weights.items()},
+        "hyper_parameters": {**hyper_parameters, "format": FORMAT},
+        "state_dict": {f"{_PREFIX}{name}": value for name, value in weights.items()},
     }
-    aside = path.with_name(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, aside)
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer raises the latter
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from None
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def detector_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The detector's parameters and buffers in a checkpoint, by their names in the detector."""
+    return {name.removeprefix(_PREFIX): value for name, value in checkpoint["state_dict"].items()}
+
+
+def class_names(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Names of the classes 1..C of a checkpoint."""
+    return [category["name"] for category in checkpoint["hyper_parameters"]["categories"]]

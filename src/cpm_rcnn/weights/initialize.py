@@ -1,105 +1,92 @@
-"""Training that starts from a detector's weights: the same model, other data or another recipe."""
+"""Starting weights of a new training: a detector's checkpoint, or a pretrained backbone."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from inspect import signature
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from cpm_rcnn.errors import UserError
-from cpm_rcnn.models.backbones.build import build_body
-from cpm_rcnn.models.build import build_detector
-from cpm_rcnn.training.module import DetectionModule
-from cpm_rcnn.weights.checkpoints import read_checkpoint
-from cpm_rcnn.weights.files import check_names
+from cpm_rcnn.errors import ArgumentError, UserError
+from cpm_rcnn.models.detector import TwoStageDetector
+from cpm_rcnn.models.settings import ModelSettings
+from cpm_rcnn.weights.backbone import load_backbone
+from cpm_rcnn.weights.checkpoints import class_names as names_in
+from cpm_rcnn.weights.checkpoints import detector_state, read_checkpoint
+from cpm_rcnn.weights.reading import check_names
 
 _log = logging.getLogger(__name__)
 
-# What may differ from the starting point: how it is trained and tested, and where its own start came from.
-_FREE = {
-    "backbone.weights",
-    "backbone.frozen_stages",
-    "backbone.check_weights",
-    "positive_iou",
-    "loss_weight",
-    "ignore_border_anchors",
-    "proposals_train",
-    "proposals_test",
-    "samples",
-    "max_grid_rois",
-    "score_threshold",
-    "nms_iou",
-    "test_stages",
-}
 
+def initialize(
+    detector: TwoStageDetector, class_names: Sequence[str] = (), *, init: str | Path | None = None
+) -> None:
+    """Load the starting weights of a training that does not resume another.
 
-def start_from(module: DetectionModule, path: str) -> None:
-    """Load the weights of a checkpoint into a new module.
-
-    Layers that name classes start anew where the classes differ; all else must fit.
+    Without ``init``, the backbone's weights are those that its settings name, if any, and the rest stays random.
 
     Args:
-        module: of the new training.
-        path: a checkpoint of ``train`` or ``convert``.
+        detector: as it was built.
+        class_names: names of the detector's classes 1..C; only ``init`` needs them.
+        init: a checkpoint of ``train`` or ``convert``. Classification layers are reinitialized if its classes have other
+            names; everything else must fit.
 
     Raises:
-        UserError: no such file, a damaged one, or the checkpoint of a model that differs in more than its classes.
+        UserError: no such file, a damaged one, or weights of another model.
     """
+    if init is not None:
+        _start_from(detector, class_names, init)
+    elif detector.settings.backbone.weights is not None:
+        load_backbone(detector.backbone.body, detector.settings.backbone, detector.settings.backbone.weights)
+
+
+def _start_from(detector: TwoStageDetector, class_names: Sequence[str], path: str | Path) -> None:
+    source = f"init={path}"
     checkpoint = read_checkpoint(path, "init")
-    check_same_model(checkpoint, module, f"init={path}")
-    state, own = checkpoint["state_dict"], module.state_dict()
-    names = [category["name"] for category in checkpoint["hyper_parameters"]["categories"]]
-    if names != module.class_names:
-        anew = [name for name in own if ".predictor." in name and "ism" not in name]
-        _log.warning("init=%s: other classes; %s start anew", path, ", ".join(anew))
-        state = {name: own[name] if name in anew else value for name, value in state.items()}
-    check_names(f"init={path}", state, {name: value.shape for name, value in own.items()})
-    module.load_state_dict(state)
+    check_same_model(checkpoint, detector.settings, source)
+    state, own = detector_state(checkpoint), detector.state_dict()
+    if names_in(checkpoint) != list(class_names):
+        reinitialized = [name for name in own if ".predictor." in name and "ism" not in name]
+        _log.warning("%s: has other classes; reinitialized: %s", source, ", ".join(reinitialized))
+        state = {name: own[name] if name in reinitialized else value for name, value in state.items()}
+    check_names(source, state, {name: value.shape for name, value in own.items()})
+    detector.load_state_dict(state)
 
 
-def check_same_model(checkpoint: Mapping[str, Any], module: DetectionModule, source: str) -> None:
-    """Raise :class:`UserError` unless a checkpoint's model is that of ``module``, but for what may differ.
+def check_same_model(checkpoint: Mapping[str, Any], settings: ModelSettings, source: str) -> None:
+    """Raise :class:`UserError` unless a checkpoint's weights mean the same in a model with ``settings``.
 
     Args:
         checkpoint: of ``train`` or ``convert``.
-        module: of the new training.
-        source: the config key and file, for messages.
+        settings: of the model to load into; settings of training and testing may differ from the checkpoint's.
+        source: the argument and file, for messages.
     """
-    theirs, ours = checkpoint["hyper_parameters"]["model"], module.hparams["model"]
+    theirs, ours = stored_settings(checkpoint, source).architecture(), settings.architecture()
     differences = [
-        f"{key} is {value} there and {other} here" for key, value, other in _differences(_whole(theirs), _whole(ours))
+        f"{key} is {theirs.get(key)} there and {ours.get(key)} here"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key)
     ]
     if differences:
         raise UserError(f"{source}: of another model; {'; '.join(differences)}")
 
 
-def _whole(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of ``build_detector`` with the defaults of those that are not given."""
-    return {
-        **_defaults(build_detector),
-        **model,
-        "backbone": {**_defaults(build_body), **model["backbone"]},
-    }
+def stored_settings(checkpoint: Mapping[str, Any], source: str, **overrides: Any) -> ModelSettings:
+    """The model settings of a checkpoint.
 
+    Args:
+        checkpoint: of ``train`` or ``convert``.
+        source: the argument and file, for messages.
+        **overrides: options that replace the checkpoint's.
 
-def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = signature(function).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
-
-
-def _differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Key and both values of what differs between two sets of arguments of ``build_detector``, free ones left out."""
-    a, b = dict(_flat("", theirs)), dict(_flat("", ours))
-    for key in sorted(a.keys() | b.keys()):
-        if key not in _FREE and key.rpartition(".")[2] not in _FREE and a.get(key) != b.get(key):
-            yield key, a.get(key), b.get(key)
-
-
-def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}".lstrip("."), inner)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        for i, inner in enumerate(value):
-            yield from _flat(f"{prefix}.{i}", inner)
-    else:
-        yield prefix, value
+    Raises:
+        ArgumentError: an override is invalid.
+        UserError: the stored settings are.
+    """
+    options = dict(checkpoint["hyper_parameters"]["model"])
+    try:
+        return ModelSettings.from_options(**{**options, **overrides})
+    except ArgumentError as error:
+        if error.argument in overrides:
+            raise
+        raise UserError(f"{source}: {error}") from None
+    except TypeError as error:
+        raise UserError(f"{source}: its model settings are damaged ({error})") from None

@@ -2,32 +2,30 @@
 
 import re
 from collections.abc import Callable, Mapping
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cpm_rcnn.errors import UserError, check_keys
+from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.models.backbones.resnet import RESNETS, ResNetLayout
-from cpm_rcnn.models.build import CMM_STAGES, build_detector
-from cpm_rcnn.models.detector import CPMRCNN
-from cpm_rcnn.weights.files import check_names, named_tensors, read_weights
+from cpm_rcnn.models.build import build
+from cpm_rcnn.models.detector import TwoStageDetector
+from cpm_rcnn.models.heads.cpm import CMM_STAGES, TWO_STAGES
+from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.imagenet import with_statistics
+from cpm_rcnn.weights.reading import check_names, named_tensors, read_weights
 
-# What the released models were trained on.
-RELEASE_PIXEL_FORMAT = {"order": "bgr", "scale": 1, "mean": [102.9801, 115.9465, 122.7717], "std": [1, 1, 1]}
-# Two stages are the ablation's, which isolates ISM or RSM (spec section 5).
-_TWO_STAGES = (CMM_STAGES[0], {**CMM_STAGES[0], "loss_weight": CMM_STAGES[1]["loss_weight"]})
-_STAGES = {1: CMM_STAGES[:1], 2: _TWO_STAGES, 3: CMM_STAGES}
-# Grid points that exchange features, receiver by receiver; the release numbers the senders of each.
+# The stages of a released model by their number.
+_STAGES = {1: CMM_STAGES[:1], 2: TWO_STAGES, 3: CMM_STAGES}
+# How many grid points send features to each point; the release numbers the senders of each receiver.
 _SENDERS = [2, 3, 2, 3, 4, 3, 2, 3, 2]
 
 _ISM = r"Grid_Cascade_RCNN\.Output_grid_\d\.iou_"
 _RSM = r"Grid_Cascade_RCNN\.(Head|Output)_rescore\."
 
-# The release's names of our parameters: a pattern of ours, and theirs.
+# Pairs of a pattern of our parameter names and the release's name.
 _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"backbone\.body\.stem\.", "Conv_Body."),
     (r"backbone\.body\.layers\.(\d)", lambda m: f"Conv_Body.layer{int(m[1]) + 1}"),
@@ -41,7 +39,7 @@ _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"head\.classifier\.predictor", "Grid_Cascade_RCNN.Output_cls.cls_score"),
     (r"head\.rsm\.mlp", "Grid_Cascade_RCNN.Head_rescore"),
     (r"head\.rsm\.predictor", "Grid_Cascade_RCNN.Output_rescore.cls_score"),
-    # Each of our layers is a convolution, its norm and a ReLU in one sequence; theirs are numbered by layer.
+    # We store convolution, norm and ReLU in one sequence; the release numbers the layers.
     (
         r"head\.stages\.(\d)\.convs\.(\d+)",
         lambda m: f"Grid_Cascade_RCNN.Head_grid_{m[1]}.convs.{int(m[2]) // 3}.{int(m[2]) % 3}",
@@ -52,55 +50,69 @@ _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 ]
 
 
-def from_release(path_or_state_dict: str | Path | Mapping[str, Any], **overrides: Any) -> CPMRCNN:
-    """The detector of a released file, ready to detect.
+def from_release(path_or_state_dict: str | Path | Mapping[str, Any], **overrides: Any) -> TwoStageDetector:
+    """The detector of a released file, in eval mode on the CPU.
 
-    Its architecture is read off the names and shapes; it works in the release's pixel convention (``inclusive``), on
-    BGR images in 0..255, and finds what the release finds.
+    Its architecture is derived from names and shapes. It uses the release's box convention (``inclusive``) and input
+    format (BGR in 0..255), and it reproduces the release's detections.
 
     Args:
         path_or_state_dict: a released ``.pth``, or its content: bare or under ``model``, with or without ``module.``.
-        **overrides: arguments of :func:`~cpm_rcnn.models.build.build_detector` to replace: ``score_threshold``,
-            ``nms_iou``, ``test_stages``, ``proposals_test``, ``stages`` (as many), or ``ism=False`` and ``rsm=False``,
-            which leave those parts of the file out.
-
-    Returns:
-        The detector in eval mode on the CPU.
+        **overrides: options of :func:`~cpm_rcnn.models.build.build_detector` to replace: ``score_threshold``,
+            ``nms_iou``, ``test_stages``, ``proposals_test``, ``stages`` (of the same number), or ``ism=False`` and
+            ``rsm=False``, which skip those parts of the file.
 
     Raises:
         UserError: no such file; a damaged one; names or shapes that are missing, unexpected or wrong, all listed; an
             override that does not exist or fit.
     """
-    state, source = _read(path_or_state_dict)
-    detector = build_release(release_arguments(state, source) | _checked(overrides), source)
+    if isinstance(path_or_state_dict, Mapping):
+        state, source = named_tensors(path_or_state_dict, "state_dict"), "state_dict"
+    else:
+        state, source = read_weights(path_or_state_dict, "src"), f"src={path_or_state_dict}"
+    settings, num_classes = release_settings(state, source, **overrides)
+    detector = build(settings, num_classes)
     detector.load_state_dict(convert_state(state, detector, source))
     return detector.eval()
 
 
-def release_arguments(state: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """The arguments of ``build_detector``, ``num_classes`` among them, that a released state tells.
+def release_settings(state: Mapping[str, Tensor], source: str, **overrides: Any) -> tuple[ModelSettings, int]:
+    """The settings and the number of classes of a released model.
 
     Args:
-        state: tensors under the release's names, without ``module.``.
+        state: tensors by the release's names, without ``module.``.
         source: where they came from, for messages.
+        **overrides: options that replace those derived from the file.
 
     Raises:
-        UserError: a name that tells the architecture is missing.
+        ArgumentError: an override is invalid.
+        UserError: names that determine the architecture are missing.
     """
+    options, num_classes = _release_options(state, source)
+    try:
+        return ModelSettings.from_options(**{**options, **overrides}), num_classes
+    except ArgumentError as error:
+        if re.split(r"[.\[=]", error.argument)[0] in options.keys() - overrides.keys() - {"head"}:
+            raise UserError(f"{source}: {error}") from None
+        raise
+
+
+def _release_options(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Any], int]:
+    """The arguments of :meth:`ModelSettings.from_options`, and the number of classes."""
 
     def shape(name: str) -> torch.Size:
         if name not in state or state[name].ndim < 2:
-            raise UserError(f"{source}: not a released CPM R-CNN: lacks {name}")
+            raise UserError(f"{source}: not a released CPM R-CNN: {name} is missing")
         return state[name].shape
 
     def count(pattern: str) -> int:
-        """How many numbers 0, 1, .. the pattern's group takes on; holes are found when names are compared."""
+        """One more than the largest number that the pattern's group matches; gaps show when names are compared."""
         return max((int(m[1]) + 1 for m in (re.match(pattern, name) for name in state) if m), default=0)
 
     body = "Conv_Body.layer"
     blocks = [count(rf"Conv_Body\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]
     width, channels = shape(f"{body}1.0.conv2.weight")[:2]
-    # Sizes that no model has become ones that the comparison of names will find wrong.
+    # Impossible sizes are replaced by valid ones; the comparison of names reports them later.
     layout = ResNetLayout(
         tuple(max(n, 1) for n in blocks), groups=max(width // max(channels, 1), 1), width_per_group=max(channels, 1)
     )
@@ -110,23 +122,18 @@ def release_arguments(state: Mapping[str, Tensor], source: str) -> dict[str, Any
         "weights": None,
         "frozen_stages": 2,
         "deformable_stages": [s for s in (3, 4, 5) if count(rf"Conv_Body\.layer{s - 1}\.(\d+)\.conv2\.conv_offset")],
-        "stride_in_1x1": layout.groups == 1,
-        "pixel_format": RELEASE_PIXEL_FORMAT,
+        "input_format": "caffe",
     }
     if name == "resnet":
-        backbone["layout"] = {
-            "blocks": list(layout.blocks),
-            "groups": layout.groups,
-            "width_per_group": layout.width_per_group,
-        }
+        backbone["layout"] = layout
     head = "Grid_Cascade_RCNN."
     stages = count(rf"{head}(?:Head|Output)_grid_(\d)\.")
     if stages not in _STAGES:
         raise UserError(f"{source}: not a released CPM R-CNN: {stages} grid stages instead of 1, 2 or 3")
-    return {
+    options = {
         "backbone": backbone,
-        "num_classes": shape(f"{head}Output_cls.cls_score.weight")[0] - 1,
-        "stages": [dict(stage) for stage in _STAGES[stages]],
+        "head": "cpm",
+        "stages": _STAGES[stages],
         "ism": any(re.match(_ISM, name) for name in state),
         "rsm": any(re.match(_RSM, name) for name in state),
         "fusion": any("order_trans" in name for name in state),
@@ -137,26 +144,15 @@ def release_arguments(state: Mapping[str, Tensor], source: str) -> dict[str, Any
         "grid_convs": max(count(rf"{head}Head_grid_\d\.convs\.(\d+)\."), 1),
         "max_grid_rois": 32 if backbone["deformable_stages"] else 96,
     }
+    return options, shape(f"{head}Output_cls.cls_score.weight")[0] - 1
 
 
-def build_release(arguments: Mapping[str, Any], source: str) -> CPMRCNN:
-    """The detector of ``arguments``, those of a file among them.
-
-    Raises:
-        UserError: no detector has them; names the file.
-    """
-    try:
-        return build_detector(**arguments)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-
-
-def convert_state(state: Mapping[str, Tensor], detector: CPMRCNN, source: str) -> dict[str, Tensor]:
-    """A released state under the names of ``detector``; parts that ``detector`` leaves out (ISM, RSM) are dropped.
+def convert_state(state: Mapping[str, Tensor], detector: TwoStageDetector, source: str) -> dict[str, Tensor]:
+    """A released state by the names of ``detector``; ISM and RSM are dropped if ``detector`` does not have them.
 
     Args:
-        state: tensors under the release's names; BatchNorm with its statistics, or merged into scale and shift.
-        detector: of the state's architecture.
+        state: tensors by the release's names; BatchNorm with its statistics, or merged into scale and shift.
+        detector: built from the settings of the same state.
         source: where the state came from, for messages.
 
     Raises:
@@ -167,7 +163,7 @@ def convert_state(state: Mapping[str, Tensor], detector: CPMRCNN, source: str) -
         if part is None:
             state = {name: value for name, value in state.items() if not re.match(names_of, name)}
     if wild := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise UserError(f"{source}: {len(wild)} not finite: {', '.join(wild[:6])}")
+        raise UserError(f"{source}: {len(wild)} tensors are not finite: {', '.join(wild[:6])}")
     own = detector.state_dict()
     names = {name: release_names(name, len(detector.head.stages)) for name in own}
     check_names(
@@ -183,13 +179,14 @@ def convert_state(state: Mapping[str, Tensor], detector: CPMRCNN, source: str) -
 
 
 def release_names(name: str, stages: int) -> list[str]:
-    """The release's names of the parameters that, one after the other, are ours of ``name``.
+    """The release's names of the parameters that, concatenated, are ours.
 
-    Fusion's convolutions, 24 in the release, are one grouped convolution here; all other parameters are one for one.
+    The 24 convolutions of the release's feature fusion are one grouped convolution here. All other parameters correspond
+    one to one.
 
     Args:
-        name: of a parameter or buffer of :class:`~cpm_rcnn.models.detector.CPMRCNN`.
-        stages: grid stages of the model; ISM belongs to the last.
+        name: our name of a parameter or buffer.
+        stages: number of grid stages of the model; ISM belongs to the last.
     """
     if match := re.fullmatch(r"head\.stages\.(\d)\.fusion\.(f|s)\w+_order\.(\d)\.(weight|bias)", name):
         stage, order, layer, kind = match.groups()
@@ -202,15 +199,3 @@ def release_names(name: str, stages: int) -> list[str]:
         if found:
             return [renamed]
     raise AssertionError(f"{name} has no name in the release")
-
-
-def _read(path_or_state_dict: str | Path | Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
-    if isinstance(path_or_state_dict, Mapping):
-        return named_tensors(path_or_state_dict, "state_dict"), "state_dict"
-    return read_weights(path_or_state_dict, "src"), f"src={path_or_state_dict}"
-
-
-def _checked(overrides: dict[str, Any]) -> dict[str, Any]:
-    allowed = [name for name in signature(build_detector).parameters if name not in ("backbone", "num_classes")]
-    check_keys("from_release", overrides, allowed, [])
-    return overrides

@@ -1,55 +1,80 @@
-"""Where a run that was stopped goes on."""
+"""The checkpoint from which a stopped run resumes."""
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from cpm_rcnn.errors import UserError, check_file
-from cpm_rcnn.training.module import DetectionModule
+import torch
+
+from cpm_rcnn.errors import UserError
+from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.checkpoints import read_checkpoint
 from cpm_rcnn.weights.initialize import check_same_model
 
 _log = logging.getLogger(__name__)
 
 
-def find_start(resume: str | None, run_dir: Path) -> Path | None:
-    """The checkpoint to go on from, or None to start anew.
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint to resume from.
+
+    Attributes:
+        path: the file.
+        checkpoint: its content, so that nothing reads the file again.
+    """
+
+    path: Path
+    checkpoint: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps that the run had done."""
+        return self.checkpoint["global_step"]
+
+
+def find_resume_point(resume: str | None, run_dir: Path) -> ResumePoint | None:
+    """The checkpoint to resume from, or None to start at step 0.
 
     Args:
-        resume: None, ``auto`` (the newest whole checkpoint of the run's folder, if there is one), or a file.
+        resume: None, ``auto`` (the newest intact checkpoint of the run's folder, if there is one), or a file.
         run_dir: the run's folder.
 
     Raises:
-        UserError: no such file.
+        UserError: no such file, a damaged one, or one that holds weights but no training state.
     """
     if resume is None:
         return None
     if resume != "auto":
-        return check_file("resume", resume)
-    steps = {}
-    for path in sorted((run_dir / "checkpoints").glob("*.ckpt")):
+        return _read(Path(resume).expanduser())
+    for path in sorted((run_dir / "checkpoints").glob("*.ckpt"), key=_newest_first):
         try:
-            checkpoint = read_checkpoint(path, "resume")
+            return _read(path)
         except UserError as error:
-            _log.warning("%s; passed over", error)
-            continue
-        if "optimizer_states" in checkpoint:
-            steps[path] = checkpoint["global_step"]
-    newest = max(steps, key=lambda path: (steps[path], path.name == "last.ckpt"), default=None)
-    if newest is None:
-        _log.warning("resume=auto: no checkpoint in %s yet, starting at step 0", run_dir)
-    return newest
+            _log.warning("%s; skipped", error)
+    _log.warning("resume=auto: no checkpoint in %s yet, starting at step 0", run_dir)
+    return None
 
 
-def start_step(path: Path, module: DetectionModule) -> int:
-    """The step that ``path`` was saved at.
+def check_same_run(point: ResumePoint, settings: ModelSettings, categories: Sequence[Mapping[str, Any]]) -> None:
+    """Raise :class:`UserError` unless a run with this model and these classes can resume from ``point``."""
+    check_same_model(point.checkpoint, settings, f"resume={point.path}")
+    if point.checkpoint["hyper_parameters"]["categories"] != list(categories):
+        raise UserError(f"resume={point.path}: its classes differ from those of the training data")
 
-    Raises:
-        UserError: it holds weights but no run; or it is of another model or of other classes.
-    """
+
+def _read(path: Path) -> ResumePoint:
     checkpoint = read_checkpoint(path, "resume")
     if "optimizer_states" not in checkpoint:
-        raise UserError(f"resume={path}: holds weights, but no run to go on with; start from it with init=")
-    check_same_model(checkpoint, module, f"resume={path}")
-    if checkpoint["hyper_parameters"]["categories"] != module.hparams["categories"]:
-        raise UserError(f"resume={path}: of other classes than those of data.train_json")
-    return checkpoint["global_step"]
+        raise UserError(f"resume={path}: holds weights, but no training state; start from it with init={path}")
+    return ResumePoint(path, checkpoint)
+
+
+def _newest_first(path: Path) -> tuple[int, bool]:
+    """A sort key that reads the step of a checkpoint without its tensors; damaged files come last."""
+    try:
+        step = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
+        return -int(step), path.name != "last.ckpt"
+    except Exception:  # reported when the file is read
+        return 1, path.name != "last.ckpt"

@@ -1,0 +1,1 @@
+"""The command line: Hydra around a task, one-line messages for user errors, and objects from a config."""

@@ -1,0 +1,51 @@
+"""Values of a config, and its keys in messages."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cpm_rcnn.errors import ArgumentError, UserError
+
+
+def to_dict(node: DictConfig) -> dict[str, Any]:
+    """A config node as plain values, with interpolations resolved."""
+    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def non_null(node: DictConfig) -> dict[str, Any]:
+    """The values of a config node that are not null."""
+    return {key: value for key, value in to_dict(node).items() if value is not None}
+
+
+@contextmanager
+def config_keys(config: DictConfig, node: str) -> Iterator[None]:
+    """Name the config key in errors about arguments that come from ``node``."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise UserError(f"{config_key(config, node, error.argument)}{error.problem}") from error
+
+
+def config_key(config: DictConfig, node: str, argument: str) -> str:
+    """The config key that an argument's value comes from.
+
+    Args:
+        config: the config.
+        node: name of the node whose entries were the arguments.
+        argument: for example ``nms_iou``; ``stages[0].loss_weight``; or ``backbone.name``, which has a node of its own.
+
+    Returns:
+        For example ``detector.nms_iou``; ``cmm.stages[0].loss_weight``, since ``detector.stages`` is an interpolation of
+        ``cmm.stages``; ``backbone.name``.
+    """
+    first = re.match(r"\w*", argument)[0]  # type: ignore[index]
+    if first not in config[node] and first in config:
+        return argument
+    value = config[node]._get_node(first)
+    raw = value._value() if value is not None else None
+    if isinstance(raw, str) and (reference := re.fullmatch(r"\$\{([\w.]+)\}", raw)):
+        return reference[1] + argument[len(first) :]
+    return f"{node}.{argument}"

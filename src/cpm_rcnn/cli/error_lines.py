@@ -1,0 +1,65 @@
+"""From an exception to one line for the user."""
+
+import difflib
+import errno
+import re
+from collections.abc import Iterator
+
+from hydra.errors import HydraException, InstantiationException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from cpm_rcnn.errors import ArgumentError, UserError
+
+# Errors of the operating system about a path that the user chose.
+_PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+
+
+def one_line(error: BaseException) -> str | None:
+    """The message for an error caused by user input; None for any other error."""
+    chain = list(_causes(error))
+    for cause in chain:
+        if isinstance(cause, UserError):
+            return _own_message(str(cause))
+    for cause in chain:
+        if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.parent_node is not None:
+            return _unknown_key(cause)
+    if isinstance(error, InstantiationException):
+        # Lightning's Trainer or a logger refuses its arguments; its own message is the most precise.
+        reason = error.__cause__
+        theirs = (TypeError, ValueError, ImportError, MisconfigurationException)
+        return _join(str(reason)) if isinstance(reason, theirs) else None
+    for cause in chain:
+        if isinstance(cause, OSError) and cause.errno in _PATH_ERRORS and cause.filename:
+            return f"{cause.filename}: {cause.strerror}"
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return _join(str(error))
+    return None
+
+
+def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
+    key = str(error.full_key)
+    parent, _, name = key.rpartition(".")
+    allowed = sorted(str(option) for option in error.parent_node)
+    close = difflib.get_close_matches(name, allowed, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    return f"{key}: unknown option{hint}; {parent or 'the config'} has {', '.join(allowed)}"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _own_message(text: str) -> str:
+    """The message of a UserError. From a DataLoader worker it arrives at the end of the worker's traceback."""
+    for kind in (ArgumentError, UserError):
+        _, found, message = text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")
+        if found:
+            return _join(message)
+    return _join(text)
+
+
+def _join(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()

@@ -1,0 +1,27 @@
+"""What ``eval``, ``predict`` and ``convert`` can override of a checkpoint, derived from the settings dataclasses.
+
+These commands' configs have nodes ``detector`` and ``data`` in which every option is null, which means "as in the
+checkpoint". The nodes are generated here, so that no option is listed by hand.
+"""
+
+from hydra.core.config_store import ConfigStore
+
+from cpm_rcnn.data import DataSettings
+from cpm_rcnn.inference.detector import SIZE_OPTIONS
+from cpm_rcnn.inference.load import OPTIONAL_PARTS
+from cpm_rcnn.models.settings import test_options
+
+
+def register_overrides() -> None:
+    """Register ``overrides/eval``, ``overrides/predict`` and ``overrides/convert`` for the defaults lists of conf/."""
+    model = [*test_options(), *OPTIONAL_PARTS]
+    nodes = {
+        "eval": {"detector": model, "data": DataSettings.names("testing")},
+        "predict": {"detector": model, "data": SIZE_OPTIONS},
+        # A file does not say which mapping ratios its stages were trained with.
+        "convert": {"detector": [*test_options(), "stages"]},
+    }
+    store = ConfigStore.instance()
+    for name, node in nodes.items():
+        content = {key: dict.fromkeys(options) for key, options in node.items()}
+        store.store(group="overrides", name=name, node=content, package="_global_")

@@ -1,0 +1,191 @@
+"""The detector as its users see it: images of any size in, detections in their own pixels out."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from cpm_rcnn.boxes import CONVENTIONS, BoxConvention
+from cpm_rcnn.data.transforms import network_size
+from cpm_rcnn.errors import check_count, check_range
+from cpm_rcnn.inference.images import to_image
+from cpm_rcnn.inference.multi_scale import MultiScaleDetector, MultiScaleSettings
+from cpm_rcnn.models.detector import TwoStageDetector
+
+# The options of the data module that say at which size a model is tested.
+SIZE_OPTIONS = ("test_short_side", "test_max_size")
+
+
+@dataclass(frozen=True)
+class ImageDetections:
+    """The detections in one image, best score first.
+
+    Attributes:
+        boxes: (N, 4) float32, xyxy pixels of the image as it was given, in the detector's box convention. They may
+            extend beyond the image.
+        scores: (N,) float32 in 0..1.
+        labels: (N,) int64 in 1..C.
+        names: N class names.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """``boxes``, ``scores`` and ``labels`` as the model returns them."""
+        return {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
+
+
+class Detector:
+    """A model with everything that is needed to use it on images; :func:`cpm_rcnn.load` makes one from a checkpoint.
+
+    Args:
+        model: takes uint8 RGB images at network size, returns one dict per image.
+        categories: the classes 1..C: a mapping with ``id`` and ``name`` each.
+        short_side: images are resized so that their shorter side has this many pixels.
+        max_size: the most pixels that the longer side may then have; the shorter one gives way.
+        multi_scale: test at several scales instead, and merge the results.
+
+    Attributes:
+        model: the bare ``nn.Module``: uint8 images at network size in, dicts out.
+        categories: as given.
+        class_names: names of the classes 1..C.
+        convention: the box coordinate convention of the results.
+    """
+
+    def __init__(
+        self,
+        model: TwoStageDetector,
+        categories: Sequence[Mapping[str, Any]],
+        *,
+        short_side: int = 800,
+        max_size: int = 1333,
+        multi_scale: MultiScaleSettings | None = None,
+    ) -> None:
+        check_count("test_short_side", short_side)
+        check_count("test_max_size", max_size)
+        self.model = model
+        self.categories = [dict(category) for category in categories]
+        self.short_side = short_side
+        self.max_size = max_size
+        self.multi_scale = multi_scale
+        self._find: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]] = model
+        if multi_scale is not None:
+            self._find = MultiScaleDetector(model, multi_scale, self.convention)
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes 1..C."""
+        return [category["name"] for category in self.categories]
+
+    @property
+    def convention(self) -> BoxConvention:
+        """The box coordinate convention of the results."""
+        return CONVENTIONS[self.model.settings.trunk.convention]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        return next(self.model.parameters()).device
+
+    def to(self, device: torch.device | str) -> "Detector":
+        """Move the model to a device."""
+        self.model.to(device)
+        return self
+
+    def detect(
+        self, images: Iterable[Any], *, batch_size: int = 1, score_threshold: float = 0.0
+    ) -> list[ImageDetections]:
+        """Detect objects in images of any size.
+
+        Args:
+            images: paths, PIL images, uint8 arrays (H, W, 3) or (H, W), or uint8 tensors (3, H, W); RGB.
+            batch_size: images per forward pass. Images of one batch are padded to the same size, which changes the last
+                digits of the results.
+            score_threshold: detections with a lower score are left out.
+
+        Returns:
+            One :class:`ImageDetections` per image, on the CPU.
+
+        Raises:
+            UserError: an image cannot be read or has another type, dtype or shape; the message says which.
+        """
+        check_count("batch_size", batch_size)
+        check_range("score_threshold", score_threshold, 0, 1)
+        if isinstance(images, (str, bytes, Tensor)) or not isinstance(images, Iterable):
+            images = [images]
+        results: list[ImageDetections] = []
+        for batch in _batches(images, batch_size):
+            tensors = [to_image(value, f"images[{len(results) + i}]") for i, value in enumerate(batch)]
+            resized = [self.resize(image).to(self.device) for image in tensors]
+            with _eval_mode(self.model), torch.inference_mode():
+                found = self.detect_resized(resized, [_size(image) for image in tensors])
+            results += [self._result(detections, score_threshold) for detections in found]
+        return results
+
+    def resize(self, image: Tensor) -> Tensor:
+        """An image uint8 (3, H, W) at the size that :meth:`detect_resized` takes."""
+        if self.multi_scale is not None:
+            return image
+        size = network_size(_size(image), self.short_side, self.max_size)
+        return F.resize(image, list(size), antialias=True)
+
+    def detect_resized(
+        self, images: Sequence[Tensor], original_sizes: Sequence[Sequence[int]]
+    ) -> list[dict[str, Tensor]]:
+        """Detect in images that were resized already, as a data loader does in its workers.
+
+        Args:
+            images: uint8 (3, h, w), resized as by :meth:`resize`, on the model's device.
+            original_sizes: (height, width) of each image before it was resized.
+
+        Returns:
+            One dict per image, on its device, best score first: ``boxes`` (N, 4) in pixels of the original image,
+            ``scores`` (N,) and ``labels`` (N,).
+        """
+        return [
+            found | {"boxes": _rescale(found["boxes"], _size(image), original)}
+            for found, image, original in zip(self._find(images), images, original_sizes, strict=True)
+        ]
+
+    def _result(self, found: dict[str, Tensor], score_threshold: float) -> ImageDetections:
+        kept = found["scores"] >= score_threshold
+        boxes, scores, labels = (found[key][kept].cpu() for key in ("boxes", "scores", "labels"))
+        return ImageDetections(boxes, scores, labels, [self.class_names[label - 1] for label in labels.tolist()])
+
+
+def _rescale(boxes: Tensor, size: Sequence[int], original_size: Sequence[int]) -> Tensor:
+    """Boxes (N, 4) of an image of ``size`` (h, w), in pixels of its ``original_size`` (h, w)."""
+    y, x = (original / side for original, side in zip(original_size, size))
+    return boxes * boxes.new_tensor([x, y, x, y])
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    return image.shape[-2], image.shape[-1]
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+@contextmanager
+def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards the mode that the model was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

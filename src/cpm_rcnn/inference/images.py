@@ -1,0 +1,41 @@
+"""Images in any form that a user has, as uint8 tensors."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from cpm_rcnn.data.images import ImageSource
+from cpm_rcnn.errors import UserError, check_file
+
+
+def to_image(value: Any, name: str = "image") -> Tensor:
+    """An image as a uint8 RGB tensor (3, H, W).
+
+    Args:
+        value: a path; a PIL image; a uint8 array (H, W, 3), RGB, or (H, W), gray; or a uint8 RGB tensor (3, H, W).
+        name: what to call the image in messages.
+
+    Raises:
+        UserError: the file cannot be read, or ``value`` has another type, dtype or shape.
+    """
+    if isinstance(value, (str, Path)):
+        path = check_file(name, value)
+        return ImageSource(path.parent).read(path.name)
+    if isinstance(value, Image.Image):
+        return pil_to_tensor(value.convert("RGB"))
+    if isinstance(value, np.ndarray):
+        if value.dtype == np.uint8 and value.ndim == 2:
+            value = value[:, :, None].repeat(3, axis=2)
+        if value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3 and value.size:
+            return torch.from_numpy(np.ascontiguousarray(value.transpose(2, 0, 1)))
+        raise UserError(f"{name} is a {value.dtype} array {value.shape}: must be uint8 (H, W, 3), RGB, or (H, W)")
+    if isinstance(value, Tensor):
+        if value.dtype == torch.uint8 and value.ndim == 3 and value.shape[0] == 3 and value.numel():
+            return value
+        raise UserError(f"{name} is {value.dtype} {tuple(value.shape)}: must be torch.uint8 (3, H, W), RGB")
+    raise UserError(f"{name} is a {type(value).__name__}: must be a path, a PIL image, an array or a tensor")

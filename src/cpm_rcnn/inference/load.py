@@ -1,0 +1,75 @@
+"""Load a detector from a checkpoint."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cpm_rcnn.errors import ArgumentError
+from cpm_rcnn.inference.detector import SIZE_OPTIONS, Detector
+from cpm_rcnn.inference.multi_scale import MultiScaleSettings
+from cpm_rcnn.models.build import build
+from cpm_rcnn.models.settings import test_options
+from cpm_rcnn.weights.checkpoints import detector_state, read_checkpoint
+from cpm_rcnn.weights.initialize import stored_settings
+from cpm_rcnn.weights.reading import check_names
+
+# Parts of a head that can be left out at test.
+OPTIONAL_PARTS = ("ism", "rsm")
+
+
+def load(path: str | Path, **overrides: Any) -> Detector:
+    """The detector of a checkpoint that ``train`` or ``convert`` wrote, in eval mode on the CPU.
+
+    Args:
+        path: the checkpoint.
+        **overrides: test-time settings that replace the checkpoint's: those of the model (for example
+            ``score_threshold=0.05``, ``nms_iou``, ``proposals_test``, ``test_stages``), ``ism=False`` or ``rsm=False``,
+            ``test_short_side`` and ``test_max_size`` in pixels, and ``multi_scale``, a
+            :class:`~cpm_rcnn.inference.multi_scale.MultiScaleSettings`.
+
+    Raises:
+        ArgumentError: an override is unknown or its value invalid.
+        UserError: no such file, a damaged one, a checkpoint of another program or of another format.
+    """
+    checkpoint = read_checkpoint(path, "path")
+    return detector_from(checkpoint, f"path={path}", **overrides)
+
+
+def overrides_of_load() -> list[str]:
+    """Names of the settings that :func:`load` can override, over all heads, without ``multi_scale``."""
+    return [*test_options(), *OPTIONAL_PARTS, *SIZE_OPTIONS]
+
+
+def detector_from(
+    checkpoint: Mapping[str, Any], source: str, *, multi_scale: MultiScaleSettings | None = None, **overrides: Any
+) -> Detector:
+    """The detector of a checkpoint's content; see :func:`load`.
+
+    Args:
+        checkpoint: as :func:`~cpm_rcnn.weights.checkpoints.read_checkpoint` returns it.
+        source: the argument and file, for messages.
+        multi_scale: test at several scales.
+        **overrides: other settings to replace.
+    """
+    for name in overrides:
+        if name not in overrides_of_load():
+            raise ArgumentError(
+                name, f"={overrides[name]}: not a test-time setting; allowed: {', '.join(overrides_of_load())}"
+            )
+    hyper_parameters = checkpoint["hyper_parameters"]
+    sizes = {name: overrides.pop(name, hyper_parameters["data"].get(name)) for name in SIZE_OPTIONS}
+    settings = stored_settings(checkpoint, source, **overrides)
+    model = build(settings, len(hyper_parameters["categories"]))
+    state = detector_state(checkpoint)
+    for name in OPTIONAL_PARTS:
+        if overrides.get(name) is False:
+            state = {key: value for key, value in state.items() if not key.startswith(f"head.{name}.")}
+    check_names(source, state, {name: value.shape for name, value in model.state_dict().items()})
+    model.load_state_dict(state)
+    return Detector(
+        model.eval(),
+        hyper_parameters["categories"],
+        short_side=sizes["test_short_side"],
+        max_size=sizes["test_max_size"],
+        multi_scale=multi_scale,
+    )

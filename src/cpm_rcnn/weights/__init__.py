@@ -1,0 +1,1 @@
+"""Weight files: reading them safely, recognizing and converting them, starting and resuming from them, writing them."""

@@ -1,0 +1,37 @@
+"""Files that appear complete or not at all."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from cpm_rcnn.errors import UserError
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], None], advice: str = "") -> None:
+    """Write a file under a temporary name, flush it to the disk, and rename it.
+
+    A process that is killed meanwhile leaves the previous file as it was, and perhaps a file that ends in ``.part``.
+
+    Args:
+        path: the file, in a local folder; missing folders are made.
+        write: writes the content to an open file.
+        advice: what to add to the message of an error.
+
+    Raises:
+        UserError: the file cannot be written, for example because the disk is full.
+    """
+    target = Path(path)
+    temporary = target.with_name(f"{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{target}: cannot be written ({str(error).splitlines()[0]}){advice}") from error
