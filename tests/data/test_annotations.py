@@ -201,13 +201,13 @@ def test_inclusive_boxes_end_on_their_last_pixel(dataset):
     assert target["boxes"].tolist() == [[0, 20, 19, 38]]
 
 
-@pytest.mark.parametrize("pixels", CONVENTIONS.values(), ids=lambda pixels: pixels.name)
+@pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=lambda convention: convention.name)
 def test_every_target_has_an_area(content, dataset, convention):
     content["annotations"][1]["bbox"] = [3, 3, 0.2, 9]
     content["annotations"][2].update(bbox=[39.9, 3, 5, 9], iscrowd=0)
-    _, target = dataset(pixels)[Sample(0, 0)]
+    _, target = dataset(convention)[Sample(0, 0)]
     assert (convention.area(target["boxes"]) > 0).all()
-    assert len(target["boxes"]) == len(target["labels"]) == (2 if pixels is CONTINUOUS else 1)
+    assert len(target["boxes"]) == len(target["labels"]) == (2 if convention is CONTINUOUS else 1)
 
 
 def test_image_of_another_size_than_the_json_says_is_refused(dataset, tmp_path):

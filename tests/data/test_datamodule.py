@@ -206,7 +206,7 @@ def test_training_without_a_length_is_refused(module):
         ("flip_probability", 1.5),
         ("seed", -1),
         ("max_steps", 0),
-        ("pixels", "round"),
+        ("convention", "round"),
         ("on_error", "ignore"),
     ],
 )

@@ -48,8 +48,8 @@ def test_resize_scales_boxes_by_the_ratios_after_rounding():
     assert torch.allclose(boxes, torch.tensor([[0.0, 0, 16, 10]]))
 
 
-@pytest.mark.parametrize("pixels", CONVENTIONS.values(), ids=lambda pixels: pixels.name)
-def test_flip_moves_boxes_with_the_pixels_and_twice_is_nothing(pixels):
+@pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=lambda convention: convention.name)
+def test_flip_moves_boxes_with_the_pixels_and_twice_is_nothing(convention):
     box = torch.tensor([[12.0, 8, 36, 28]])
     last = torch.tensor([0, 0, convention.extra, convention.extra])
     image, boxes = flip(block_image((12, 8, 36, 28)), box - last, convention)

@@ -97,7 +97,7 @@ class CocoDataModule(pl.LightningDataModule):
         check_range("seed", seed, 0, 2**32 - 1)
         if max_steps is not None:
             check_range("max_steps", max_steps, 1)
-        check_choice("pixels", convention, CONVENTIONS)
+        check_choice("convention", convention, CONVENTIONS)
         check_choice("data.on_error", on_error, ("raise", "skip"))
         self.root = Path(root or "").expanduser()
         self._files = {
