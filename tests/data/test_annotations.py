@@ -164,7 +164,9 @@ def test_all_faults_are_reported_together_with_their_counts_and_first_ids(conten
     assert str(error.value).endswith("; correct the file, or skip these with on_error=skip")
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "not valid JSON"), ("[]", "not a COCO annotation file"), ("", "not valid JSON")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not valid JSON"), ("[]", "not a COCO annotation file"), ("", "not valid JSON")]
+)
 def test_a_file_that_is_not_coco_json_is_refused_by_name(load, text, message):
     with pytest.raises(UserError, match=rf"instances\.json: {message}"):
         load(text)

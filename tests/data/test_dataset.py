@@ -13,6 +13,8 @@ from cpm_rcnn.data.samplers import Sample
 from cpm_rcnn.data.transforms import Resize, select_objects
 from cpm_rcnn.errors import UserError
 
+RESIZE = [Resize(40, 100)]
+
 
 @pytest.fixture
 def content():
@@ -38,7 +40,7 @@ def dataset(content, tmp_path):
     for number, image in enumerate(content["images"]):
         Image.new("RGB", (image["width"], image["height"]), (60 * number, 9, 9)).save(tmp_path / image["file_name"])
 
-    def dataset(convention=CONTINUOUS, augmentations=(Resize(40, 100),), seed=0):
+    def dataset(convention=CONTINUOUS, augmentations=RESIZE, seed=0):
         path = tmp_path / "instances.json"
         path.write_text(json.dumps(content))
         return CocoDataset(CocoAnnotations.load(path), ImageSource(tmp_path), augmentations, convention, seed)

@@ -107,7 +107,7 @@ def test_a_data_set_made_with_other_arguments_is_refused(root):
 
 def test_a_folder_with_other_content_is_refused_and_kept(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="^root=.*: not empty and not a shapes data set"):
+    with pytest.raises(UserError, match=r"^root=.*: not empty and not a shapes data set"):
         write_shapes(tmp_path, 6, 3)
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
