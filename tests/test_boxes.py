@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 from cpm_rcnn.boxes import CONTINUOUS, CONVENTIONS, INCLUSIVE
 
 COMPONENTS = Path(__file__).parent / "reference/components.npz"
-both = pytest.mark.parametrize("pixels", CONVENTIONS.values(), ids=lambda pixels: pixels.name)
+both = pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=lambda convention: convention.name)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_inclusive_iou_is_the_share_of_pixels():
 
 
 @both
-def test_iou_is_symmetric_one_with_itself_and_within_0_and_1(pixels):
+def test_iou_is_symmetric_one_with_itself_and_within_0_and_1(convention):
     boxes = random_boxes(50)
     iou = convention.iou(boxes[:, None], boxes)
     assert torch.equal(iou, iou.T)
@@ -133,7 +133,7 @@ def test_decoding_undoes_encoding(convention, seed):
 
 
 @both
-def test_zero_deltas_keep_the_anchor_and_wild_ones_stay_finite(pixels):
+def test_zero_deltas_keep_the_anchor_and_wild_ones_stay_finite(convention):
     anchors = random_boxes(10)
     torch.testing.assert_close(convention.decode(torch.zeros(10, 4), anchors), anchors)
     wild = convention.decode(torch.full((10, 4), 1e4), anchors)
@@ -145,7 +145,7 @@ def test_zero_deltas_keep_the_anchor_and_wild_ones_stay_finite(pixels):
 
 
 @both
-def test_clip_moves_every_side_inside_its_own_image_and_no_other(pixels):
+def test_clip_moves_every_side_inside_its_own_image_and_no_other(convention):
     sizes = torch.tensor([[30, 40], [50, 20]])
     boxes = torch.tensor([[[-5.0, -6, 100, 100], [3, 4, 5, 6]], [[-5.0, -6, 100, 100], [60, 70, 80, 90]]])
     clipped = convention.clip(boxes, sizes[:, None])
@@ -159,7 +159,7 @@ def test_clip_moves_every_side_inside_its_own_image_and_no_other(pixels):
 
 
 @both
-def test_xywh_and_back_is_the_same_box(pixels):
+def test_xywh_and_back_is_the_same_box(convention):
     xywh = torch.tensor([[3.0, 4, 10, 20], [0, 0, 1, 1]])
     boxes = convention.from_xywh(xywh)
     assert boxes.tolist() == [
@@ -171,7 +171,7 @@ def test_xywh_and_back_is_the_same_box(pixels):
 
 
 @both
-def test_flip_twice_is_the_same_box_and_the_whole_image_flips_onto_itself(pixels):
+def test_flip_twice_is_the_same_box_and_the_whole_image_flips_onto_itself(convention):
     boxes = random_boxes(10).round()
     flipped = convention.flip(boxes, 300)
     assert (flipped[:, 2] > flipped[:, 0]).all()
@@ -181,7 +181,7 @@ def test_flip_twice_is_the_same_box_and_the_whole_image_flips_onto_itself(pixels
 
 
 @both
-def test_dtype_is_kept(pixels):
+def test_dtype_is_kept(convention):
     boxes = random_boxes(3).double()
     for result in (
         convention.iou(boxes, boxes),
@@ -196,7 +196,7 @@ def test_dtype_is_kept(pixels):
 
 
 @both
-def test_no_boxes_give_no_results(pixels):
+def test_no_boxes_give_no_results(convention):
     none = torch.zeros(0, 4)
     assert convention.iou(none[:, None], random_boxes(3)).shape == (0, 3)
     assert convention.decode(none, none).shape == (0, 4)

@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from cpm_rcnn.data import CocoDataModule, ShapesDataModule
+from cpm_rcnn.boxes import INCLUSIVE
+from cpm_rcnn.data import CocoDataModule, DataSettings, ShapesDataModule
+from cpm_rcnn.data.settings import ShapesSettings
 from cpm_rcnn.data.shapes import CATEGORIES, write_shapes
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import ArgumentError, UserError
 
-CONF = Path(__file__).parents[2] / "conf" / "data"
+CONF = Path(__file__).parents[2] / "conf"
 OPTIONS = {"num_workers": 0, "short_sides": (64, 80), "max_size": 120, "test_short_side": 64, "test_max_size": 120}
 FILES = {
     "train_json": "annotations/instances_train.json",
@@ -62,7 +65,7 @@ def test_any_number_of_workers_gives_the_same_batches(module):
         assert same(batch, other)
 
 
-def test_resumed_run_goes_on_with_the_same_batches(module):
+def test_resumed_run_continues_with_the_same_batches(module):
     resumed = module()
     resumed.start_step = 5
     rest = list(resumed.train_dataloader())
@@ -70,7 +73,7 @@ def test_resumed_run_goes_on_with_the_same_batches(module):
     assert all(same(*pair) for pair in zip(list(module().train_dataloader())[5:], rest))
 
 
-def test_ranks_of_an_attached_trainer_share_out_a_global_batch(module):
+def test_ranks_of_an_attached_trainer_split_the_global_batch(module):
     parts = []
     for rank in range(2):
         part = module()
@@ -120,7 +123,7 @@ def test_lightning_fits_and_resumes_with_these_loaders(module, tmp_path):
     assert first + fit(resumed, 8, str(tmp_path / "five.ckpt"))[1] == whole
 
 
-def test_images_without_usable_object_are_left_out_of_training(root, module, tmp_path):
+def test_images_without_usable_objects_are_not_used_in_training(root, module, tmp_path):
     content = json.loads((root / FILES["train_json"]).read_text())
     keep = content["annotations"][0]["image_id"]
     content["annotations"] = [item for item in content["annotations"] if item["image_id"] == keep]
@@ -146,21 +149,28 @@ def test_validation_with_other_categories_than_training_is_refused(root, module,
     content = json.loads((root / FILES["val_json"]).read_text())
     content["categories"][2]["name"] = "pyramid"
     (tmp_path / "val.json").write_text(json.dumps(content))
-    with pytest.raises(
-        UserError, match=r"val\.json: 1 categories that the model does not know .*category 3: 'pyramid'"
-    ):
+    with pytest.raises(UserError, match=r"val\.json: 1 category that the model does not know .*category 3: 'pyramid'"):
         module(val_json=str(tmp_path / "val.json")).val_dataloader()
 
 
-def test_missing_root_tells_in_one_line_what_is_expected_and_where_coco_comes_from(tmp_path):
-    config = OmegaConf.load(CONF / "coco.yaml")
+def composed(name):
+    """The config of a data set, as a command composes it."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        data = compose(overrides=[f"+data={name}"]).data
+    schedule = {"short_sides": [640, 800], "max_size": 1300, "test_short_side": 700, "test_max_size": 1200}
+    return OmegaConf.create({"schedule": schedule, "data": data})
+
+
+def test_missing_root_is_reported_in_one_line_with_the_expected_files_and_the_source_of_coco(tmp_path):
+    config = composed("coco").data
     files = {key: config[key] for key in config if key.endswith(("_json", "_images"))}
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ArgumentError) as error:
         CocoDataModule(root=str(tmp_path / "coco"), max_steps=1, **files).train_dataloader()
+    assert error.value.argument == "train_json"
     message = str(error.value)
     assert "\n" not in message
     for part in (
-        f"data.train_json={tmp_path}/coco/annotations/instances_train2017.json: not there",
+        f"train_json={tmp_path}/coco/annotations/instances_train2017.json: no such file or folder",
         "train2017/ or train2017.zip",
         "annotations/instances_val2017.json",
         "cocodataset.org",
@@ -168,13 +178,13 @@ def test_missing_root_tells_in_one_line_what_is_expected_and_where_coco_comes_fr
         assert part in message
 
 
-def test_missing_image_folder_is_named_by_its_key(module):
-    with pytest.raises(UserError, match=r"data\.val_images=.*/nowhere: not there"):
+def test_missing_image_folder_is_named_by_its_argument(module):
+    with pytest.raises(ArgumentError, match=r"^val_images=.*/nowhere: no such file or folder"):
         module(val_images="nowhere").val_dataloader()
 
 
-def test_split_that_is_not_configured_is_named_by_its_key(module):
-    with pytest.raises(UserError, match=r"data\.test_json=null: set it to use the test split"):
+def test_split_that_is_not_configured_is_named_by_its_argument(module):
+    with pytest.raises(ArgumentError, match=r"^test_json=null: set it to use the test split"):
         module().test_dataloader()
 
 
@@ -187,8 +197,8 @@ def test_test_split_needs_no_annotations(root, module, tmp_path):
     assert len(list(data.test_dataloader())) == 5
 
 
-def test_training_without_a_length_is_refused(module):
-    with pytest.raises(UserError, match="max_steps=None"):
+def test_training_without_a_number_of_steps_is_refused(module):
+    with pytest.raises(ArgumentError, match=r"^max_steps=None"):
         module(max_steps=None).train_dataloader()
 
 
@@ -206,49 +216,71 @@ def test_training_without_a_length_is_refused(module):
         ("flip_probability", 1.5),
         ("seed", -1),
         ("max_steps", 0),
-        ("pixels", "round"),
+        ("convention", "round"),
         ("on_error", "ignore"),
     ],
 )
-def test_value_out_of_range_is_refused_by_its_key(module, key, value):
-    with pytest.raises(UserError, match=key):
+def test_value_out_of_range_is_refused_by_its_argument(module, key, value):
+    with pytest.raises(ArgumentError, match=f"^{key}=") as error:
         module(**{key: value})
+    assert error.value.argument == key
 
 
-def test_shapes_are_rendered_by_prepare_data_and_their_categories_known_before(tmp_path):
+def test_unknown_option_is_refused_with_the_allowed_ones(module):
+    with pytest.raises(ArgumentError, match=r"^data: unknown key short_side; allowed: root, train_json, .*short_sides"):
+        module(short_side=800)
+
+
+def test_shapes_are_rendered_by_prepare_data_and_their_categories_are_known_before(tmp_path):
     data = ShapesDataModule(root=str(tmp_path / "new"), train_count=2, val_count=1, **OPTIONS)
     assert data.categories == CATEGORIES
-    with pytest.raises(UserError, match=r"data\.val_json="):
+    with pytest.raises(ArgumentError, match=r"^val_json="):
         data.val_dataloader()
     data.prepare_data()
     assert len(data.annotations("train")) == 2
     assert len(list(data.val_dataloader())) == 1
-    with pytest.raises(UserError, match=r"data\.train_count=0"):
+    with pytest.raises(ArgumentError, match=r"^train_count=0"):
         ShapesDataModule(root=str(tmp_path), train_count=0, **OPTIONS)
 
 
 @pytest.mark.parametrize("name", ["coco", "shapes", "custom"])
 def test_config_builds_its_data_module(name):
-    schedule = {"short_sides": [640, 800], "max_size": 1333, "test_short_side": 800, "test_max_size": 1333}
-    data = OmegaConf.load(CONF / f"{name}.yaml")
-    config = OmegaConf.create({"seed": 3, "schedule": schedule, "data": data})
+    config = composed(name)
     if name == "custom":
         config.data.update(FILES)
-    built = instantiate(config.data, batch_size=4, max_steps=10)
+    built = instantiate(config.data, batch_size=4, max_steps=10, seed=3)
     assert isinstance(built, ShapesDataModule if name == "shapes" else CocoDataModule)
     assert (built.batch_size, built.max_steps, built.seed) == (4, 10, 3)
+    assert built.settings.short_sides == [640, 800]
+    assert built.settings.num_workers == (2 if name == "shapes" else 4)
 
 
-def test_error_in_a_worker_ends_in_the_one_line(root, module, tmp_path):
+def test_configs_have_exactly_the_settings_and_the_same_defaults():
+    paths = {f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("json", "images")}
+    for name in ("coco", "custom"):
+        assert set(composed(name).data) - {"_target_"} == set(DataSettings.names())
+    assert set(composed("shapes").data) - {"_target_"} == set(ShapesSettings.names()) - paths
+    shared = OmegaConf.to_container(OmegaConf.load(CONF / "data/base.yaml"))
+    assert shared["on_error"] == DataSettings().on_error
+    assert shared["flip_probability"] == DataSettings().flip_probability
+    shapes, defaults = composed("shapes").data, ShapesSettings()
+    assert (shapes.root, shapes.train_count, shapes.val_count) == (
+        defaults.root,
+        defaults.train_count,
+        defaults.val_count,
+    )
+
+
+def test_error_in_a_worker_ends_with_its_one_line_message(root, module, tmp_path):
     (tmp_path / "val").mkdir()
     with pytest.raises(UserError) as error:
         next(iter(module(val_images=str(tmp_path / "val"), num_workers=1).val_dataloader()))
     last = str(error.value).strip().splitlines()[-1]
     image = f"image 1 of {root}/annotations/instances_val.json"
-    assert last == f"cpm_rcnn.errors.UserError: {tmp_path}/val: image 000001.jpg is listed but not there ({image})"
+    assert last == f"cpm_rcnn.errors.UserError: {tmp_path}/val: image 000001.jpg not found ({image})"
 
 
-def test_with_skip_the_order_of_a_run_does_not_depend_on_its_workers_and_a_faulty_image_is_told_once(
+def test_with_skip_batches_do_not_depend_on_the_number_of_workers_and_an_unreadable_image_is_reported_once(
     root, module, tmp_path, caplog
 ):
     shutil.copytree(root / "train", tmp_path / "train")
@@ -267,6 +299,37 @@ def test_with_skip_the_order_of_a_run_does_not_depend_on_its_workers_and_a_fault
         list(module(**changes | {"on_error": "raise"}).train_dataloader())
 
 
-def test_evaluation_of_a_checkpoint_keeps_its_on_error(module):
+def test_evaluation_arguments_keep_on_error(module):
     assert module(on_error="skip").evaluation_arguments["on_error"] == "skip"
     assert module().evaluation_arguments["on_error"] == "raise"
+
+
+@pytest.mark.parametrize("kind", [CocoDataModule, ShapesDataModule])
+def test_evaluation_arguments_make_a_module_of_the_same_evaluation_data(root, kind, monkeypatch):
+    monkeypatch.chdir(root.parent)
+    files = FILES | {"test_json": FILES["val_json"], "test_images": "val"} if kind is CocoDataModule else {}
+    trained = kind(root="shapes", convention="inclusive", eval_batch_size=2, **files, **OPTIONS)
+    arguments = trained.evaluation_arguments
+    assert json.loads(json.dumps(arguments)) == arguments
+    expected = list(trained.val_dataloader())
+    monkeypatch.chdir("/")
+    again = CocoDataModule(**arguments, categories=trained.categories, convention="inclusive")
+    assert again.root == root
+    assert again.convention is INCLUSIVE
+    testing = DataSettings.names("testing")
+    assert set(arguments) == set(testing)
+    for name in set(testing) - {"root"}:
+        assert getattr(again.settings, name) == getattr(trained.settings, name)
+    assert all(same(*pair) for pair in zip(again.val_dataloader(), expected, strict=True))
+
+
+def test_augmentations_can_be_added(module):
+    def darken(image, target, rng):
+        return image // 2, target | {"drawn": torch.full(target["labels"].shape, rng.random())}
+
+    data = module()
+    data.train_augmentations.append(darken)
+    plain = list(module().train_dataloader())
+    darkened = list(data.train_dataloader())
+    assert all(torch.equal(image // 2, other) for image, other in zip(plain[0][0], darkened[0][0]))
+    assert len({target["drawn"][0].item() for _, targets in darkened for target in targets}) == 24

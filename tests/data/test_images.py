@@ -43,7 +43,7 @@ def test_zip_and_folder_give_equal_images(folder, prefix):
     assert torch.equal(image, torch.from_numpy(np.array(picture(2))).permute(2, 0, 1))
 
 
-def test_zip_serves_where_its_folder_is_missing(folder):
+def test_zip_is_used_if_the_folder_is_missing(folder):
     path = zipped(folder, "train2017/")
     for file in folder.iterdir():
         file.unlink()
@@ -70,12 +70,12 @@ def test_zip_source_reads_after_pickling_and_in_a_forked_process(folder):
     process.join()
 
 
-def test_member_with_two_possible_places_is_refused(folder):
+def test_ambiguous_member_is_refused(folder):
     path = folder.with_suffix(".zip")
     with zipfile.ZipFile(path, "w") as archive:
         archive.write(folder / "a.jpg", "x/a.jpg")
         archive.write(folder / "a.jpg", "y/a.jpg")
-    with pytest.raises(UserError, match=r"train2017\.zip: a\.jpg could be x/a\.jpg or y/a\.jpg"):
+    with pytest.raises(UserError, match=r"train2017\.zip: image a\.jpg is ambiguous: x/a\.jpg or y/a\.jpg"):
         ImageSource(path).read("a.jpg")
     assert ImageSource(path).read("y/a.jpg").shape == (3, 20, 30)
 
@@ -114,14 +114,14 @@ def test_16_bit_png_is_scaled_down(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_16_bit_grey_is_scaled_over_its_whole_range(tmp_path, name):
+def test_16_bit_grey_is_scaled_over_the_whole_range(tmp_path, name):
     pixels = np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
     Image.fromarray(pixels).save(tmp_path / name)
     image = ImageSource(tmp_path).read(name)
     assert torch.equal(image, torch.from_numpy(pixels // 256).to(torch.uint8).expand(3, -1, -1))
 
 
-def test_transparency_is_dropped_and_the_colour_under_it_stays(tmp_path):
+def test_transparency_is_dropped_and_the_colours_are_kept(tmp_path):
     clear = np.dstack([np.array(picture(1)), np.zeros((20, 30), np.uint8)])
     Image.fromarray(clear).save(tmp_path / "a.png")
     assert torch.equal(ImageSource(tmp_path).read("a.png"), torch.from_numpy(clear[..., :3]).permute(2, 0, 1))
@@ -135,14 +135,14 @@ def test_transparent_palette_keeps_its_colours(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
-def test_first_frame_stands_for_an_animation(tmp_path, name):
+def test_first_frame_of_an_animation_is_read(tmp_path, name):
     frames = [Image.new("RGB", (30, 20), (shade,) * 3) for shade in (204, 0, 100)]
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
     assert (ImageSource(tmp_path).read(name).float() - 204).abs().max() < 3
 
 
-def turned(tmp_path, orientation, name="a.png", size=(30, 20)):
-    """A stored picture whose EXIF asks for a turn, its pixels as stored and as shown, each (3, H, W) uint8."""
+def oriented(tmp_path, orientation, name="a.png", size=(30, 20)):
+    """Save a picture with an EXIF orientation; its pixels as stored and as viewers show them, each (3, H, W) uint8."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = picture(orientation, size)
@@ -152,38 +152,38 @@ def turned(tmp_path, orientation, name="a.png", size=(30, 20)):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_image_is_turned_as_viewers_show_it_where_no_size_is_told(tmp_path, orientation):
-    _, shown = turned(tmp_path, orientation)
+def test_image_is_rotated_as_viewers_show_it_if_no_size_is_given(tmp_path, orientation):
+    _, shown = oriented(tmp_path, orientation)
     assert torch.equal(ImageSource(tmp_path).read("a.png"), shown)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_size_decides_whether_a_quarter_turn_is_followed(tmp_path, orientation):
-    stored, shown = turned(tmp_path, orientation)
+def test_size_decides_whether_the_image_is_rotated_by_90_degrees(tmp_path, orientation):
+    stored, shown = oriented(tmp_path, orientation)
     source = ImageSource(tmp_path)
     assert torch.equal(source.read("a.png", tuple(shown.shape[1:])), shown)
-    # A half turn or a flip keeps the size, which then tells nothing.
+    # A rotation by 180 degrees or a flip keeps the size, which then decides nothing.
     assert torch.equal(source.read("a.png", (20, 30)), stored if orientation >= 5 else shown)
 
 
-def test_square_image_is_turned_as_viewers_show_it(tmp_path):
-    _, shown = turned(tmp_path, 6, size=(20, 20))
+def test_square_image_is_rotated_as_viewers_show_it(tmp_path):
+    _, shown = oriented(tmp_path, 6, size=(20, 20))
     assert torch.equal(ImageSource(tmp_path).read("a.png", (20, 20)), shown)
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
-def test_nonsense_orientation_is_ignored(tmp_path, orientation):
-    stored, _ = turned(tmp_path, orientation)
+def test_invalid_orientation_is_ignored(tmp_path, orientation):
+    stored, _ = oriented(tmp_path, orientation)
     assert torch.equal(ImageSource(tmp_path).read("a.png"), stored)
 
 
-def test_damaged_exif_spoils_no_pixel(tmp_path):
+def test_damaged_exif_is_ignored(tmp_path):
     picture(1).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert torch.equal(ImageSource(tmp_path).read("a.png"), torch.from_numpy(np.array(picture(1))).permute(2, 0, 1))
 
 
 @pytest.mark.parametrize("as_zip", [False, True])
-def test_names_of_any_script_are_found(folder, as_zip):
+def test_file_names_in_any_script_are_found(folder, as_zip):
     names = ["фото.png", "日本 語.png", "🐈\u200d⬛.png", "e\u0301é.png", "a'\"%s{}.png", "x" * 250 + ".png"]
     for number, name in enumerate(names):
         picture(number).save(folder / name)
@@ -197,12 +197,12 @@ def one_line(error):
 
 
 def test_missing_source_names_its_path(tmp_path):
-    with pytest.raises(UserError, match=r"val2017: no such image folder, and no val2017\.zip beside it"):
+    with pytest.raises(UserError, match=r"val2017: no such image folder, and no val2017\.zip next to it"):
         ImageSource(tmp_path / "val2017")
 
 
 def test_broken_archive_is_named(tmp_path):
-    (tmp_path / "val2017.zip").write_bytes(b"no archive")
+    (tmp_path / "val2017.zip").write_bytes(b"not an archive")
     with pytest.raises(UserError, match=r"val2017\.zip: not a readable zip archive"):
         ImageSource(tmp_path / "val2017.zip")
 
@@ -210,19 +210,19 @@ def test_broken_archive_is_named(tmp_path):
 @pytest.mark.parametrize("as_zip", [False, True])
 def test_missing_image_names_file_and_source(folder, as_zip):
     source = ImageSource(zipped(folder, "train2017/") if as_zip else folder)
-    with pytest.raises(UserError, match=r"train2017(\.zip)?: image c\.jpg is listed but not there") as error:
+    with pytest.raises(UserError, match=r"train2017(\.zip)?: image c\.jpg not found") as error:
         source.read("c.jpg")
     assert one_line(error)
 
 
 @pytest.mark.parametrize("as_zip", [False, True])
 @pytest.mark.parametrize("name", ["a.jpg", "b.png"])
-@pytest.mark.parametrize("left", [0, 10, 400])
-def test_truncated_image_names_file_and_source(folder, as_zip, name, left):
+@pytest.mark.parametrize("size", [0, 10, 400])
+def test_truncated_image_names_file_and_source(folder, as_zip, name, size):
     raw = (folder / name).read_bytes()
-    (folder / name).write_bytes(raw[:left])
+    (folder / name).write_bytes(raw[:size])
     source = ImageSource(zipped(folder, "train2017/") if as_zip else folder)
-    fault = "truncated or not an image" if left else "empty, a file of 0 bytes"
+    fault = "damaged or not an image" if size else "empty, a file of 0 bytes"
     with pytest.raises(UserError, match=rf"train2017(\.zip)?: {name} is {fault}") as error:
         source.read(name)
     assert one_line(error)

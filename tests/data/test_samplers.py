@@ -4,23 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from cpm_rcnn.data.samplers import EvalSampler, Sample, TrainBatchSampler, TrainOrder, collate
+from cpm_rcnn.data.samplers import EvalSampler, TrainBatchSampler, TrainOrder, collate
 
 
 def order(n_landscape=37, n_portrait=11, seed=5, batch_size=4, world_size=2):
-    """Portraits stand at the odd hundreds, to see that rows are image rows and not positions."""
+    """An order in which portrait images have rows from 100, so that rows differ from positions."""
     rows = np.concatenate([np.arange(n_landscape), 100 + np.arange(n_portrait)])
     return TrainOrder(rows, rows >= 100, seed, batch_size, world_size)
 
 
-def test_any_step_is_the_same_whenever_it_is_asked_for():
+def test_a_step_is_the_same_in_whatever_order_steps_are_asked_for():
     forward = [order().global_batch(step) for step in range(60)]
     shared = order()
     for step in np.random.default_rng(0).permutation(60):
         assert shared.global_batch(int(step)) == forward[step] == order().global_batch(int(step))
 
 
-def test_far_steps_cost_nothing():
+def test_a_far_step_is_available_at_once():
     assert len(order().global_batch(10**12)) == 8
 
 
@@ -32,18 +32,18 @@ def test_order_is_the_same_on_every_machine():
     assert [sample.image for sample in order().global_batch(3)] == [18, 17, 36, 29, 4, 34, 25, 10]
 
 
-def test_samples_are_numbered_through_the_run():
+def test_samples_are_numbered_consecutively_through_the_run():
     numbers = [sample.number for step in range(7) for sample in order().global_batch(step)]
     assert numbers == list(range(7 * 8))
 
 
-def test_global_batch_holds_one_orientation():
+def test_global_batch_has_one_orientation():
     for step in range(200):
         assert len({sample.image >= 100 for sample in order().global_batch(step)}) == 1
 
 
 @pytest.mark.parametrize(("n_landscape", "n_portrait"), [(37, 11), (3, 2), (1, 1), (0, 5), (5, 0), (40, 1)])
-def test_every_image_of_a_stream_comes_equally_often(n_landscape, n_portrait):
+def test_all_images_of_a_stream_occur_equally_often(n_landscape, n_portrait):
     it = order(n_landscape, n_portrait)
     counts = Counter(sample.image for step in range(480) for sample in it.global_batch(step))
     for group in (range(n_landscape), range(100, 100 + n_portrait)):
@@ -52,13 +52,13 @@ def test_every_image_of_a_stream_comes_equally_often(n_landscape, n_portrait):
 
 
 @pytest.mark.parametrize(("n_landscape", "n_portrait"), [(37, 11), (3, 2), (40, 1)])
-def test_streams_come_in_proportion_to_their_images(n_landscape, n_portrait):
+def test_streams_are_used_in_proportion_to_their_images(n_landscape, n_portrait):
     it, total = order(n_landscape, n_portrait), n_landscape + n_portrait
     portrait = np.cumsum([it.global_batch(step)[0].image >= 100 for step in range(500)])
     assert (abs(portrait - np.arange(1, 501) * n_portrait / total) <= 1).all()
 
 
-def test_an_epoch_of_a_stream_is_a_permutation_and_the_next_another():
+def test_each_epoch_of_a_stream_is_a_different_permutation():
     it = order(24, 0, batch_size=8, world_size=1)
     epochs = [[s.image for step in range(3 * e, 3 * e + 3) for s in it.global_batch(step)] for e in range(3)]
     assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
@@ -77,7 +77,7 @@ def test_same_global_batch_on_any_number_of_ranks():
     assert all(one.global_batch(step) == four.global_batch(step) for step in range(50))
 
 
-def test_resumed_sampler_goes_on_where_the_run_stopped_and_keeps_its_length():
+def test_resumed_sampler_continues_where_the_run_stopped_and_keeps_its_length():
     whole = list(TrainBatchSampler(order(), 1, 0, 30))
     resumed = TrainBatchSampler(order(), 1, 12, 30)
     assert list(resumed) == whole[12:]
@@ -88,13 +88,13 @@ def test_resumed_sampler_goes_on_where_the_run_stopped_and_keeps_its_length():
 def test_eval_ranks_have_equal_counts_and_cover_every_image(count, world_size):
     samplers = [EvalSampler(count, rank, world_size) for rank in range(world_size)]
     drawn = [list(sampler) for sampler in samplers]
-    assert {len(samples) for samples in drawn} == {len(sampler) for sampler in samplers}
-    rows = [sample for samples in drawn for sample in samples]
-    assert set(rows) == {Sample(row, row) for row in range(count)}
+    assert {len(part) for part in drawn} == {len(sampler) for sampler in samplers}
+    rows = [row for part in drawn for row in part]
+    assert set(rows) == set(range(count))
     assert len(rows) < count + world_size
 
 
-def test_collate_keeps_images_of_different_sizes_apart():
+def test_collate_keeps_images_of_different_sizes_in_a_list():
     samples = [(torch.zeros(3, 4, 5), {"image_id": 1}), (torch.zeros(3, 6, 2), {"image_id": 2})]
     images, targets = collate(samples)
     assert [image.shape for image in images] == [(3, 4, 5), (3, 6, 2)]

@@ -36,7 +36,7 @@ def test_same_arguments_give_the_same_bytes(root, tmp_path):
     assert files(tmp_path / "again") == files(root)
 
 
-def test_longer_set_begins_like_the_shorter_and_splits_differ(root, tmp_path):
+def test_a_larger_data_set_starts_with_the_same_images_and_splits_differ(root, tmp_path):
     write_shapes(tmp_path / "longer", 7, 3)
     longer = files(tmp_path / "longer")
     assert all(longer[name] == raw for name, raw in files(root).items() if name.suffix == ".jpg")
@@ -49,7 +49,7 @@ def test_another_seed_gives_other_images(root, tmp_path):
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 6), ("val", 3)])
-def test_json_is_coco_and_sizes_are_those_of_the_files(root, split, count, capsys):
+def test_json_is_in_coco_format_with_the_sizes_of_the_files(root, split, count, capsys):
     coco = COCO(root / f"annotations/instances_{split}.json")
     assert len(coco.getImgIds()) == count
     assert coco.loadCats(coco.getCatIds()) == CATEGORIES
@@ -75,14 +75,14 @@ def test_boxes_are_tight_around_the_visible_pixels_and_areas_count_them(images):
             assert inside[0].any() & inside[-1].any() & inside[:, 0].any() & inside[:, -1].any()
 
 
-def test_shapes_stand_out_from_what_surrounds_them(images):
+def test_shapes_contrast_with_the_background(images):
     pixels, objects, owner = images[0]
     for number in range(len(objects)):
         mask = owner == number
         assert np.abs(pixels[mask].mean(axis=0) - pixels[owner == -1].mean(axis=0)).sum() > 60
 
 
-def test_images_hold_every_class_size_orientation_crowds_and_nothing(images):
+def test_images_cover_all_classes_sizes_and_orientations_crowds_and_no_objects(images):
     objects = [item for _, listed, _ in images for item in listed]
     areas = np.array([item["area"] for item in objects if not item["iscrowd"]])
     assert {item["category_id"] for item in objects} == {1, 2, 3, 4, 5}
@@ -94,31 +94,31 @@ def test_images_hold_every_class_size_orientation_crowds_and_nothing(images):
     assert {pixels.shape[0] > pixels.shape[1] for pixels, _, _ in images} == {False, True}
 
 
-def test_complete_set_is_left_alone(root, monkeypatch):
+def test_a_complete_data_set_is_not_rendered_again(root, monkeypatch):
     monkeypatch.setattr(shapes, "_write_split", None)
     write_shapes(root, 6, 3)
 
 
-def test_set_of_other_arguments_is_refused(root):
-    with pytest.raises(UserError, match=r"shapes: holds shapes of .*choose another data\.root") as error:
+def test_a_data_set_made_with_other_arguments_is_refused(root):
+    with pytest.raises(UserError, match=r"^root=.*shapes: contains shapes made with .*choose another folder") as error:
         write_shapes(root, 6, 4)
     assert "\n" not in str(error.value)
 
 
-def test_foreign_folder_is_refused_and_kept(tmp_path):
+def test_a_folder_with_other_content_is_refused_and_kept(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(UserError, match="exists and is not a set of shapes"):
+    with pytest.raises(UserError, match=r"^root=.*: not empty and not a shapes data set"):
         write_shapes(tmp_path, 6, 3)
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
-def test_root_that_cannot_be_made_is_named(tmp_path):
+def test_a_root_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/shapes: cannot be written \(Not a directory\)"):
         write_shapes(tmp_path / "file" / "shapes", 1, 1)
 
 
-def test_processes_that_race_leave_one_complete_set(root, tmp_path):
+def test_concurrent_calls_leave_one_complete_data_set(root, tmp_path):
     threads = [threading.Thread(target=write_shapes, args=(tmp_path / "set", 6, 3)) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -129,13 +129,13 @@ def test_processes_that_race_leave_one_complete_set(root, tmp_path):
 
 
 def test_failure_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "_ground", lambda *_: 1 / 0)
+    monkeypatch.setattr(shapes, "_background", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_shapes(tmp_path / "set", 1, 1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_marker_tells_the_arguments(root):
+def test_marker_records_the_arguments(root):
     assert json.loads((root / "shapes.json").read_text()) == {
         "version": 1,
         "train_images": 6,

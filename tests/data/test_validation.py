@@ -1,4 +1,4 @@
-"""Bad annotation files and bad images, one of each kind: what is said of them, and what ``skip`` leaves of a set."""
+"""Invalid annotation files and images, one of each kind: how they are reported, and what ``skip`` keeps."""
 
 import copy
 import io
@@ -13,13 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-from cpm_rcnn.data.samplers import Sample
-from cpm_rcnn.data.annotations import CocoAnnotations, CocoDataset
+from cpm_rcnn.boxes import CONTINUOUS
+from cpm_rcnn.data.annotations import CocoAnnotations
+from cpm_rcnn.data.dataset import CocoDataset
 from cpm_rcnn.data.images import ImageSource
-from cpm_rcnn.data.transforms import EvalTransform
+from cpm_rcnn.data.samplers import Sample
+from cpm_rcnn.data.transforms import Resize
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
-from cpm_rcnn.boxes import CONTINUOUS
 
 CONTENT = {
     "info": {"contributor": "someone"},
@@ -80,80 +81,95 @@ def raw(text):
 
 WHOLE = json.dumps(CONTENT).encode()
 
-# Nothing can be left out of these to make them good: refused whatever data.on_error says.
+# Skipping entries cannot correct these: refused with either value of on_error.
 BAD_FILES = {
-    "empty file": (raw(""), "not json"),
-    "truncated": (raw(WHOLE[: len(WHOLE) // 2]), "not json"),
-    "text": (raw("image,x1,y1,x2,y2\n"), "not json"),
-    "binary": (raw(bytes(range(256))), "not json"),
-    "latin-1": (raw('{"images": "é"}'.encode("latin-1")), "not json"),
-    "single quotes": (raw("{'images': []}"), "not json"),
-    "trailing comma": (raw(WHOLE[:-1] + b",}"), "not json"),
-    "two documents": (raw(WHOLE + WHOLE), "not json"),
-    "number of 5000 digits": (raw('{"images": ' + "9" * 5000 + "}"), "not json"),
+    "empty file": (raw(""), "not valid JSON"),
+    "truncated": (raw(WHOLE[: len(WHOLE) // 2]), "not valid JSON"),
+    "text": (raw("image,x1,y1,x2,y2\n"), "not valid JSON"),
+    "binary": (raw(bytes(range(256))), "not valid JSON"),
+    "latin-1": (raw('{"images": "é"}'.encode("latin-1")), "not valid JSON"),
+    "single quotes": (raw("{'images': []}"), "not valid JSON"),
+    "trailing comma": (raw(WHOLE[:-1] + b",}"), "not valid JSON"),
+    "two documents": (raw(WHOLE + WHOLE), "not valid JSON"),
+    "number of 5000 digits": (raw('{"images": ' + "9" * 5000 + "}"), "not valid JSON"),
     "nested too deeply": (raw("[" * 100_000), "nested too deeply"),
     "nested too deeply inside": (raw(WHOLE[:-1] + b', "x": ' + b'{"a":' * 100_000), "nested too deeply"),
-    "a list, as results are": (raw("[]"), "not COCO json (an object with"),
-    "null": (raw("null"), "not COCO json (an object with"),
+    "a list, as results are": (raw("[]"), "not a COCO annotation file (not an object with images"),
+    "null": (raw("null"), "not a COCO annotation file (not an object with images"),
     "no images": (drop("images"), "key 'images' is missing"),
     "empty images": (put([], "images"), "'images' is empty"),
     "no categories": (drop("categories"), "key 'categories' is missing"),
     "images by id": (put({"10": {}}, "images"), "'images' is not a list of objects"),
     "annotations null": (put(None, "annotations"), "'annotations' is not a list of objects"),
-    "category twice": (category("id", 1), "1 categories listed twice (category 1)"),
-    "category id text": (category("id", "2"), "1 categories whose id is not a whole number (categories[1]: '2')"),
-    "category id fraction": (category("id", 2.5), "id is not a whole number (categories[1]: 2.5)"),
-    "category name twice": (category("name", "cat"), "a name that an earlier one has (category 2: 'cat')"),
-    "category name null": (category("name", None), "categories whose name is no text (category 2: None)"),
-    "category without name": (drop("categories", 1, "name"), "categories without name (category 2)"),
-    "category no object": (put("dog", "categories", 1), "1 categories that are no objects (categories[1])"),
-    "boxes as corners": (corners, "8 of 8 annotations reach out of their image .* look like x1, y1, x2, y2"),
+    "category twice": (category("id", 1), "1 category listed twice (category 1)"),
+    "category id string": (category("id", "2"), "1 category whose id is not an integer (categories[1]: '2')"),
+    "category id fraction": (category("id", 2.5), "id is not an integer (categories[1]: 2.5)"),
+    "category name twice": (
+        category("name", "cat"),
+        "1 category with the name of an earlier category (category 2: 'cat')",
+    ),
+    "category name null": (category("name", None), "1 category whose name is not a string (category 2: None)"),
+    "category without name": (drop("categories", 1, "name"), "1 category without name (category 2)"),
+    "category not an object": (put("dog", "categories", 1), "1 category not written as an object (categories[1])"),
+    "boxes as corners": (corners, "8 of 8 annotations extend beyond their image .* look like x1, y1, x2, y2"),
     "all images faulty": (all_images_faulty, "4 images whose height .* (image 10: 0, "),
 }
 
-# One image (20) or one annotation (3) at fault.
+# One invalid image (20) or annotation (3).
 BAD_ENTRIES = {
-    "image no object": (put(7, "images", 1), "images that are no objects (images[1])"),
-    "image id missing": (drop("images", 1, "id"), "images without id (images[1])"),
-    "image id text": (image("id", "20"), "images whose id is not a whole number (images[1]: '20')"),
-    "image id true": (image("id", True), "images whose id is not a whole number (images[1]: True)"),
-    "image id float": (image("id", 20.0), "images whose id is not a whole number (images[1]: 20.0)"),
-    "image id null": (image("id", None), "images whose id is not a whole number (images[1]: None)"),
-    "image id over int64": (image("id", 2**63), "images whose id is not a whole number (images[1]: 9223"),
-    "image twice": (image("id", 10), "1 images listed twice (image 10)"),
-    "file name missing": (drop("images", 1, "file_name"), "1 images without file_name (image 20)"),
-    "file name a number": (image("file_name", 2), "file_name is no text of 1 to 1000 characters (image 20: 2)"),
-    "file name empty": (image("file_name", ""), "file_name is no text of 1 to 1000 characters (image 20: '')"),
-    "file name with NUL": (image("file_name", "a\0.png"), "file_name is no text of 1 to 1000 .*image 20: 'a"),
-    "file name of two lines": (image("file_name", "a\n.png"), "file_name is no text of 1 to 1000 .*image 20: 'a"),
-    "file name half a surrogate": (image("file_name", "\ud800.png"), "file_name is no text of 1 .*image 20: '"),
-    "file name endless": (image("file_name", "a" * 10**5), "file_name is no text of 1 to 1000 .*image 20: 'aaa"),
-    "file name climbs": (image("file_name", "../2.png"), "leaves the image folder (image 20: '../2.png')"),
-    "file name climbs later": (image("file_name", "a/../../2.png"), "leaves the image folder (image 20: 'a/../"),
+    "image not an object": (put(7, "images", 1), "1 image not written as an object (images[1])"),
+    "image id missing": (drop("images", 1, "id"), "1 image without id (images[1])"),
+    "image id string": (image("id", "20"), "1 image whose id is not an integer (images[1]: '20')"),
+    "image id true": (image("id", True), "1 image whose id is not an integer (images[1]: True)"),
+    "image id float": (image("id", 20.0), "1 image whose id is not an integer (images[1]: 20.0)"),
+    "image id null": (image("id", None), "1 image whose id is not an integer (images[1]: None)"),
+    "image id over int64": (image("id", 2**63), "1 image whose id is not an integer (images[1]: 9223"),
+    "image twice": (image("id", 10), "1 image listed twice (image 10)"),
+    "file name missing": (drop("images", 1, "file_name"), "1 image without file_name (image 20)"),
+    "file name a number": (
+        image("file_name", 2),
+        "file_name is not a string of 1 to 1000 printable characters (image 20: 2)",
+    ),
+    "file name empty": (
+        image("file_name", ""),
+        "file_name is not a string of 1 to 1000 printable characters (image 20: '')",
+    ),
+    "file name with NUL": (image("file_name", "a\0.png"), "file_name is not a string of 1 to 1000 .*image 20: 'a"),
+    "file name of two lines": (image("file_name", "a\n.png"), "file_name is not a string of 1 to 1000 .*image 20: 'a"),
+    "file name half a surrogate": (image("file_name", "\ud800.png"), "file_name is not a string of 1 .*image 20: '"),
+    "file name too long": (image("file_name", "a" * 10**5), "file_name is not a string of 1 to 1000 .*image 20: 'aaa"),
+    "file name leaves the folder": (image("file_name", "../2.png"), "leaves the image folder (image 20: '../2.png')"),
+    "file name leaves the folder later": (
+        image("file_name", "a/../../2.png"),
+        "leaves the image folder (image 20: 'a/../",
+    ),
     "file name absolute": (image("file_name", "/etc/passwd"), "leaves the image folder (image 20: '/etc/passwd')"),
     "file name on a drive": (image("file_name", "C:2.png"), "leaves the image folder (image 20: 'C:2.png')"),
     "file name by backslash": (image("file_name", "..\\2.png"), "leaves the image folder (image 20: '..\\\\2.png')"),
     "file name on a server": (image("file_name", "\\\\nas\\2.png"), "leaves the image folder (image 20: '"),
-    "height missing": (drop("images", 1, "height"), "1 images without height (image 20)"),
-    "height zero": (image("height", 0), "height is not in whole pixels, 1 to 1000000 (image 20: 0)"),
-    "height fraction": (image("height", 80.5), "height is not in whole pixels, 1 to 1000000 (image 20: 80.5)"),
-    "width text": (image("width", "100"), "width is not in whole pixels, 1 to 1000000 (image 20: '100')"),
-    "width NaN": (image("width", float("nan")), "width is not in whole pixels, 1 to 1000000 (image 20: nan)"),
-    "width enormous": (image("width", 10**7), "width is not in whole pixels, 1 to 1000000 (image 20: 10000000)"),
-    "annotation no object": (put([], "annotations", 2), "annotations that are no objects (annotations[2])"),
-    "id missing here": (drop("annotations", 2, "id"), "1 annotations without id (annotations[2])"),
-    "id false": (item("id", False), "annotations whose id is not a whole number (annotations[2]: False)"),
-    "annotation twice": (item("id", 2), "1 annotations listed twice (annotation 2)"),
-    "image_id missing": (drop("annotations", 2, "image_id"), "1 annotations without image_id (annotation 3)"),
-    "image_id null": (item("image_id", None), "image_id is not a whole number (annotation 3: None)"),
-    "image unknown": (item("image_id", 5), "1 annotations of an unknown image (annotation 3: 5)"),
-    "category_id text": (item("category_id", "cat"), "category_id is not a whole number (annotation 3: 'cat')"),
-    "category unknown": (item("category_id", 0), "1 annotations of an unknown category (annotation 3: 0)"),
-    "bbox missing": (drop("annotations", 2, "bbox"), "1 annotations without bbox (annotation 3)"),
+    "height missing": (drop("images", 1, "height"), "1 image without height (image 20)"),
+    "height zero": (image("height", 0), "height in pixels is not an integer from 1 to 1000000 (image 20: 0)"),
+    "height fraction": (image("height", 80.5), "height in pixels is not an integer from 1 to 1000000 (image 20: 80.5)"),
+    "width string": (image("width", "100"), "width in pixels is not an integer from 1 to 1000000 (image 20: '100')"),
+    "width NaN": (image("width", float("nan")), "width in pixels is not an integer from 1 to 1000000 (image 20: nan)"),
+    "width enormous": (
+        image("width", 10**7),
+        "width in pixels is not an integer from 1 to 1000000 (image 20: 10000000)",
+    ),
+    "annotation not an object": (put([], "annotations", 2), "1 annotation not written as an object (annotations[2])"),
+    "id missing": (drop("annotations", 2, "id"), "1 annotation without id (annotations[2])"),
+    "id false": (item("id", False), "1 annotation whose id is not an integer (annotations[2]: False)"),
+    "annotation twice": (item("id", 2), "1 annotation listed twice (annotation 2)"),
+    "image_id missing": (drop("annotations", 2, "image_id"), "1 annotation without image_id (annotation 3)"),
+    "image_id null": (item("image_id", None), "image_id is not an integer (annotation 3: None)"),
+    "image unknown": (item("image_id", 5), "1 annotation of an unknown image (annotation 3: 5)"),
+    "category_id string": (item("category_id", "cat"), "category_id is not an integer (annotation 3: 'cat')"),
+    "category unknown": (item("category_id", 0), "1 annotation of an unknown category (annotation 3: 0)"),
+    "bbox missing": (drop("annotations", 2, "bbox"), "1 annotation without bbox (annotation 3)"),
     "bbox of three": (item("bbox", [1, 2, 3]), "bbox is not four finite numbers (annotation 3: [1, 2, 3])"),
     "bbox an object": (item("bbox", {"x": 1}), "bbox is not four finite numbers (annotation 3: {'x': 1})"),
-    "bbox of texts": (item("bbox", ["1"] * 4), "bbox is not four finite numbers (annotation 3: ['1', "),
-    "bbox of truths": (item("bbox", [True] * 4), "bbox is not four finite numbers (annotation 3: [True, "),
+    "bbox of strings": (item("bbox", ["1"] * 4), "bbox is not four finite numbers (annotation 3: ['1', "),
+    "bbox of booleans": (item("bbox", [True] * 4), "bbox is not four finite numbers (annotation 3: [True, "),
     "bbox NaN": (item("bbox", [1, 2, float("nan"), 4]), "bbox is not four finite numbers (annotation 3: [1, 2, nan"),
     "bbox infinite": (item("bbox", [float("inf"), 2, 3, 4]), "four finite numbers (annotation 3: [inf"),
     "bbox beyond float": (item("bbox", [1, 2, 3, 10**400]), "bbox is not four finite numbers (annotation 3: [1, "),
@@ -162,21 +178,21 @@ BAD_ENTRIES = {
     "height negative": (item("bbox", [1, 2, 3, -0.1]), "negative width or height (annotation 3: [1, 2, 3, -0.1])"),
     "box right of image": (item("bbox", [101, 2, 3, 4]), "lies outside its image (annotation 3: [101, 2, 3, 4])"),
     "box above image": (item("bbox", [1, -9, 3, 4]), "lies outside its image (annotation 3: [1, -9, 3, 4])"),
-    "area null": (item("area", None), "area is not a finite number, at least 0 (annotation 3: None)"),
-    "area negative": (item("area", -1), "area is not a finite number, at least 0 (annotation 3: -1)"),
-    "area NaN": (item("area", float("nan")), "area is not a finite number, at least 0 (annotation 3: nan)"),
-    "iscrowd text": (item("iscrowd", "0"), "iscrowd is neither 0 nor 1 (annotation 3: '0')"),
+    "area null": (item("area", None), "area is not a finite number of at least 0 (annotation 3: None)"),
+    "area negative": (item("area", -1), "area is not a finite number of at least 0 (annotation 3: -1)"),
+    "area NaN": (item("area", float("nan")), "area is not a finite number of at least 0 (annotation 3: nan)"),
+    "iscrowd string": (item("iscrowd", "0"), "iscrowd is neither 0 nor 1 (annotation 3: '0')"),
     "iscrowd two": (item("iscrowd", 2), "iscrowd is neither 0 nor 1 (annotation 3: 2)"),
 }
 
 GOOD = {
-    "keys of one's own": put({"x": [None]}, "annotations", 2, "attributes"),
-    "segmentation of nonsense": item("segmentation", float("nan")),
+    "additional keys": put({"x": [None]}, "annotations", 2, "attributes"),
+    "invalid segmentation": item("segmentation", float("nan")),
     "crowd without area or segmentation": lambda content: content["annotations"].__setitem__(
         2, {"id": 3, "image_id": 10, "category_id": 1, "bbox": [1, 2, 3, 4], "iscrowd": 1}
     ),
     "no id in any annotation": lambda content: [entry.pop("id") for entry in content["annotations"]],
-    "ids as far as int64 goes": lambda content: (
+    "smallest and largest int64 ids": lambda content: (
         item("id", 2**63 - 1)(content),
         put(-(2**63), "annotations", 3, "id")(content),
     ),
@@ -200,14 +216,14 @@ def load(tmp_path):
 
 
 def says(text, message):
-    """Whether ``text`` is one line with ``message``, where ``.*`` stands for anything."""
+    """Whether ``text`` is one line that contains ``message``, in which ``.*`` matches anything."""
     pattern = ".*".join(map(re.escape, message.split(".*")))
     return re.search(pattern, text) is not None and len(text.splitlines()) == 1
 
 
 @pytest.mark.parametrize("on_error", ["raise", "skip"])
 @pytest.mark.parametrize("case", BAD_FILES)
-def test_a_file_that_cannot_be_mended_is_refused_in_both_modes(load, case, on_error):
+def test_an_invalid_file_is_refused_with_either_value_of_on_error(load, case, on_error):
     change, message = BAD_FILES[case]
     with pytest.raises(UserError) as error:
         load(change, on_error)
@@ -215,7 +231,7 @@ def test_a_file_that_cannot_be_mended_is_refused_in_both_modes(load, case, on_er
 
 
 @pytest.mark.parametrize("case", BAD_ENTRIES)
-def test_a_faulty_entry_is_refused_by_id(load, case):
+def test_an_invalid_entry_is_refused_by_id(load, case):
     change, message = BAD_ENTRIES[case]
     with pytest.raises(UserError) as error:
         load(change)
@@ -223,54 +239,47 @@ def test_a_faulty_entry_is_refused_by_id(load, case):
 
 
 @pytest.mark.parametrize("case", BAD_ENTRIES)
-def test_skip_leaves_out_the_faulty_entry_and_says_so_once(load, case, caplog):
+def test_skip_skips_the_invalid_entry_and_reports_it_once(load, case, caplog):
     change, message = BAD_ENTRIES[case]
     loaded = load(change, "skip")
     assert len(caplog.messages) == 1
-    assert says(caplog.messages[0], f"instances.json: data.on_error=skip leaves out .*{message}")
+    assert says(caplog.messages[0], f"instances.json: on_error=skip: skipped .*{message}")
     if "image" in message.split("(")[-1]:
         assert loaded.image_ids.tolist() == [10, 30, 40]
-        assert loaded.skipped_images == {1}
-        assert loaded.skipped_objects == {0, 4}  # those of image 20
+        assert sorted(loaded.annotation_ids.tolist()) == [2, 3, 4, 6, 7, 8]  # 1 and 5 belong to image 20
     else:
-        assert loaded.skipped_images == set()
-        assert loaded.skipped_objects == {2}
-    assert len(loaded.labels) == 8 - len(loaded.skipped_objects)
-    # What evaluates leaves out the same.
-    metric = CocoMetric(
-        loaded.path,
-        [1, 2],
-        ["cat", "dog"],
-        skipped_images=loaded.skipped_images,
-        skipped_objects=loaded.skipped_objects,
-    )
+        assert loaded.image_ids.tolist() == [10, 20, 30, 40]
+        assert sorted(loaded.annotation_ids.tolist()) == [1, 2, 4, 5, 6, 7, 8]
+    assert len(loaded.labels) == len(loaded.annotation_ids)
+    # Evaluation skips the same entries.
+    metric = CocoMetric(loaded, loaded.categories)
     nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
     metric.update(loaded.image_ids.tolist(), [nothing] * len(loaded))
     assert metric.compute()["AP"] == 0
 
 
 @pytest.mark.parametrize("case", GOOD)
-def test_what_is_unusual_but_right_is_taken_as_it_is(load, case, caplog):
+def test_unusual_but_valid_files_are_accepted(load, case, caplog):
     loaded = load(GOOD[case])
     assert len(loaded.labels) == 8
     assert caplog.messages == []
 
 
-def test_all_faults_are_told_in_one_line(load):
+def test_all_faults_are_reported_in_one_line(load):
     def change(content):
-        for fault in ("height zero", "bbox of three", "iscrowd two", "file name climbs"):
+        for fault in ("height zero", "bbox of three", "iscrowd two", "file name leaves the folder"):
             BAD_ENTRIES[fault][0](content)
         for entry in content["annotations"][4:]:
             entry["category_id"] = 7
 
     with pytest.raises(UserError) as error:
         load(change)
-    assert str(error.value).count("; ") == 4
+    assert str(error.value).count("; ") == 5
     first = "(annotation 5: 7, annotation 6: 7, annotation 7: 7, ...)"
     assert says(str(error.value), f"image 20: '../.*image 20: 0.*4 annotations of an unknown category {first}; 1 anno")
 
 
-def test_boxes_of_a_large_image_set_reaching_over_the_edge_are_no_corners(load, caplog):
+def test_boxes_that_extend_a_little_beyond_the_image_are_not_taken_for_corners(load, caplog):
     def change(content):
         for number, entry in enumerate(content["annotations"]):
             entry["bbox"] = [90, 10, 15, 20] if number % 2 else [0, 0, 30, 20]
@@ -291,7 +300,7 @@ def picture(width=100, height=80, mode="RGB"):
 
 
 def png_of_size(width, height):
-    """A PNG that claims to be of that size and holds next to nothing."""
+    """A PNG that claims to have this size but contains almost no data."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -300,71 +309,81 @@ def png_of_size(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def damaged(raw, place):
+def damaged(raw, position):
     raw = bytearray(raw)
-    raw[place] ^= 0xFF
+    raw[position] ^= 0xFF
     return bytes(raw)
 
 
 JPEG, PNG = encoded(picture(), "JPEG"), encoded(picture(), "PNG")
 BAD_IMAGES = {
     "empty": (b"", "2.png is empty, a file of 0 bytes"),
-    "text": (b"version https://git-lfs.github.com/spec/v1\n", "2.png is truncated or not an image"),
-    "web page": (b"<!DOCTYPE html><html>404</html>", "2.png is truncated or not an image"),
-    "drawing": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "2.png is truncated or not an image"),
-    "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 80\n%%EndComments\n", "2.png is truncated or not an"),
-    "truncated JPEG": (JPEG[: len(JPEG) // 2], "2.png is truncated or not an image"),
-    "JPEG header": (JPEG[:200], "2.png is truncated or not an image"),
-    "truncated PNG": (PNG[: len(PNG) // 2], "2.png is truncated or not an image"),
-    "PNG header": (PNG[:33], "2.png is truncated or not an image"),
-    "damaged PNG": (damaged(PNG, len(PNG) // 2), "2.png is truncated or not an image"),
-    "truncated GIF": (encoded(picture(), "GIF")[:900], "2.png is truncated or not an image"),
-    "truncated WebP": (encoded(picture(), "WEBP")[:900], "2.png is truncated or not an image"),
-    "truncated TIFF": (encoded(picture(), "TIFF")[:900], "2.png is truncated or not an image"),
-    "truncated BMP": (encoded(picture(), "BMP")[:900], "2.png is truncated or not an image"),
+    "text": (b"version https://git-lfs.github.com/spec/v1\n", "2.png is damaged or not an image"),
+    "web page": (b"<!DOCTYPE html><html>404</html>", "2.png is damaged or not an image"),
+    "drawing": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "2.png is damaged or not an image"),
+    "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 80\n%%EndComments\n", "2.png is damaged or not an"),
+    "truncated JPEG": (JPEG[: len(JPEG) // 2], "2.png is damaged or not an image"),
+    "JPEG header": (JPEG[:200], "2.png is damaged or not an image"),
+    "truncated PNG": (PNG[: len(PNG) // 2], "2.png is damaged or not an image"),
+    "PNG header": (PNG[:33], "2.png is damaged or not an image"),
+    "damaged PNG": (damaged(PNG, len(PNG) // 2), "2.png is damaged or not an image"),
+    "truncated GIF": (encoded(picture(), "GIF")[:900], "2.png is damaged or not an image"),
+    "truncated WebP": (encoded(picture(), "WEBP")[:900], "2.png is damaged or not an image"),
+    "truncated TIFF": (encoded(picture(), "TIFF")[:900], "2.png is damaged or not an image"),
+    "truncated BMP": (encoded(picture(), "BMP")[:900], "2.png is damaged or not an image"),
     "gigapixel PNG": (png_of_size(50_000, 50_000), "2.png is too large to read (Image size (2500000000 pixels)"),
-    "other size": (encoded(picture(101, 80), "PNG"), "2.png is 101 x 80 pixels, but its annotations say 100 x 80"),
-    "other way round": (encoded(picture(80, 100), "PNG"), "2.png is 80 x 100 pixels, but its annotations say 100 x 80"),
-    "other size and large": (png_of_size(13_000, 13_000), "2.png is 13000 x 13000 pixels, but its annotations say"),
-    "fractions": (encoded(picture(mode="F"), "TIFF"), "2.png has 32 bits a channel, of no known range"),
-    "32-bit": (encoded(Image.fromarray(np.full((80, 100), 1 << 20, np.int32)), "TIFF"), "2.png has 32 bits a channel"),
-    "missing": (None, "image 2.png is listed but not there"),
+    "other size": (encoded(picture(101, 80), "PNG"), "2.png is 101 x 80 pixels, but the json says 100 x 80"),
+    "other way round": (encoded(picture(80, 100), "PNG"), "2.png is 80 x 100 pixels, but the json says 100 x 80"),
+    "other size and large": (png_of_size(13_000, 13_000), "2.png is 13000 x 13000 pixels, but the json says"),
+    "fractions": (encoded(picture(mode="F"), "TIFF"), "2.png has 32 bits per channel with an unknown range"),
+    "32-bit": (
+        encoded(Image.fromarray(np.full((80, 100), 1 << 20, np.int32)), "TIFF"),
+        "2.png has 32 bits per channel",
+    ),
+    "missing": (None, "image 2.png not found"),
 }
 
 
 @pytest.fixture
 def dataset(load, tmp_path):
-    def dataset(raw, zipped, on_error="raise", stand_ins=None):
+    def dataset(raw, zipped, on_error="raise", replacements=None):
         files = {f"{n}.png": encoded(picture(), "PNG") for n in (1, 3, 4)}
         if raw is not None:
             files["2.png"] = raw
-        place = tmp_path / ("images.zip" if zipped else "images")
+        path = tmp_path / ("images.zip" if zipped else "images")
         if zipped:
-            with zipfile.ZipFile(place, "w") as archive:
+            with zipfile.ZipFile(path, "w") as archive:
                 for name, content in files.items():
                     archive.writestr(name, content)
         else:
-            place.mkdir()
+            path.mkdir()
             for name, content in files.items():
-                (place / name).write_bytes(content)
+                (path / name).write_bytes(content)
         annotations = load(lambda content: None)
-        return CocoDataset(annotations, ImageSource(place), EvalTransform(80, 100), CONTINUOUS, on_error, stand_ins)
+        return CocoDataset(
+            annotations,
+            ImageSource(path),
+            [Resize(80, 100)],
+            CONTINUOUS,
+            on_error=on_error,
+            replacements=replacements,
+        )
 
     return dataset
 
 
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize("case", BAD_IMAGES)
-def test_a_faulty_image_is_refused_by_file_and_id(dataset, case, zipped):
+def test_an_unreadable_image_is_refused_by_file_and_id(dataset, case, zipped):
     raw, message = BAD_IMAGES[case]
     with pytest.raises(UserError) as error:
-        dataset(raw, zipped)[Sample(1, 0)]
+        dataset(raw, zipped)[1]
     source = "images.zip" if zipped else "images"
     assert says(str(error.value), f"{source}: {message}.* (image 20 of .*instances.json)")
 
 
 @pytest.mark.parametrize("case", BAD_IMAGES)
-def test_skip_in_training_shows_the_next_image_and_says_so_once(dataset, case, caplog):
+def test_skip_in_training_returns_the_next_image_and_reports_it_once(dataset, case, caplog):
     raw, message = BAD_IMAGES[case]
     data = dataset(raw, False, "skip", np.arange(4))
     for _ in range(2):
@@ -373,37 +392,40 @@ def test_skip_in_training_shows_the_next_image_and_says_so_once(dataset, case, c
         assert torch.equal(image, data[Sample(2, 5)][0])
         assert len(target["boxes"]) == 2
     assert len(caplog.messages) == 1
-    assert says(caplog.messages[0], f"{message}.* (image 20 of .*takes its place .*unreadable so far: 1)")
+    assert says(
+        caplog.messages[0],
+        f"{message}.* (image 20 of .*; replaced by another image (on_error=skip, unreadable so far: 1)",
+    )
 
 
-def test_skip_in_evaluation_shows_a_black_image_that_counts_as_unreadable(dataset, caplog):
+def test_skip_in_evaluation_returns_a_black_image_marked_unreadable(dataset, caplog):
     data = dataset(b"", False, "skip")
-    image, target = data[Sample(1, 1)]
+    image, target = data[1]
     assert image.sum() == 0
     assert target["image_id"] == 20
     assert target["original_size"] == (80, 100)
     assert not target["readable"]
-    assert data[Sample(2, 2)][1]["readable"]
+    assert data[2][1]["readable"]
     assert "2.png is empty, a file of 0 bytes" in caplog.text
-    assert "counts as an image in which nothing was found" in caplog.text
+    assert "counts as an image without detections" in caplog.text
 
 
-def test_the_next_image_is_one_to_train_on_around_the_end_and_of_the_same_shape_where_there_is_one(dataset):
+def test_replacements_are_the_next_training_images_cyclically_with_the_same_orientation_first(dataset):
     data = dataset(b"", False, "skip", np.array([0, 1, 3]))
-    assert data._successors(1) == [3, 0]
-    assert data._successors(3) == [0, 1]
+    assert data._replacements_of(1) == [3, 0]
+    assert data._replacements_of(3) == [0, 1]
     data.annotations.heights[[1, 0]] = 120
-    assert data._successors(1) == [0, 3]
+    assert data._replacements_of(1) == [0, 3]
 
 
-def test_training_ends_where_no_image_can_be_read(dataset):
+def test_training_fails_if_no_image_can_be_read(dataset):
     data = dataset(b"", False, "skip", np.array([1]))
-    with pytest.raises(UserError, match="images: none of the images to train on can be read"):
-        data[Sample(1, 0)]
+    with pytest.raises(UserError, match="images: none of the training images can be read"):
+        data[1]
 
 
 @pytest.mark.parametrize("fault", ["encrypted", "damaged"])
-def test_a_faulty_archive_member_is_refused_by_file_and_id(dataset, tmp_path, fault):
+def test_an_unreadable_archive_member_is_refused_by_file_and_id(dataset, tmp_path, fault):
     data = dataset(PNG, True)
     raw = bytearray((tmp_path / "images.zip").read_bytes())
     data.images._archive = None
@@ -416,16 +438,16 @@ def test_a_faulty_archive_member_is_refused_by_file_and_id(dataset, tmp_path, fa
         raw[at + 16] ^= 0xFF
     (tmp_path / "images.zip").write_bytes(raw)
     with pytest.raises(UserError) as error:
-        data[Sample(1, 0)]
+        data[1]
     assert says(str(error.value), "images.zip: 2.png cannot be read from the archive (image 20 of ")
 
 
 @pytest.mark.parametrize("name", ["a" * 900, "folder", "2.png/x"])
-def test_a_name_that_no_image_file_has_is_refused_by_id(load, tmp_path, name):
+def test_a_file_name_that_cannot_be_read_is_refused_by_id(load, tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "2.png").write_bytes(PNG)
     annotations = load(image("file_name", name))
     with pytest.raises(UserError) as error:
-        CocoDataset(annotations, ImageSource(tmp_path), EvalTransform(80, 100), CONTINUOUS)[Sample(1, 0)]
+        CocoDataset(annotations, ImageSource(tmp_path), [Resize(80, 100)], CONTINUOUS)[1]
     assert says(str(error.value), "cannot be read .* (image 20 of ")
     assert len(str(error.value)) < 600

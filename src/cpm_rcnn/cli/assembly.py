@@ -73,10 +73,16 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
     """
     checkpoint = read_checkpoint(config.ckpt, "ckpt")
     data = checkpoint["hyper_parameters"]["data"] | non_null(config.data)
-    sizes = {name: value for name, value in non_null(config.data).items() if name in ("test_short_side", "test_max_size")}
+    sizes = {
+        name: value for name, value in non_null(config.data).items() if name in ("test_short_side", "test_max_size")
+    }
     with config_keys(config, "detector"):
         detector = detector_from(
-            checkpoint, f"ckpt={config.ckpt}", multi_scale=multi_scale_settings(config), **non_null(config.detector), **sizes
+            checkpoint,
+            f"ckpt={config.ckpt}",
+            multi_scale=multi_scale_settings(config),
+            **non_null(config.detector),
+            **sizes,
         )
     return detector, data
 

@@ -10,12 +10,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from cpm_rcnn.boxes import CONVENTIONS
-from cpm_rcnn.data.annotations import CocoAnnotations, CocoDataset, OnError
+from cpm_rcnn.data.annotations import CocoAnnotations
+from cpm_rcnn.data.dataset import CocoDataset
 from cpm_rcnn.data.images import ImageSource
 from cpm_rcnn.data.samplers import EvalSampler, TrainBatchSampler, TrainOrder, collate
-from cpm_rcnn.data.shapes import CATEGORIES, TRAIN_IMAGES, VAL_IMAGES, write_shapes
-from cpm_rcnn.data.transforms import EvalTransform, TrainTransform
-from cpm_rcnn.errors import UserError, check_choice, check_count, check_list, check_range
+from cpm_rcnn.data.settings import DataSettings, ShapesSettings
+from cpm_rcnn.data.shapes import CATEGORIES, write_shapes
+from cpm_rcnn.data.transforms import Augmentation, RandomFlip, RandomResize, Resize
+from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
 
 Split = Literal["train", "val", "test"]
 
@@ -23,168 +25,121 @@ Split = Literal["train", "val", "test"]
 class CocoDataModule(pl.LightningDataModule):
     """A COCO-style data set on disk.
 
-    Its loaders shard by rank themselves, hence the Trainer needs ``use_distributed_sampler=False``. Batches are those
-    of :func:`~cpm_rcnn.data.samplers.collate` over :class:`~cpm_rcnn.data.annotations.CocoDataset`.
+    Its loaders shard by rank themselves, so the Trainer needs ``use_distributed_sampler=False``. They yield batches of
+    :class:`~cpm_rcnn.data.CocoDataset` as :func:`~cpm_rcnn.data.samplers.collate` builds them. No file is read before
+    it is needed.
 
     Args:
-        root: folder that the other paths are relative to, or None where they need none.
-        train_json: annotations of the training split; None where nobody trains.
-        train_images: its image folder or .zip.
-        val_json: annotations of the validation split.
-        val_images: its image folder or .zip.
-        test_json: annotations, or image list, of a test split.
-        test_images: its image folder or .zip.
-        categories: what labels mean, each with ``id`` and ``name``; None takes them from ``train_json``, or from
-            ``val_json`` where there is no ``train_json``.
+        categories: the categories of the labels, each with ``id`` and ``name``. None takes them from ``train_json``, or
+            from ``val_json`` if there is no ``train_json``.
         batch_size: training images per step and process.
-        eval_batch_size: images per step and process in validation and test.
-        num_workers: worker processes of each loader.
-        short_sides: scales to train at, the shorter side in pixels.
-        max_size: most pixels of the longer side in training.
-        test_short_side: shorter side in pixels in validation and test; None leaves images at their size.
-        test_max_size: most pixels of the longer side in validation and test.
-        flip_probability: of a horizontal flip in training, 0 to 1.
-        seed: of the order and the augmentation.
-        max_steps: length of the whole run in steps, each of one batch; only training needs it.
-        convention: name of the pixel convention of the targets, ``continuous`` or ``inclusive``.
-        on_error: what becomes of faulty annotations and images: ``raise``, an error at the first file that has some; or
-            ``skip``, a warning (:meth:`CocoAnnotations.load` and :class:`~cpm_rcnn.data.annotations.CocoDataset` say how).
+        max_steps: number of batches of the whole run; only training needs it.
+        seed: random seed of the order and the augmentations, 0 to 2**32 - 1.
+        convention: name of the convention of the targets' boxes, ``continuous`` or ``inclusive``.
+        **settings: fields of :class:`~cpm_rcnn.data.DataSettings`.
 
     Attributes:
+        settings: the settings.
+        root: ``settings.root`` as a path, with ``~`` expanded.
+        train_augmentations: the list that is applied in training. Change it before the loader is built to add your own.
+        eval_augmentations: the list that is applied in validation and test; it may only resize.
         start_step: first step that the training loader yields; a resumed run sets it.
 
     Raises:
-        UserError: a value out of range.
+        ArgumentError: an argument has the wrong type or is out of range.
     """
+
+    settings_class: type[DataSettings] = DataSettings
 
     def __init__(
         self,
         *,
-        root: str | None,
-        train_json: str | None,
-        train_images: str | None,
-        val_json: str,
-        val_images: str,
-        test_json: str | None = None,
-        test_images: str | None = None,
         categories: Sequence[dict[str, Any]] | None = None,
         batch_size: int = 2,
-        eval_batch_size: int = 1,
-        num_workers: int = 2,
-        short_sides: Sequence[int] = (800,),
-        max_size: int = 1333,
-        test_short_side: int | None = 800,
-        test_max_size: int = 1333,
-        flip_probability: float = 0.5,
-        seed: int = 0,
         max_steps: int | None = None,
+        seed: int = 0,
         convention: str = "continuous",
-        on_error: OnError = "raise",
+        **settings: Any,
     ) -> None:
         super().__init__()
-        check_count("data.batch_size", batch_size)
-        check_count("data.eval_batch_size", eval_batch_size)
-        check_count("data.num_workers", num_workers, 0)
-        check_list("data.short_sides", short_sides)
-        for short_side in short_sides:
-            check_count("data.short_sides", short_side)
-        check_range("number of data.short_sides", len(short_sides), 1)
-        check_count("data.max_size", max_size)
-        if test_short_side is not None:
-            check_count("data.test_short_side", test_short_side)
-        check_count("data.test_max_size", test_max_size)
-        check_range("data.flip_probability", flip_probability, 0, 1)
-        check_range("seed", seed, 0, 2**32 - 1)
+        check_count("batch_size", batch_size)
         if max_steps is not None:
-            check_range("max_steps", max_steps, 1)
-        check_choice("pixels", convention, CONVENTIONS)
-        check_choice("data.on_error", on_error, ("raise", "skip"))
-        self.root = Path(root or "").expanduser()
-        self._files = {
-            "train": (train_json, train_images),
-            "val": (val_json, val_images),
-            "test": (test_json, test_images),
-        }
-        self._given_categories = categories
+            check_count("max_steps", max_steps)
+        check_range("seed", seed, 0, 2**32 - 1)
+        check_choice("convention", convention, CONVENTIONS)
+        self.settings = self.settings_class.from_dict(settings, "data")
+        self.root = Path(self.settings.root or "").expanduser()
         self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.num_workers = num_workers
-        self.on_error = on_error
-        self.seed = seed
         self.max_steps = max_steps
-        self.start_step = 0
+        self.seed = seed
         self.convention = CONVENTIONS[convention]
-        self._train_transform = TrainTransform(tuple(short_sides), max_size, flip_probability, seed, self.convention)
-        self._eval_transform = EvalTransform(test_short_side, test_max_size)
+        self.start_step = 0
+        self.train_augmentations: list[Augmentation] = [
+            RandomResize(self.settings.short_sides, self.settings.max_size),
+            RandomFlip(self.settings.flip_probability, self.convention),
+        ]
+        self.eval_augmentations: list[Augmentation] = [
+            Resize(self.settings.test_short_side, self.settings.test_max_size)
+        ]
+        self._given_categories = categories
         self._annotations: dict[str, CocoAnnotations] = {}
 
     @property
     def evaluation_arguments(self) -> dict[str, Any]:
-        """Plain arguments that make a module of the same validation and test data: what a checkpoint stores."""
-        (val_json, val_images), (test_json, test_images) = self._files["val"], self._files["test"]
-        return {
-            # Absolute, since eval may be called from another folder.
-            "root": str(self.root.absolute()),
-            "train_json": None,
-            "train_images": None,
-            "val_json": val_json,
-            "val_images": val_images,
-            "test_json": test_json,
-            "test_images": test_images,
-            "eval_batch_size": self.eval_batch_size,
-            "num_workers": self.num_workers,
-            "on_error": self.on_error,
-            "test_short_side": self._eval_transform.short_side,
-            "test_max_size": self._eval_transform.max_size,
-        }
+        """The settings, as plain values, that evaluation depends on; a checkpoint stores them.
+
+        With ``categories`` and ``convention``, they make a :class:`CocoDataModule` of the same validation and test
+        data. ``root`` is absolute, since evaluation may run in another folder.
+        """
+        values = self.settings.to_dict()
+        return {name: values[name] for name in DataSettings.names("testing")} | {"root": str(self.root.absolute())}
 
     @property
     def categories(self) -> list[dict[str, Any]]:
         """``{"id": .., "name": ..}`` by ascending id; label ``k + 1`` stands for item k.
 
         Raises:
-            UserError: the json that says so is missing or faulty.
+            UserError: the json that defines them is missing or invalid.
         """
         if self._given_categories is not None:
             return sorted(self._given_categories, key=lambda category: category["id"])
-        return self.annotations("train" if self._files["train"][0] else "val").categories
+        return self.annotations(self._category_split).categories
 
     def annotations(self, split: Split) -> CocoAnnotations:
-        """The annotations of a split, read once.
+        """The annotations of a split; its file is read at the first call.
 
         Raises:
-            UserError: no such file, or one that does not hold together (:meth:`CocoAnnotations.load`).
+            UserError: there is no such file, or it is invalid (:meth:`CocoAnnotations.load`).
         """
         if split not in self._annotations:
             path = self._path(split, "json")
-            # The json that names the categories is the one that they cannot be checked against.
-            names_them = split == ("train" if self._files["train"][0] else "val")
-            known = self._given_categories if names_them else self.categories
-            self._annotations[split] = CocoAnnotations.load(path, known, self.on_error)
+            # The json that defines the categories cannot be checked against them.
+            known = self._given_categories if split == self._category_split else self.categories
+            self._annotations[split] = CocoAnnotations.load(path, known, self.settings.on_error)
         return self._annotations[split]
 
     def train_dataloader(self) -> DataLoader:
-        """Training batches from ``start_step`` to ``max_steps``, without images that hold no usable object.
+        """Training batches from ``start_step`` to ``max_steps``, of the images with at least one usable object.
 
         Raises:
-            UserError: missing files, or no image with a usable object.
+            UserError: a file is missing or invalid, or no image has a usable object.
         """
         annotations = self.annotations("train")
         rows = annotations.images_with_objects()
         if len(rows) == 0:
             raise UserError(f"{annotations.path}: no image has an object to train on (crowds do not count)")
         if self.max_steps is None:
-            raise UserError("max_steps=None: training needs the run's length in steps")
+            raise ArgumentError("max_steps", "=None: training needs the number of steps")
         rank, world_size = self._rank()
         order = TrainOrder(rows, annotations.portrait[rows], self.seed, self.batch_size, world_size)
         sampler = TrainBatchSampler(order, rank, self.start_step, self.max_steps)
-        return self._loader("train", self._train_transform, rows, batch_sampler=sampler)
+        return self._loader("train", self.train_augmentations, replacements=rows, batch_sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
         """All images of the validation split, in the json's order.
 
         Raises:
-            UserError: missing files.
+            UserError: a file is missing or invalid.
         """
         return self._eval_loader("val")
 
@@ -192,48 +147,70 @@ class CocoDataModule(pl.LightningDataModule):
         """All images of the test split, in the json's order.
 
         Raises:
-            UserError: missing files, or no test split in the configuration.
+            UserError: a file is missing or invalid, or no test split is configured.
         """
         return self._eval_loader("test")
 
     def _eval_loader(self, split: Split) -> DataLoader:
         sampler = EvalSampler(len(self.annotations(split)), *self._rank())
-        return self._loader(split, self._eval_transform, None, sampler=sampler, batch_size=self.eval_batch_size)
+        return self._loader(split, self.eval_augmentations, sampler=sampler, batch_size=self.settings.eval_batch_size)
 
     def _loader(
-        self, split: Split, transform: TrainTransform | EvalTransform, stand_ins: np.ndarray | None, **batching: Any
+        self,
+        split: Split,
+        augmentations: list[Augmentation],
+        replacements: np.ndarray | None = None,
+        **batching: Any,
     ) -> DataLoader:
-        images = ImageSource(self._path(split, "images"))
+        dataset = CocoDataset(
+            self.annotations(split),
+            ImageSource(self._path(split, "images")),
+            augmentations,
+            self.convention,
+            self.seed,
+            self.settings.on_error,
+            replacements,
+        )
         return DataLoader(
-            CocoDataset(self.annotations(split), images, transform, self.convention, self.on_error, stand_ins),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            dataset,
+            num_workers=self.settings.num_workers,
+            persistent_workers=self.settings.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
             **batching,
         )
 
     def _rank(self) -> tuple[int, int]:
-        """This process' rank, and the number of ranks."""
+        """The rank of this process and the number of ranks."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
+    @property
+    def _category_split(self) -> Split:
+        """The split whose json defines the categories unless they were given."""
+        return "train" if self.settings.train_json else "val"
+
     def _path(self, split: Split, kind: Literal["json", "images"]) -> Path:
-        """A configured path that exists, for images as folder or as .zip."""
-        key = f"data.{split}_{kind}"
-        name = self._files[split][kind == "images"]
+        """The path of a setting, which exists; images may be a folder or its .zip.
+
+        Raises:
+            ArgumentError: the setting is None or nothing is there.
+        """
+        argument = f"{split}_{kind}"
+        name = getattr(self.settings, argument)
         if name is None:
-            raise UserError(f"{key}=null: set it to use the {split} split")
+            raise ArgumentError(argument, f"=null: set it to use the {split} split")
         path = self.root / name
         if path.exists() or (kind == "images" and path.with_name(path.name + ".zip").exists()):
             return path
-        raise UserError(f"{key}={path}: not there; {self._expected()}")
+        raise ArgumentError(argument, f"={path}: no such file or folder; {self._expected_files()}")
 
-    def _expected(self) -> str:
-        """What a user should find, or put, where the configuration points."""
+    def _expected_files(self) -> str:
+        """What should be in ``root``, for messages."""
         names = []
-        for listed, images in self._files.values():
-            if listed:
-                names.append(listed)
+        for split in ("train", "val", "test"):
+            json, images = (getattr(self.settings, f"{split}_{kind}") for kind in ("json", "images"))
+            if json:
+                names.append(json)
             if images:
                 names.append(images if images.endswith(".zip") else f"{images}/ or {images}.zip")
         return (
@@ -243,38 +220,33 @@ class CocoDataModule(pl.LightningDataModule):
 
 
 class ShapesDataModule(CocoDataModule):
-    """The embedded data set of drawn shapes, rendered into ``root`` on first use.
+    """The built-in data set of drawn shapes, rendered into ``root`` on first use.
 
     Args:
-        root: folder to render into; its parents are made where needed.
-        train_count: number of training images.
-        val_count: number of validation images.
-        **options: the remaining arguments of :class:`CocoDataModule`.
+        **arguments: arguments of :class:`CocoDataModule` except ``categories`` and the paths of the splits, and
+            the fields of :class:`~cpm_rcnn.data.settings.ShapesSettings`.
 
     Raises:
-        UserError: a value out of range.
+        ArgumentError: an argument has the wrong type or is out of range.
     """
 
-    def __init__(
-        self, *, root: str, train_count: int = TRAIN_IMAGES, val_count: int = VAL_IMAGES, **options: Any
-    ) -> None:
-        check_count("data.train_count", train_count)
-        check_count("data.val_count", val_count)
+    settings_class = ShapesSettings
+    settings: ShapesSettings
+
+    def __init__(self, **arguments: Any) -> None:
         super().__init__(
-            root=root,
             train_json="annotations/instances_train.json",
             train_images="train",
             val_json="annotations/instances_val.json",
             val_images="val",
             categories=CATEGORIES,
-            **options,
+            **arguments,
         )
-        self._counts = train_count, val_count
 
     def prepare_data(self) -> None:
-        """Render the data set where it is not there yet.
+        """Render the data set unless it exists.
 
         Raises:
-            UserError: ``root`` holds something else.
+            ArgumentError: ``root`` contains something else.
         """
-        write_shapes(self.root, *self._counts)
+        write_shapes(self.root, self.settings.train_count, self.settings.val_count)

@@ -1,4 +1,4 @@
-"""Where image files live: a folder, or a zip archive read in place."""
+"""Reading images from a folder or from a zip archive that stays packed."""
 
 import io
 import os
@@ -16,14 +16,14 @@ from cpm_rcnn.errors import UserError
 
 
 class ImageSource:
-    """Reads images by the file names that a COCO json gives them.
+    """Reads images by the file names in a COCO json.
 
-    A zip member is found by its full name, then under the folder named like the archive (COCO's
-    ``train2017.zip`` holds ``train2017/000000000009.jpg``), then by the end of its path. The archive is opened
-    once in every process, at its first read, so that DataLoader workers never share a file position.
+    A zip member is found by its full name, then inside the folder named like the archive (COCO's ``train2017.zip``
+    contains ``train2017/000000000009.jpg``), then by the end of its path. The archive is opened once per process, at
+    the first read, so that DataLoader workers never share a file position.
 
     Args:
-        path: a folder or a .zip file; ``path.zip`` serves where ``path`` itself does not exist.
+        path: a folder or a .zip file; if ``path`` does not exist, ``path.zip`` is used.
 
     Raises:
         UserError: neither exists, or the archive cannot be read.
@@ -43,27 +43,27 @@ class ImageSource:
                 by_name[PurePosixPath(member).name].append(member)
             self._members = dict(by_name)
         elif not path.is_dir():
-            raise UserError(f"{path}: no such image folder, and no {archive.name} beside it")
+            raise UserError(f"{path}: no such image folder, and no {archive.name} next to it")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None}
 
     def read(self, file_name: str, size: tuple[int, int] | None = None) -> Tensor:
-        """Decode one image; of an animation, its first frame.
+        """Decode one image; the first frame of an animation.
 
-        What a camera wrote in EXIF about its orientation is followed, as viewers and most annotation tools do, except
-        where ``size`` fits the pixels as they are stored and not as they are shown.
+        The image is rotated as its EXIF orientation says, as viewers and most annotation tools do, unless only the
+        stored pixels have the expected ``size``.
 
         Args:
-            file_name: as in the json, relative to the folder or the archive.
-            size: (height, width) in pixels that the image must have; None takes any.
+            file_name: name in the json, relative to the folder or the archive.
+            size: (height, width) in pixels that the image must have; None accepts any size.
 
         Returns:
             (3, H, W) uint8 RGB. Transparency is dropped, 16-bit grey is divided by 256.
 
         Raises:
-            UserError: the image is absent, of another size, too large (Pillow's limit, 179 million pixels), damaged
-                or no image of a kind that is read.
+            UserError: the image is missing, has another size, exceeds Pillow's limit of 179 million pixels, is
+                damaged, or has an unsupported format.
         """
         raw = self._read_folder(file_name) if self._members is None else self._read_archive(file_name)
         try:
@@ -75,8 +75,8 @@ class ImageSource:
         try:
             return (self.path / file_name).read_bytes()
         except FileNotFoundError:
-            raise UserError(f"{self.path}: image {_short(file_name)} is listed but not there") from None
-        except (OSError, ValueError) as error:  # the latter of names that the system cannot have
+            raise UserError(f"{self.path}: image {_short(file_name)} not found") from None
+        except (OSError, ValueError) as error:  # ValueError for names that the file system does not allow
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{self.path}: {_short(file_name)} cannot be read ({reason})") from error
 
@@ -86,7 +86,7 @@ class ImageSource:
             return self._open().read(member)
         except UserError:
             raise
-        except Exception as error:  # damaged and encrypted members raise of many kinds, zlib's and lzma's among them
+        except Exception as error:  # damaged and encrypted members raise many types, also those of zlib and lzma
             raise UserError(f"{self.path}: {_short(file_name)} cannot be read from the archive") from error
 
     def _member(self, file_name: str) -> str:
@@ -97,13 +97,13 @@ class ImageSource:
                 return exact
         found = [member for member in candidates if member.endswith("/" + file_name)]
         if not found:
-            raise UserError(f"{self.path}: image {_short(file_name)} is listed but not there")
+            raise UserError(f"{self.path}: image {_short(file_name)} not found")
         if len(found) > 1:
-            raise UserError(f"{self.path}: {_short(file_name)} could be {found[0]} or {found[1]}")
+            raise UserError(f"{self.path}: image {_short(file_name)} is ambiguous: {found[0]} or {found[1]}")
         return found[0]
 
     def _open(self) -> zipfile.ZipFile:
-        # A handle from before a fork shares its file position with the parent, hence the process id.
+        # A handle opened before a fork shares its file position with the parent, hence the process id.
         if self._archive is None or self._archive[0] != os.getpid():
             try:
                 self._archive = os.getpid(), zipfile.ZipFile(self.path)
@@ -112,11 +112,11 @@ class ImageSource:
         return self._archive[1]
 
 
-# Those of photographs and drawings. Pillow would start a PostScript interpreter for some of the others.
+# Common formats only; for some of the others, Pillow would start a PostScript interpreter.
 _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_TURNS = {
+_TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -125,63 +125,62 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_QUARTER_TURNS = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}
+_SWAPS_SIDES = {_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8)}
 
 
 def _decode(raw: bytes, size: tuple[int, int] | None) -> Tensor:
-    """(3, H, W) uint8 RGB from an image file's bytes.
+    """(3, H, W) uint8 RGB from the bytes of an image file.
 
-    Pillow, since torchvision's own decoders are on their way out and give the same pixels no faster.
+    Uses Pillow: torchvision's own decoders are being removed, and return the same pixels no faster.
 
     Raises:
-        UserError: what is wrong with the image, to follow its name.
+        UserError: the image is invalid; the message continues a sentence that starts with the image's name.
     """
     if not raw:
         raise UserError("is empty, a file of 0 bytes")
     try:
         image: Image.Image = Image.open(io.BytesIO(raw), formats=_FORMATS)
         if size is not None and sorted(size) != sorted(image.size):
-            raise UserError(_other_size(image.size, size))  # before it is decoded
+            raise UserError(_wrong_size(image.size, size))  # without decoding it
         image.load()
-        turn = _turn(image)
-        shown = image.size if turn in _QUARTER_TURNS else image.size[::-1]
-        if size not in (None, shown, image.size[::-1]):
-            raise UserError(_other_size(image.size, size))
-        if turn is not None and size in (None, shown):
-            image = image.transpose(turn)
+        transpose = _exif_transpose(image)
+        upright_size = image.size if transpose in _SWAPS_SIDES else image.size[::-1]
+        if size not in (None, upright_size, image.size[::-1]):
+            raise UserError(_wrong_size(image.size, size))
+        if transpose is not None and size in (None, upright_size):
+            image = image.transpose(transpose)
         return pil_to_tensor(_eight_bits(image).convert("RGB"))
     except UserError:
         raise
     except Image.DecompressionBombError as error:
         raise UserError(f"is too large to read ({error})") from error
-    except Exception as error:  # Pillow's readers raise of any kind on damaged files
-        kinds = ", ".join(_FORMATS)
-        raise UserError(f"is truncated or not an image of a kind that is read ({kinds})") from error
+    except Exception as error:  # Pillow's readers raise any type on damaged files
+        raise UserError(f"is damaged or not an image in a supported format ({', '.join(_FORMATS)})") from error
 
 
-def _other_size(found: tuple[int, int], size: tuple[int, int]) -> str:
-    return f"is {found[0]} x {found[1]} pixels, but its annotations say {size[1]} x {size[0]}"
+def _wrong_size(found: tuple[int, int], size: tuple[int, int]) -> str:
+    return f"is {found[0]} x {found[1]} pixels, but the json says {size[1]} x {size[0]}"
 
 
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What EXIF asks for to show the image upright; None where it does not say or says nonsense."""
+def _exif_transpose(image: Image.Image) -> Image.Transpose | None:
+    """How to show the image upright; None if its EXIF orientation is missing, invalid or already upright."""
     try:
-        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF spoils no pixel
+        return _TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # the pixels are usable even if the EXIF data are damaged
         return None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image with 8 bits a channel; Pillow's own conversion would clip 16-bit grey where it should scale.
+    """The image with 8 bits per channel. Pillow's own conversion would clip 16-bit grey instead of scaling it.
 
     Raises:
-        UserError: its numbers have no known range.
+        UserError: the range of its numbers is unknown.
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 1 << 16:
-        raise UserError("has 32 bits a channel, of no known range; save it with 8 or 16")
+        raise UserError("has 32 bits per channel with an unknown range; save it with 8 or 16")
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 

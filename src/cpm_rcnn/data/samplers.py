@@ -1,7 +1,7 @@
-"""The order of a run: which images stand in which batch.
+"""The order of a run: which images are in which batch.
 
-A run counts steps, not epochs. Which samples a step gets is a function of (seed, step) that can be asked for at any
-step without walking there, so a run may stop, resume and change its number of workers and still see the same batches.
+A run counts steps, not epochs. The samples of a step are a function of (seed, step) that can be evaluated at any step
+directly, so a run may stop, resume and change its number of workers and still get the same batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,11 @@ from torch.utils.data import Sampler
 
 
 class Sample(NamedTuple):
-    """An image, and the place in the run where it is shown.
+    """An image, and its position in the run.
 
     Attributes:
         image: row of the image in its annotations.
-        number: count of the samples shown before it in the run, over all ranks; seeds its augmentation.
+        number: number of samples before it in the run, over all ranks; seeds its augmentations.
     """
 
     image: int
@@ -26,16 +26,16 @@ class Sample(NamedTuple):
 
 
 class TrainOrder:
-    """An endless order of training batches, each of one orientation over all ranks.
+    """An endless order of training batches, each with images of one orientation on all ranks.
 
-    Portraits and the rest form two streams. A stream is one permutation of its images after another, so within it
-    every image comes equally often. The steps are dealt to the streams in proportion to their numbers of images, as
-    evenly as whole batches allow; nothing is dropped and nothing waits in a buffer.
+    Portrait images and the others form two streams. A stream concatenates permutations of its images, so within it all
+    images occur equally often. Each step takes its batch from one stream; the steps are distributed over the streams
+    in proportion to their numbers of images, as evenly as whole batches allow. No image is dropped or buffered.
 
     Args:
         images: rows of the images to train on.
         portrait: for each of them, whether it is higher than wide.
-        seed: of the run, at least 0.
+        seed: random seed of the run, at least 0.
         batch_size: images per step and rank.
         world_size: number of ranks.
     """
@@ -55,29 +55,29 @@ class TrainOrder:
         self._streams = (_Stream(rows[~portrait], seed, 0), _Stream(rows[portrait], seed, 1))
         self._images = len(rows)
         self._portraits = int(portrait.sum())
-        # Where in the cycle of the two streams the run starts; an integer keeps the deal exact at any step.
+        # Where in the cycle of the two streams the run starts; integer arithmetic is exact at any step.
         self._phase = int(Philox(key=[seed, 2], counter=_ORDER).random_raw()) % self._images
 
     def global_batch(self, step: int) -> list[Sample]:
-        """The samples of one step over all ranks; ``batch_size * world_size`` of them, rank after rank."""
+        """The ``batch_size * world_size`` samples of one step, ordered by rank."""
         size = self.batch_size * self.world_size
         before = self._portrait_steps(step)
         is_portrait = self._portrait_steps(step + 1) > before
         steps_of_stream = before if is_portrait else step - before
         rows = self._streams[is_portrait].take(steps_of_stream * size, size)
-        return [Sample(row, step * size + place) for place, row in enumerate(rows)]
+        return [Sample(row, step * size + position) for position, row in enumerate(rows)]
 
     def _portrait_steps(self, step: int) -> int:
-        """How many of the first ``step`` steps draw portraits."""
+        """How many of the first ``step`` steps use portrait images."""
         return (step * self._portraits + self._phase) // self._images
 
 
-# The start of the counters of this module's draws. Those of transforms.py, under keys that may be equal, start at 0.
+# Where the Philox counters of this module start. Those of transforms.sample_rng start at 0 and may have equal keys.
 _ORDER = 1 << 192
 
 
 class _Stream:
-    """Images in an endless sequence of seeded permutations, with random access."""
+    """An endless sequence of seeded permutations of images, with random access."""
 
     def __init__(self, images: np.ndarray, seed: int, group: int) -> None:
         self._images = images
@@ -94,7 +94,7 @@ class _Stream:
         return taken
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        # Sorting raw words, not Generator.permutation: numpy promises only the former to stay the same over versions.
+        # Sorts raw output, not Generator.permutation: numpy promises only the former to be the same in all versions.
         if epoch != self._epoch:
             words = Philox(key=self._key, counter=_ORDER + (epoch << 64)).random_raw(len(self._images))
             self._epoch, self._shuffled = epoch, self._images[np.argsort(words, kind="stable")]
@@ -102,13 +102,13 @@ class _Stream:
 
 
 class TrainBatchSampler(Sampler[list[Sample]]):
-    """One rank's part of the steps ``start`` to ``stop`` of a run.
+    """The batches of one rank, for the steps ``start`` to ``stop`` of a run.
 
-    Its length is ``stop``, not ``stop - start``: Lightning counts the batches of a resumed run from the run's first,
-    adds those already done, and ends when it reaches the loader's length.
+    Its length is ``stop``, not ``stop - start``: when a run resumes, Lightning counts batches from the start of the
+    run and ends when the count reaches the length of the loader.
 
     Args:
-        order: the run's order.
+        order: order of the run.
         rank: which part of each global batch to yield.
         start: first step.
         stop: one past the last step.
@@ -129,15 +129,15 @@ class TrainBatchSampler(Sampler[list[Sample]]):
         return self.stop
 
 
-class EvalSampler(Sampler[Sample]):
-    """Every ``world_size``-th image, from ``rank`` on.
+class EvalSampler(Sampler[int]):
+    """Every ``world_size``-th row, starting at ``rank``.
 
-    All ranks yield the same number of samples, as collective operations need: the last round starts over with the
-    first images where they run out, and whoever collects results must drop such duplicates by image id.
+    All ranks yield the same number of rows, as collective operations need. If the images run out in the last round,
+    it repeats the first ones; whoever collects the results must drop these duplicates by image id.
 
     Args:
         count: number of images.
-        rank: of this process.
+        rank: rank of this process.
         world_size: number of ranks.
     """
 
@@ -146,16 +146,15 @@ class EvalSampler(Sampler[Sample]):
         self.rank = rank
         self.world_size = world_size
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[int]:
         for turn in range(len(self)):
-            row = (turn * self.world_size + self.rank) % self.count
-            yield Sample(row, row)
+            yield (turn * self.world_size + self.rank) % self.count
 
     def __len__(self) -> int:
         return -(-self.count // self.world_size)
 
 
 def collate(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Lists of images and of targets; the detector pads on the device, where it is cheap."""
+    """A list of images and a list of targets. Images are padded later by the detector, on its device."""
     images, targets = zip(*samples)
     return list(images), list(targets)

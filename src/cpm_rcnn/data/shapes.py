@@ -1,9 +1,9 @@
-"""The embedded data set: drawn shapes on textured grounds, written to disk in COCO's form.
+"""The built-in data set: drawn shapes on textured backgrounds, written to disk in COCO's format.
 
-It stands in for COCO where a small detector should learn something within minutes. Shapes of five classes, each
-with its family of colours, come in COCO's small, medium and large areas, rotated, overlapping and cut by the
-image's edge; some images hold a crowd (a cluster of tiny shapes under one ``iscrowd`` box), some hold nothing.
-Boxes and areas are those of the visible pixels.
+It replaces COCO where a small detector should learn something within minutes. Shapes of five classes, each with its
+own range of colours, have COCO's small, medium and large areas and are rotated, overlapping and cut off at the image
+border. Some images contain a crowd (a cluster of tiny shapes under one ``iscrowd`` box), some contain nothing. Boxes
+and areas are those of the visible pixels.
 """
 
 import colorsys
@@ -18,57 +18,53 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import ArgumentError
 
 CLASSES = ("circle", "square", "triangle", "star", "cross")
 CATEGORIES: list[dict[str, Any]] = [{"id": number + 1, "name": name} for number, name in enumerate(CLASSES)]
-TRAIN_IMAGES = 600
-VAL_IMAGES = 100
 
-# Part of the marker file: raise it whenever the same arguments would render other images.
+# Part of the marker file: increase it whenever the same arguments would render other images.
 _VERSION = 1
 _MARKER = "shapes.json"
-# Shapes are drawn at this multiple of the image's resolution and averaged down, which smooths their edges.
+# Shapes are drawn at this multiple of the image's resolution and averaged, which smooths their edges.
 _SUPERSAMPLING = 4
 
 
-def write_shapes(
-    root: str | Path, train_images: int = TRAIN_IMAGES, val_images: int = VAL_IMAGES, seed: int = 0
-) -> None:
-    """Render the data set into ``root``, unless it is there already.
+def write_shapes(root: str | Path, train_images: int, val_images: int, seed: int = 0) -> None:
+    """Render the data set into ``root``, unless it already exists.
 
-    The folder appears complete or not at all: it is written under another name beside its place and then renamed, so
-    that several processes may call this at once. The same arguments give the same files.
+    The folder appears complete or not at all: it is written under a temporary name next to ``root`` and then renamed,
+    so several processes may call this at the same time. The same arguments give the same files.
 
     Args:
-        root: folder to make; ``annotations/instances_{train,val}.json``, ``train/`` and ``val/`` inside.
+        root: folder to create, with ``annotations/instances_{train,val}.json``, ``train/`` and ``val/``.
         train_images: number of training images.
         val_images: number of validation images.
-        seed: of the drawing.
+        seed: random seed of the drawings.
 
     Raises:
-        UserError: ``root`` holds something else, or cannot be written.
+        ArgumentError: ``root`` contains something else, or cannot be written.
     """
     root = Path(root).absolute()
     marker = {"version": _VERSION, "train_images": train_images, "val_images": val_images, "seed": seed}
     if _is_complete(root, marker):
         return
-    copy = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
+    temporary = root.with_name(f".{root.name}-{uuid.uuid4().hex}")
     try:
-        copy.mkdir(parents=True)
-        _write_split(copy, "train", train_images, [seed, 0])
-        _write_split(copy, "val", val_images, [seed, 1])
-        (copy / _MARKER).write_text(json.dumps(marker))
+        temporary.mkdir(parents=True)
+        _write_split(temporary, "train", train_images, [seed, 0])
+        _write_split(temporary, "val", val_images, [seed, 1])
+        (temporary / _MARKER).write_text(json.dumps(marker))
         try:
-            os.rename(copy, root)
+            os.rename(temporary, root)
         except OSError:
             # Another process was faster; its files are the same.
             if not _is_complete(root, marker):
                 raise
     except OSError as error:
-        raise UserError(f"{root}: cannot be written ({error.strerror})") from error
+        raise ArgumentError("root", f"={root}: cannot be written ({error.strerror})") from error
     finally:
-        shutil.rmtree(copy, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def render(
@@ -77,40 +73,40 @@ def render(
     """Draw one image.
 
     Args:
-        rng: decides everything.
+        rng: the only source of randomness.
 
     Returns:
-        The image (H, W, 3) uint8 RGB; its objects as COCO writes them (``category_id``, ``bbox`` xywh in pixels,
-        ``area``, ``iscrowd``); and an (H, W) int64 map of which object each pixel shows, -1 for the ground.
+        The image (H, W, 3) uint8 RGB; its objects in COCO's format (``category_id``, ``bbox`` xywh in pixels, ``area``,
+        ``iscrowd``); and an (H, W) int64 map of the object that each pixel shows, -1 for the background.
     """
     sides = int(rng.integers(240, 273)), int(rng.integers(176, 209))
     width, height = sides if rng.random() < 0.7 else sides[::-1]
-    canvas = _Canvas(_ground(rng, height, width))
+    canvas = _Canvas(_background(rng, height, width))
     if rng.random() < 0.95:
         if rng.random() < 0.08:
             canvas.add(rng, int(rng.integers(5)), _crowd_sizes(rng), is_crowd=True)
         if rng.random() < 0.6:
             canvas.add(rng, int(rng.integers(5)), [rng.uniform(100, 125)])
         for _ in range(rng.integers(1, 7)):
-            # Uniform in the logarithm: as many shapes from 12 to 24 pixels as from 24 to 48.
+            # Log-uniform: as many shapes from 12 to 24 pixels as from 24 to 48.
             canvas.add(rng, int(rng.integers(5)), [math.exp(rng.uniform(math.log(12), math.log(110)))])
     return canvas.finish()
 
 
 class _Canvas:
-    """An image under construction, which knows what every pixel shows."""
+    """An image that is being drawn, with the object that each pixel shows."""
 
-    def __init__(self, ground: np.ndarray) -> None:
-        self.image = ground
-        self.owner: np.ndarray = np.full(ground.shape[:2], -1, dtype=np.int64)
-        self.objects: list[tuple[int, bool, int]] = []  # class, crowd, pixels when nothing hid it yet
+    def __init__(self, background: np.ndarray) -> None:
+        self.image = background
+        self.owner: np.ndarray = np.full(background.shape[:2], -1, dtype=np.int64)
+        self.objects: list[tuple[int, bool, int]] = []  # class, is a crowd, pixels before later objects hide some
 
     def add(self, rng: np.random.Generator, kind: int, sizes: list[float], is_crowd: bool = False) -> None:
-        """Draw one object of shapes with the squares of ``sizes`` as areas; give up where there is no room."""
+        """Draw one object made of shapes with the areas ``sizes`` squared; give up if there is no room."""
         for _ in range(10):
             coverage, edge, full = self._place(rng, kind, sizes)
             mask = coverage >= 0.5
-            # Most of it must lie inside the image, and what it covers must stay recognisable.
+            # Most of it must be inside the image, and the objects that it covers must stay recognisable.
             if mask.sum() >= 0.6 * full and self._leaves_others_visible(mask):
                 break
         else:
@@ -118,7 +114,7 @@ class _Canvas:
         color = _contrasting_color(rng, kind, self.image[mask].mean(axis=0))
         shade = color * rng.uniform(0.35, 0.55)
         slope = np.linspace(1.1, 0.9, mask.shape[0])[:, None, None]
-        # Painting no more than the window that the object touches saves much of the time.
+        # Painting only the window that contains the object saves most of the time.
         window = tuple(slice(at.min(), at.max() + 1) for at in np.nonzero(coverage))
         paint = (color + (shade - color) * edge[window][..., None]) * slope[window[:1]]
         self.image[window] += (paint - self.image[window]) * coverage[window][..., None]
@@ -126,7 +122,7 @@ class _Canvas:
         self.objects.append((kind, is_crowd, int(mask.sum())))
 
     def finish(self) -> tuple[np.ndarray, list[dict[str, Any]], np.ndarray]:
-        """What :func:`render` returns."""
+        """The return value of :func:`render`."""
         described = []
         for number, (kind, is_crowd, _) in enumerate(self.objects):
             ys, xs = np.nonzero(self.owner == number)
@@ -142,10 +138,10 @@ class _Canvas:
         return self.image.clip(0, 255).round().astype(np.uint8), described, self.owner
 
     def _place(self, rng: np.random.Generator, kind: int, sizes: list[float]) -> tuple[np.ndarray, np.ndarray, float]:
-        """Coverage and outline, (H, W) in 0..1, at a random place; and the area before the image cuts it."""
+        """Coverage and outline, (H, W) in 0..1, at a random position; and the area without the image border."""
         height, width = self.owner.shape
         spread = 2.2 * max(sizes) * math.sqrt(len(sizes) - 1)
-        margin = 0.4 * max(sizes)  # lets the edge of the image cut some
+        margin = 0.4 * max(sizes)  # small enough that the image border cuts off some shapes
         center = margin + rng.random(2) * (width - 2 * margin, height - 2 * margin)
         fill = Image.new("L", (width * _SUPERSAMPLING, height * _SUPERSAMPLING))
         line = fill.copy()
@@ -165,18 +161,18 @@ class _Canvas:
 
 
 def _outline(rng: np.random.Generator, kind: int) -> np.ndarray:
-    """Corners (K, 2) of one shape around 0, of area 1, at a random rotation and nearly even aspect."""
+    """Corners (K, 2) of one shape of area 1 around the origin, with a random rotation and an aspect ratio near 1."""
     if CLASSES[kind] == "circle":
         angles, radii = np.linspace(0, 2 * math.pi, 64, endpoint=False), np.ones(64)
     elif CLASSES[kind] in ("square", "triangle"):
         corners = 4 if CLASSES[kind] == "square" else 3
-        # The half puts a square's sides along the axes that ``aspect`` stretches.
+        # The offset of one half aligns a square with the axes that ``aspect`` stretches.
         angles = (np.arange(corners) + 0.5) * 2 * math.pi / corners
         radii = np.ones(corners)
     elif CLASSES[kind] == "star":
         angles, radii = np.linspace(0, 2 * math.pi, 10, endpoint=False), np.tile([1.0, 0.42], 5)
     else:
-        # Four arms, each two tips and the notch before the next arm.
+        # Four arms, each with two outer corners and the inner corner before the next arm.
         tip, arm = 1.0, 0.3
         quarter = [math.atan2(-arm, tip), math.atan2(arm, tip), math.pi / 4]
         angles = np.concatenate([np.array(quarter) + turn * math.pi / 2 for turn in range(4)])
@@ -194,35 +190,35 @@ def _crowd_sizes(rng: np.random.Generator) -> list[float]:
     return list(rng.uniform(5, 9, rng.integers(12, 22)))
 
 
-def _contrasting_color(rng: np.random.Generator, kind: int, ground: np.ndarray) -> np.ndarray:
-    """A strong colour (3,) in 0..255 of the class's family that stands out from the mean colour of what it is drawn on.
+def _contrasting_color(rng: np.random.Generator, kind: int, background: np.ndarray) -> np.ndarray:
+    """A saturated colour (3,) in 0..255 from the range of its class, in contrast to the mean colour of the background.
 
-    The families are a fifth of the colour circle apart and do not quite touch: what takes a small network long is to
-    tell the classes apart by their outlines alone.
+    The classes' ranges are a fifth of the colour circle apart and do not overlap, because a small network needs long to
+    learn to distinguish the classes by their outlines alone.
     """
-    for contrast in range(180, -1, -10):  # less where the family leaves no choice, as on a shape of the same class
+    for contrast in range(180, -1, -10):  # lower if the range allows no more, for example on a shape of the same class
         hue = (kind + rng.uniform(-0.45, 0.45)) / len(CLASSES)
         color = 255 * np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.65, 1), rng.uniform(0.6, 1)))
-        if np.abs(color - ground).sum() > contrast:
+        if np.abs(color - background).sum() > contrast:
             break
     return color
 
 
-def _ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A muted texture (H, W, 3) float64 in 0..255: a gradient under stripes or clouds, with fine grain."""
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A texture (H, W, 3) float64 of low saturation in 0..255: a gradient with stripes or clouds, and fine noise."""
     y, x = np.mgrid[:height, :width]
     base = rng.uniform(70, 190) + rng.uniform(-25, 25, 3)
     angle = rng.uniform(0, 2 * math.pi)
     along = x * math.cos(angle) + y * math.sin(angle)
-    ground = base + (along / 256)[..., None] * rng.uniform(-50, 50, 3)
+    background = base + (along / 256)[..., None] * rng.uniform(-50, 50, 3)
     if rng.random() < 0.4:
         pattern = np.sin(along * 2 * math.pi / rng.uniform(8, 40))
     else:
         cells = int(rng.integers(4, 24))
         noise = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
         pattern = np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float64)
-    ground += pattern[..., None] * rng.uniform(4, 16) * rng.uniform(0.6, 1.4, 3)
-    return ground + rng.normal(0, rng.uniform(1, 4), (height, width, 1))
+    background += pattern[..., None] * rng.uniform(4, 16) * rng.uniform(0.6, 1.4, 3)
+    return background + rng.normal(0, rng.uniform(1, 4), (height, width, 1))
 
 
 def _write_split(root: Path, split: str, count: int, seed: list[int]) -> None:
@@ -243,17 +239,19 @@ def _write_split(root: Path, split: str, count: int, seed: list[int]) -> None:
 
 
 def _is_complete(root: Path, marker: dict[str, int]) -> bool:
-    """Whether ``root`` holds the set that ``marker`` describes; False where there is nothing yet.
+    """Whether ``root`` contains the data set that ``marker`` describes; False if it is missing or empty.
 
     Raises:
-        UserError: it holds something else.
+        ArgumentError: it contains something else.
     """
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
         found = json.loads((root / _MARKER).read_text())
     except (OSError, ValueError):
-        raise UserError(f"{root}: exists and is not a set of shapes; choose another data.root") from None
+        raise ArgumentError("root", f"={root}: not empty and not a shapes data set; choose another folder") from None
     if found != marker:
-        raise UserError(f"{root}: holds shapes of {found}, not {marker}; choose another data.root or remove it")
+        raise ArgumentError(
+            "root", f"={root}: contains shapes made with {found}, not {marker}; choose another folder or remove it"
+        )
     return True

@@ -1,26 +1,134 @@
-"""From an image as stored to an image as trained or tested on: resize and flip, together with its boxes.
+"""Augmentations: the way from an image as stored to an image as the network sees it, together with its objects.
 
-Nothing here keeps random state. What is drawn for a training sample depends on the seed and on the sample's number
-in the run alone, so neither the number of workers nor a resumed run changes it.
+An augmentation is any callable ``(image, target, rng) -> (image, target)``, see :class:`Augmentation`. A data set
+applies a list of them in order.
+
+None of them keeps random state. ``rng`` is derived from the seed and the sample number (:func:`sample_rng`), so
+neither the number of workers nor resuming a run changes what is drawn for a sample.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from numpy.random import Philox
+from numpy.random import Generator, Philox
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from cpm_rcnn.boxes import CONTINUOUS, BoxConvention
+from cpm_rcnn.boxes import BoxConvention
+
+Target = dict[str, Any]
+
+
+class Augmentation(Protocol):
+    """What :class:`~cpm_rcnn.data.CocoDataset` expects of an augmentation."""
+
+    def __call__(self, image: Tensor, target: Target, rng: Generator) -> tuple[Tensor, Target]:
+        """Transform an image together with its objects; the arguments are not modified.
+
+        Args:
+            image: (3, H, W) uint8 RGB.
+            target: one entry per property of the N objects, in the same order: ``boxes`` (N, 4) float32 xyxy in
+                pixels of ``image``, ``labels`` (N,) int64, and whatever earlier augmentations added. Whoever removes
+                objects removes them from all entries (:func:`select_objects`).
+            rng: the only source of randomness. Numbers are drawn in the order of the list, so an augmentation that
+                draws changes what the ones after it draw.
+
+        Returns:
+            The new image (3, h, w) uint8 and its target.
+        """
+
+
+def sample_rng(seed: int, sample_number: int) -> Generator:
+    """The random numbers of one sample of a run.
+
+    Philox is counter-based: the generator of any sample is available in any process without drawing the earlier ones.
+
+    Args:
+        seed: random seed of the run, at least 0.
+        sample_number: number of samples before this one in the run.
+    """
+    return Generator(Philox(key=[seed, sample_number]))
+
+
+def select_objects(target: Target, keep: Tensor) -> Target:
+    """The entries of the objects where ``keep`` (N,) bool is True."""
+    return {name: value[keep] for name, value in target.items()}
+
+
+@dataclass(frozen=True)
+class RandomResize:
+    """Resize to a shorter side drawn from a list, with equal probabilities.
+
+    Attributes:
+        short_sides: lengths of the shorter side in pixels to draw from.
+        max_size: maximum length of the longer side in pixels.
+    """
+
+    short_sides: Sequence[int]
+    max_size: int
+
+    def draw(self, rng: Generator) -> int:
+        """The shorter side in pixels."""
+        # _uniform can return 1.0, which would be one past the end.
+        index = min(int(_uniform(rng) * len(self.short_sides)), len(self.short_sides) - 1)
+        return self.short_sides[index]
+
+    def __call__(self, image: Tensor, target: Target, rng: Generator) -> tuple[Tensor, Target]:
+        """See :class:`Augmentation`."""
+        return _resize(image, target, self.draw(rng), self.max_size)
+
+
+@dataclass(frozen=True)
+class RandomFlip:
+    """Horizontal flip.
+
+    Attributes:
+        probability: probability of a flip, 0 to 1.
+        convention: convention of the boxes.
+    """
+
+    probability: float
+    convention: BoxConvention
+
+    def draw(self, rng: Generator) -> bool:
+        """Whether to flip."""
+        return _uniform(rng) < self.probability
+
+    def __call__(self, image: Tensor, target: Target, rng: Generator) -> tuple[Tensor, Target]:
+        """See :class:`Augmentation`."""
+        if not self.draw(rng):
+            return image, target
+        image, boxes = flip(image, target["boxes"], self.convention)
+        return image, target | {"boxes": boxes}
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Resize to one shorter side; nothing is drawn.
+
+    Attributes:
+        short_side: length of the shorter side in pixels; None keeps the size of every image.
+        max_size: maximum length of the longer side in pixels; not used if ``short_side`` is None.
+    """
+
+    short_side: int | None
+    max_size: int
+
+    def __call__(self, image: Tensor, target: Target, rng: Generator) -> tuple[Tensor, Target]:
+        """See :class:`Augmentation`."""
+        return (image, target) if self.short_side is None else _resize(image, target, self.short_side, self.max_size)
 
 
 def network_size(size: tuple[int, int], short_side: int, max_size: int) -> tuple[int, int]:
-    """Size (height, width) with the shorter side at ``short_side``, the longer at most at ``max_size``.
+    """Size (height, width) in pixels after resizing with the aspect ratio kept.
 
     Args:
-        size: (height, width) in pixels of the image as stored; its aspect is kept.
-        short_side: pixels of the shorter side, fewer where the longer one would pass its limit.
-        max_size: most pixels of the longer side.
+        size: (height, width) of the original image in pixels.
+        short_side: length of the shorter side in pixels; it becomes smaller if the longer side would exceed
+            ``max_size``.
+        max_size: maximum length of the longer side in pixels.
     """
     height, width = size
     scale = min(short_side / min(height, width), max_size / max(height, width))
@@ -33,75 +141,32 @@ def resize(image: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor,
     Args:
         image: (3, H, W) uint8.
         boxes: (N, 4) float32 in pixels of ``image``.
-        size: the new (height, width).
+        size: the new (height, width) in pixels.
 
     Returns:
-        The image (3, height, width) uint8 and the boxes, each scaled by the ratios that rounding left.
+        The image (3, height, width) uint8, and the boxes (N, 4) scaled by the exact ratio of the rounded sizes.
     """
-    height, width = _size(image)
+    height, width = image.shape[-2:]
     ratio_y, ratio_x = size[0] / height, size[1] / width
     resized = functional.resize(image, list(size), antialias=True)
     return resized, boxes * torch.tensor([ratio_x, ratio_y, ratio_x, ratio_y], dtype=boxes.dtype)
 
 
-def _size(image: Tensor) -> tuple[int, int]:
-    return image.shape[-2], image.shape[-1]
-
-
 def flip(image: Tensor, boxes: Tensor, convention: BoxConvention) -> tuple[Tensor, Tensor]:
-    """Mirror an image (3, H, W) and its boxes (N, 4) from left to right."""
+    """Flip an image (3, H, W) and its boxes (N, 4) horizontally."""
     return image.flip(-1), convention.flip(boxes, image.shape[-1])
 
 
-@dataclass(frozen=True)
-class TrainTransform:
-    """One of several scales, and a flip, drawn anew for every sample of the run.
+def _resize(image: Tensor, target: Target, short_side: int, max_size: int) -> tuple[Tensor, Target]:
+    size = network_size((image.shape[-2], image.shape[-1]), short_side, max_size)
+    image, boxes = resize(image, target["boxes"], size)
+    return image, target | {"boxes": boxes}
 
-    The draw is the Philox generator's output under the key (seed, sample number): counter-based, hence the same in
-    any process and reachable without drawing what came before.
 
-    Attributes:
-        short_sides: the scales to draw from, each a shorter side in pixels.
-        max_size: most pixels of the longer side.
-        flip_probability: 0 to 1.
-        seed: of the run, at least 0.
-        convention: the convention of the boxes.
+def _uniform(rng: Generator) -> float:
+    """The next number of ``rng``, 0 to 1, both possible.
+
+    Drawn from the raw output of the bit generator: numpy does not promise that the methods of ``Generator`` return the
+    same numbers in all versions.
     """
-
-    short_sides: tuple[int, ...]
-    max_size: int
-    flip_probability: float
-    seed: int
-    convention: BoxConvention = CONTINUOUS
-
-    def draw(self, sample_number: int) -> tuple[int, bool]:
-        """The shorter side in pixels, and whether to flip, of one sample of the run."""
-        scale, mirror = (int(word) / 2**64 for word in Philox(key=[self.seed, sample_number]).random_raw(2))
-        # The quotient of a word near 2**64 rounds up to 1.0, which would be one past the last scale.
-        index = min(int(scale * len(self.short_sides)), len(self.short_sides) - 1)
-        return self.short_sides[index], mirror < self.flip_probability
-
-    def __call__(self, image: Tensor, boxes: Tensor, sample_number: int) -> tuple[Tensor, Tensor]:
-        """Image (3, h, w) uint8 and boxes (N, 4) at the drawn size, from those of the file."""
-        short_side, mirror = self.draw(sample_number)
-        image, boxes = resize(image, boxes, network_size(_size(image), short_side, self.max_size))
-        return flip(image, boxes, self.convention) if mirror else (image, boxes)
-
-
-@dataclass(frozen=True)
-class EvalTransform:
-    """One scale for all.
-
-    Attributes:
-        short_side: shorter side in pixels; None leaves images at their size.
-        max_size: most pixels of the longer side; not asked for where ``short_side`` is None.
-    """
-
-    short_side: int | None
-    max_size: int
-
-    def __call__(self, image: Tensor, boxes: Tensor, sample_number: int) -> tuple[Tensor, Tensor]:
-        """Image (3, h, w) uint8 and boxes (N, 4) at network size; ``sample_number`` plays no part."""
-        if self.short_side is None:
-            return image, boxes
-        return resize(image, boxes, network_size(_size(image), self.short_side, self.max_size))
+    return rng.bit_generator.random_raw() / 2**64

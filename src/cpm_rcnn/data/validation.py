@@ -1,4 +1,4 @@
-"""Checks of a COCO-style json: all that is wrong with it, by kind and id, before anything is built from it."""
+"""Checks of a COCO-style json file: finds all its errors, by kind and id, before anything is built from it."""
 
 import json
 import reprlib
@@ -13,34 +13,35 @@ import numpy as np
 
 from cpm_rcnn.errors import UserError
 
-# Pixels. No format holds more, and arithmetic with less does not overflow.
+# In pixels. No image format allows more, and arithmetic with smaller numbers does not overflow.
 _LONGEST_SIDE = 10**6
 _LARGEST_NUMBER = 1e15
-# File names stand in an array as wide as the longest of them.
+# File names are stored in an array whose items are as wide as the longest name.
 _LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True, eq=False)
 class CheckedJson:
-    """The columns of a json's images (I) and annotations (A), with a mark on every entry that can be used.
+    """The columns of a json's images (I) and annotations (A), and which entries are valid.
 
-    Rows are places in the json's lists; in those that are not marked, values are placeholders.
+    Rows are positions in the json's lists. The values of invalid entries are placeholders.
 
     Attributes:
         image_ids: (I,) int64.
-        file_names: I texts, none of which leaves the folder that it is relative to.
+        file_names: I strings; those of valid images are relative paths inside the image folder.
         heights: (I,) int64 pixels.
         widths: (I,) int64 pixels.
         good_images: (I,) bool.
         image_rows: (A,) int64, the row of each annotation's image.
+        annotation_ids: (A,) int64; the position in the list, from 1, if no annotation has an id.
         category_ids: (A,) int64.
-        boxes: (A, 4) float64, x, y, width, height in pixels; some of it, or its edge, is in the image.
-        areas: (A,) float64 square pixels; the box's own where the json has none.
+        boxes: (A, 4) float64, x, y, width, height in pixels; those of valid annotations overlap or touch their image.
+        areas: (A,) float64 square pixels; the area of the box if the json has none.
         crowds: (A,) bool.
-        good_objects: (A,) bool; their images need not be good.
-        flat: a phrase about good boxes of which nothing lies in their image; "" where there are none.
-        faults: one phrase for each kind of fault of images and annotations, with count and first ids.
-        fatal: the same for faults of the file as a whole, which leaving out entries cannot mend.
+        good_objects: (A,) bool; their images may be invalid.
+        flat: a phrase about valid boxes without area inside their image; "" if there are none.
+        faults: one phrase per kind of error in images and annotations, with its count and first ids.
+        fatal: the same for errors of the file as a whole, which skipping entries cannot correct.
     """
 
     image_ids: np.ndarray
@@ -49,6 +50,7 @@ class CheckedJson:
     widths: np.ndarray
     good_images: np.ndarray
     image_rows: np.ndarray
+    annotation_ids: np.ndarray
     category_ids: np.ndarray
     boxes: np.ndarray
     areas: np.ndarray
@@ -62,21 +64,23 @@ class CheckedJson:
 def read_json(path: Path) -> dict[str, Any]:
     """The content of a COCO-style json: an object whose ``images``, ``annotations`` and ``categories`` are lists.
 
-    ``annotations`` may be missing, and ``categories`` with them. NaN and Infinity are read, as Python writes them.
+    A file without ``annotations`` may also omit ``categories``. NaN and Infinity are accepted, as Python writes them.
 
     Raises:
-        UserError: the file cannot be read, is not json, or has another structure.
+        UserError: the file cannot be read, is not valid JSON, or has another structure.
     """
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except RecursionError:
-        raise UserError(f"{path}: not COCO json (lists or objects nested too deeply)") from None
+        raise UserError(f"{path}: not a COCO annotation file (lists or objects nested too deeply)") from None
     except ValueError as error:
-        raise UserError(f"{path}: not json ({error})") from error
+        raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: not COCO json (an object with images, annotations and categories)")
+        raise UserError(
+            f"{path}: not a COCO annotation file (not an object with images, annotations and categories)"
+        )
     required = ["images"] + ["categories"] * ("annotations" in content)
     wrong = [f"key {key!r} is missing" for key in required if key not in content]
     for key in ("images", "annotations", "categories"):
@@ -85,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if content.get("images") == []:
         wrong.append("'images' is empty")
     if wrong:
-        raise UserError(f"{path}: not COCO json ({', '.join(wrong)})")
+        raise UserError(f"{path}: not a COCO annotation file ({', '.join(wrong)})")
     return content
 
 
@@ -94,32 +98,34 @@ def check_json(content: dict[str, Any], known: Sequence[dict[str, Any]] | None =
 
     Args:
         content: from :func:`read_json`.
-        known: the categories that the json must keep to, each with ``id`` and ``name``; None leaves it its own.
+        known: the only categories that the json may have, each with ``id`` and ``name``; None allows any.
     """
     categories = _Entries("categories", "category", content.get("categories", []))
     category_ids = _check_categories(categories, known)
 
     images = _Entries("images", "image", content["images"])
     image_ids, identified = images.ids()
-    file_names, named = images.column("file_name", _is_file_name, "file_name is no text of 1 to 1000 characters", "")
-    climbing = np.array([_climbs(name) for name in file_names], dtype=bool)
-    images.fault("whose file_name leaves the image folder", named & climbing, "file_name")
+    file_names, named = images.column(
+        "file_name", _is_file_name, f"file_name is not a string of 1 to {_LONGEST_NAME} printable characters", ""
+    )
+    outside_folder = np.array([_leaves_folder(name) for name in file_names], dtype=bool)
+    images.fault("whose file_name leaves the image folder", named & outside_folder, "file_name")
     sides = [
-        images.column(key, _is_side, f"{key} is not in whole pixels, 1 to {_LONGEST_SIDE}", 1)
+        images.column(key, _is_side, f"{key} in pixels is not an integer from 1 to {_LONGEST_SIDE}", 1)
         for key in ("height", "width")
     ]
     heights, widths = (np.array(values, dtype=np.int64) for values, _ in sides)
     sized = sides[0][1] & sides[1][1]
 
     objects = _Entries("annotations", "annotation", content.get("annotations", []))
-    objects.ids(optional=True)
-    values, whole = objects.column("image_id", _is_whole, "image_id is not a whole number", 0)
+    annotation_ids, _ = objects.ids(optional=True)
+    values, accepted = objects.column("image_id", _is_integer, "image_id is not an integer", 0)
     image_rows = _rows_of(np.array(values, dtype=np.int64), image_ids, np.flatnonzero(identified))
-    placed = whole & (image_rows >= 0)
-    objects.fault("of an unknown image", whole & ~placed, "image_id")
-    values, whole = objects.column("category_id", _is_whole, "category_id is not a whole number", 0)
+    placed = accepted & (image_rows >= 0)
+    objects.fault("of an unknown image", accepted & ~placed, "image_id")
+    values, accepted = objects.column("category_id", _is_integer, "category_id is not an integer", 0)
     object_categories = np.array(values, dtype=np.int64)
-    objects.fault("of an unknown category", whole & ~np.isin(object_categories, category_ids), "category_id")
+    objects.fault("of an unknown category", accepted & ~np.isin(object_categories, category_ids), "category_id")
 
     values, boxed = objects.column("bbox", _is_box, "bbox is not four finite numbers", [0, 0, 0, 0])
     boxes = np.fromiter(chain.from_iterable(values), np.float64, 4 * len(values)).reshape(-1, 4)
@@ -132,11 +138,11 @@ def check_json(content: dict[str, Any], known: Sequence[dict[str, Any]] | None =
     outside = ((boxes[:, :2] > limits) | (ends < 0)).any(axis=1)
     objects.fault("whose bbox lies outside its image", comparable & outside, "bbox")
 
-    values, _ = objects.column("area", _is_area, "area is not a finite number, at least 0", None, optional=True)
+    values, _ = objects.column("area", _is_area, "area is not a finite number of at least 0", None, optional=True)
     areas = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
     values, _ = objects.column("iscrowd", _is_flag, "iscrowd is neither 0 nor 1", 0, optional=True)
 
-    # Without area, or on the edge of the image and not in it.
+    # Boxes without area, or that touch the image from outside.
     flat = objects.good & comparable & (np.minimum(ends, limits) <= np.maximum(boxes[:, :2], 0)).any(axis=1)
     return CheckedJson(
         image_ids=image_ids,
@@ -145,25 +151,31 @@ def check_json(content: dict[str, Any], known: Sequence[dict[str, Any]] | None =
         widths=widths,
         good_images=images.good,
         image_rows=image_rows,
+        annotation_ids=annotation_ids,
         category_ids=object_categories,
         boxes=boxes,
         areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
         crowds=np.array(values, dtype=bool),
         good_objects=objects.good,
-        flat=f"{flat.sum()} boxes without area are left out of training ({objects.first(flat)})" if flat.any() else "",
+        flat=_flat_boxes(objects, flat),
         faults=images.faults + objects.faults,
         fatal=categories.faults + _corner_boxes(boxes[comparable], limits[comparable]),
     )
 
 
+def counted(count: int, singular: str, plural: str) -> str:
+    """For example "1 image" or "2 images"."""
+    return f"{count} {singular if count == 1 else plural}"
+
+
 def _check_categories(categories: "_Entries", known: Sequence[dict[str, Any]] | None) -> np.ndarray:
-    """Note the faults of ``categories``; returns the ids (C,) int64 that annotations may have."""
+    """Record the faults of ``categories``; returns the ids (C,) int64 that annotations may have."""
     ids, identified = categories.ids()
-    names, named = categories.column("name", _is_text, "name is no text", "")
+    names, named = categories.column("name", _is_string, "name is not a string", "")
     if known is None:
         first: dict[str, int] = {}
-        again = [fine and first.setdefault(name, k) != k for k, (name, fine) in enumerate(zip(names, named))]
-        categories.fault("of a name that an earlier one has", np.array(again, dtype=bool), "name")
+        repeated = [valid and first.setdefault(name, k) != k for k, (name, valid) in enumerate(zip(names, named))]
+        categories.fault("with the name of an earlier category", np.array(repeated, dtype=bool), "name")
         return ids[identified]
     name_of = {category["id"]: category["name"] for category in known}
     other = np.array([name_of.get(key) != name for key, name in zip(ids.tolist(), names)], dtype=bool)
@@ -171,23 +183,30 @@ def _check_categories(categories: "_Entries", known: Sequence[dict[str, Any]] | 
     return np.array(list(name_of), dtype=np.int64)
 
 
-def _corner_boxes(boxes: np.ndarray, limits: np.ndarray) -> list[str]:
-    """One phrase where ``boxes`` (N, 4) make sense in images of ``limits`` (N, 2), each (width, height), as xyxy only.
+def _flat_boxes(objects: "_Entries", flat: np.ndarray) -> str:
+    """A phrase about the annotations under ``flat`` (A,) bool; "" if there are none."""
+    if not flat.any():
+        return ""
+    return f"ignored in training: {counted(flat.sum(), 'box', 'boxes')} without area ({objects.first(flat)})"
 
-    Hand-made boxes may reach over the edge a little, and a few may be wrong as xyxy too.
+
+def _corner_boxes(boxes: np.ndarray, limits: np.ndarray) -> list[str]:
+    """One phrase if ``boxes`` (N, 4) fit into images of ``limits`` (N, 2), each (width, height), only as xyxy.
+
+    Tolerates boxes drawn by hand that extend a little beyond the image, and a few that are invalid as xyxy too.
     """
     beyond = (boxes[:, :2] + boxes[:, 2:] > limits + 1).any(axis=1)
     corners = ((boxes[:, :2] <= boxes[:, 2:]) & (boxes[:, 2:] <= limits + 1)).all(axis=1)
     if beyond.sum() < 3 or beyond.mean() < 0.2 or corners.mean() < 0.99:
         return []
     return [
-        f"{beyond.sum()} of {len(boxes)} annotations reach out of their image with bbox as x, y, width, height: "
-        "they look like x1, y1, x2, y2"
+        f"{beyond.sum()} of {len(boxes)} annotations extend beyond their image with bbox as x, y, width, height; "
+        "they look like x1, y1, x2, y2 and must be converted"
     ]
 
 
 def _rows_of(wanted: np.ndarray, ids: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """(N,) int64: the first of ``rows`` whose ``ids`` (M,) int64 is that of ``wanted`` (N,) int64; -1: none."""
+    """(N,) int64: for each of ``wanted`` (N,), the first of ``rows`` that has this id in ``ids`` (M,), or -1."""
     distinct, first = np.unique(ids[rows], return_index=True)
     if len(distinct) == 0:
         return np.full(len(wanted), -1)
@@ -196,11 +215,11 @@ def _rows_of(wanted: np.ndarray, ids: np.ndarray, rows: np.ndarray) -> np.ndarra
 
 
 class _Entries:
-    """One list of a json, column by column, and what is found to be wrong with its entries.
+    """One list of a json, checked column by column.
 
     Attributes:
         good: (N,) bool, the entries without a fault so far.
-        faults: one phrase for each kind of fault so far, with count and first ids.
+        faults: one phrase per kind of fault so far, with its count and first ids.
     """
 
     def __init__(self, plural: str, singular: str, entries: list[Any]) -> None:
@@ -210,58 +229,64 @@ class _Entries:
         self._entries = [entry if isinstance(entry, dict) else {} for entry in entries]
         self.good = np.ones(len(entries), dtype=bool)
         self.faults: list[str] = []
-        self.fault("that are no objects", ~self._is_object)
+        self.fault("not written as an object", ~self._is_object)
 
     def column(
-        self, key: str, accepts: Callable[[Any], bool], refusal: str, instead: Any, optional: bool = False
+        self, key: str, accepts: Callable[[Any], bool], problem: str, placeholder: Any, optional: bool = False
     ) -> tuple[list[Any], np.ndarray]:
-        """A field of all entries, with ``instead`` where it is absent or refused, and (N,) bool: where it is not."""
+        """The field ``key`` of all entries; missing fields are a fault unless ``optional``.
+
+        Returns:
+            The N values, with ``placeholder`` where they are missing or invalid; and (N,) bool, which are neither.
+        """
         values = [entry.get(key, _ABSENT) for entry in self._entries]
         present = np.fromiter((value is not _ABSENT for value in values), bool, len(values))
         accepted = np.fromiter(map(accepts, values), bool, len(values))
         if not optional:
             self.fault(f"without {key}", self._is_object & ~present)
-        self.fault(f"whose {refusal}", present & ~accepted, key)
+        self.fault(f"whose {problem}", present & ~accepted, key)
         if not accepted.all():
-            values = [value if fine else instead for value, fine in zip(values, accepted)]
+            values = [value if valid else placeholder for value, valid in zip(values, accepted)]
         return values, accepted
 
     def ids(self, optional: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) int64 ids, and (N,) bool: which of them are any. Optional ones may be absent, but then from all.
+        """Ids (N,) int64, and (N,) bool, which of them are valid; of several equal ids, the first is no fault.
 
-        Of several equal ones, the first is no fault.
+        If they are ``optional``, either all entries have an id or none has; without, they are numbered from 1.
         """
-        absent = optional and not any("id" in entry for entry in self._entries)
-        values, accepted = self.column("id", _is_whole, "id is not a whole number", 0, optional=absent)
+        if optional and not any("id" in entry for entry in self._entries):
+            return np.arange(1, len(self._entries) + 1), np.ones(len(self._entries), dtype=bool)
+        values, accepted = self.column("id", _is_integer, "id is not an integer", 0)
         ids = np.array(values, dtype=np.int64)
-        again = accepted.copy()
+        repeated = accepted.copy()
         rows = np.flatnonzero(accepted)
-        again[rows[np.unique(ids[rows], return_index=True)[1]]] = False
-        self.fault("listed twice", again)
+        repeated[rows[np.unique(ids[rows], return_index=True)[1]]] = False
+        self.fault("listed twice", repeated)
         return ids, accepted
 
     def fault(self, kind: str, mask: np.ndarray, key: str | None = None) -> np.ndarray:
-        """Note a fault of the entries under ``mask`` (N,) bool, shown by their field ``key``; returns the mask."""
+        """Record a fault of the entries under ``mask`` (N,) bool, shown with their field ``key``; returns the mask."""
         if mask.any():
             self.good &= ~mask
-            self.faults.append(f"{mask.sum()} {self._plural} {kind} ({self.first(mask, key)})")
+            count = counted(mask.sum(), self._singular, self._plural)
+            self.faults.append(f"{count} {kind} ({self.first(mask, key)})")
         return mask
 
     def first(self, mask: np.ndarray, key: str | None = None) -> str:
         """The first few entries under ``mask`` (N,) bool by id, each with its field ``key``."""
-        places = np.flatnonzero(mask)
-        return ", ".join(self._name(place, key) for place in places[:3]) + ", ..." * (len(places) > 3)
+        rows = np.flatnonzero(mask)
+        return ", ".join(self._name(row, key) for row in rows[:3]) + ", ..." * (len(rows) > 3)
 
-    def _name(self, place: int, key: str | None) -> str:
-        entry = self._entries[place]
-        name = f"{self._singular} {entry['id']}" if _is_whole(entry.get("id")) else f"{self._plural}[{place}]"
+    def _name(self, row: int, key: str | None) -> str:
+        entry = self._entries[row]
+        name = f"{self._singular} {entry['id']}" if _is_integer(entry.get("id")) else f"{self._plural}[{row}]"
         return name if key is None else f"{name}: {reprlib.repr(entry[key])}"
 
 
 _ABSENT = object()
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return type(value) is int and -(2**63) <= value < 2**63
 
 
@@ -285,19 +310,19 @@ def _is_flag(value: Any) -> bool:
     return type(value) in (int, bool) and value in (0, 1)
 
 
-def _is_text(value: Any) -> bool:
+def _is_string(value: Any) -> bool:
     return type(value) is str
 
 
 def _is_file_name(value: Any) -> bool:
     if type(value) is not str or not 0 < len(value) <= _LONGEST_NAME:
         return False
-    # Control characters, halves of surrogate pairs, line ends.
+    # Control characters, halves of surrogate pairs, line and paragraph separators.
     return value.isprintable() or not {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, value))
 
 
-def _climbs(file_name: str) -> bool:
-    """Whether a file name leaves its folder, on any system: absolute, on a drive, or by ``..``."""
+def _leaves_folder(file_name: str) -> bool:
+    """Whether a file name points outside its folder on any system: absolute, on a drive, or through ``..``."""
     if not (".." in file_name or file_name[:1] in ("/", "\\") or file_name[1:2] == ":"):
         return False
     path = PureWindowsPath(file_name)

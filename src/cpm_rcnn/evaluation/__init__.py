@@ -1,1 +1,1 @@
-"""Figures: COCO's average precision and recall, and the multi-scale test."""
+"""Metrics: how good detections are, measured against annotations."""

@@ -43,9 +43,7 @@ def _load_resnet(body: ResNet, settings: BackboneSettings, weights: str) -> None
     check_names(f"{_ARGUMENT}={weights}", state, {theirs: shapes[ours] for theirs, ours in own.items()})
     if settings.check_weights:
         variance = None if source.merged else state["bn1.running_var"]
-        check_pixel_range(
-            weights, state["conv1.weight"], state["bn1.weight"], variance, settings.resolved_format
-        )
+        check_pixel_range(weights, state["conv1.weight"], state["bn1.weight"], variance, settings.resolved_format)
         if source.caffe2 and settings.resolved_format.order != "bgr":
             raise ArgumentError(
                 _ARGUMENT,

@@ -16,9 +16,7 @@ from cpm_rcnn.weights.reading import check_names
 _log = logging.getLogger(__name__)
 
 
-def initialize(
-    detector: TwoStageDetector, class_names: Sequence[str] = (), *, init: str | Path | None = None
-) -> None:
+def initialize(detector: TwoStageDetector, class_names: Sequence[str] = (), *, init: str | Path | None = None) -> None:
     """Load the starting weights of a training that does not resume another.
 
     Without ``init``, the backbone's weights are those that its settings name, if any, and the rest stays random.

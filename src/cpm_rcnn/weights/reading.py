@@ -87,7 +87,9 @@ def read_file(path: str | Path, argument: str) -> Any:
         # The name that the pickle refers to is part of a long message of torch.
         asked = re.search(r"GLOBAL (\S+) was not", str(error)) or re.search(r"refers to (\S+)", str(error))
         if asked and not asked[1].startswith("torch."):  # an unknown name of torch itself means a truncated file
-            raise UserError(f"{source}: refused, it refers to the code {asked[1]}; a weight file may contain tensors only") from None
+            raise UserError(
+                f"{source}: refused, it refers to the code {asked[1]}; a weight file may contain tensors only"
+            ) from None
         why = type(error).__name__
     except zipfile.BadZipFile as error:
         why = str(error)

@@ -1,0 +1,154 @@
+"""Images and training targets from annotations."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.data.annotations import CocoAnnotations
+from cpm_rcnn.data.images import ImageSource
+from cpm_rcnn.data.samplers import Sample
+from cpm_rcnn.data.settings import OnError
+from cpm_rcnn.data.transforms import Augmentation, Target, sample_rng, select_objects
+from cpm_rcnn.errors import UserError
+
+_log = logging.getLogger(__name__)
+
+
+class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
+    """Images and targets of one split, augmented.
+
+    An integer index i returns row i of the annotations, so any sampler works. The training order indexes with a
+    :class:`~cpm_rcnn.data.samplers.Sample`, which also carries the number of the sample in the run; for an integer,
+    this number is the row.
+
+    Each item is the image, (3, h, w) uint8 RGB, and its target: ``boxes`` (N, 4) float32 xyxy in pixels of that image,
+    ``labels`` (N,) int64, ``image_id`` (int), ``original_size`` (height, width) in the json, ``readable`` (bool), and
+    whatever the augmentations added. Targets hold the usable objects only, clipped to the image.
+
+    Args:
+        annotations: annotations of the split.
+        images: where its image files are.
+        augmentations: applied in order, see :class:`~cpm_rcnn.data.transforms.Augmentation`. In evaluation, they may
+            only resize: detections are scaled back by the ratio of ``original_size`` to the size of the image.
+        convention: convention of the boxes.
+        seed: random seed of the run; with the sample number, it decides what the augmentations draw.
+        on_error: what to do with an image that cannot be read. ``raise`` stops. ``skip`` logs a warning, once per
+            file, and in training returns the next readable image of ``replacements``, the same one at every visit; in
+            evaluation a black image with ``readable`` False, for which no detection may be counted.
+        replacements: ascending rows of the images that may replace an unreadable one: those used in training. None in
+            evaluation.
+    """
+
+    def __init__(
+        self,
+        annotations: CocoAnnotations,
+        images: ImageSource,
+        augmentations: Sequence[Augmentation],
+        convention: BoxConvention,
+        seed: int = 0,
+        on_error: OnError = "raise",
+        replacements: np.ndarray | None = None,
+    ) -> None:
+        self.annotations = annotations
+        self.images = images
+        self.augmentations = list(augmentations)
+        self.convention = convention
+        self.seed = seed
+        self.on_error = on_error
+        self.replacements = replacements
+        # The unreadable images found so far, shared by the loader's workers so that each is reported once.
+        self._unreadable = torch.zeros(len(annotations), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, index: int | Sample) -> tuple[Tensor, dict[str, Any]]:
+        """The image and target of a row of the annotations.
+
+        Raises:
+            IndexError: there is no such row.
+            UserError: the image cannot be read or does not have the size given in the json; with ``skip`` in
+                training, no image can be read.
+        """
+        sample = index if isinstance(index, Sample) else Sample(int(index), int(index))
+        if not 0 <= sample.image < len(self):
+            raise IndexError(f"row {sample.image} of {len(self)} images")
+        try:
+            return self._load(sample)
+        except UserError as error:
+            if self.on_error == "raise":
+                raise
+            if self.replacements is None:
+                self._warn(sample.image, f"{error}; counts as an image without detections")
+                return self._blank(sample)
+            self._warn(sample.image, f"{error}; replaced by another image")
+        for row in self._replacements_of(sample.image):
+            try:
+                return self._load(Sample(row, sample.number))
+            except UserError as error:
+                self._warn(row, f"{error}; replaced by another image")
+        raise UserError(f"{self.images.path}: none of the training images can be read")
+
+    def _load(self, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
+        annotations, row = self.annotations, sample.image
+        size = int(annotations.heights[row]), int(annotations.widths[row])
+        try:
+            image = self.images.read(str(annotations.file_names[row]), size)
+        except UserError as error:
+            raise UserError(f"{error} (image {annotations.image_ids[row]} of {annotations.path})") from error
+
+        objects = slice(annotations.offsets[row], annotations.offsets[row + 1])
+        usable = annotations.usable[objects]
+        xywh = torch.from_numpy(annotations.xywh[objects][usable].astype(np.float32))
+        boxes = self.convention.clip(self.convention.from_xywh(xywh), torch.tensor(size))
+        labels = torch.from_numpy(annotations.labels[objects][usable])
+        image, target = self._augment(image, {"boxes": boxes, "labels": labels}, sample)
+        # In the inclusive convention, the size of a box less than one pixel wide can become negative by scaling.
+        width, height = self.convention.sizes(target["boxes"])
+        target = select_objects(target, (width > 0) & (height > 0))
+        return image, self._described(target, row, readable=True)
+
+    def _blank(self, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
+        """A black image without objects for one that cannot be read; of moderate size, whatever the json claims."""
+        image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+        nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+        image, target = self._augment(image, nothing, sample)
+        return image, self._described(target, sample.image, readable=False)
+
+    def _augment(self, image: Tensor, target: Target, sample: Sample) -> tuple[Tensor, Target]:
+        rng = sample_rng(self.seed, sample.number)
+        for augmentation in self.augmentations:
+            image, target = augmentation(image, target, rng)
+        return image, target
+
+    def _described(self, target: Target, row: int, readable: bool) -> dict[str, Any]:
+        """``target`` with the entries that describe the image as a whole."""
+        annotations = self.annotations
+        return {
+            **target,
+            "image_id": int(annotations.image_ids[row]),
+            "original_size": (int(annotations.heights[row]), int(annotations.widths[row])),
+            "readable": readable,
+        }
+
+    def _replacements_of(self, row: int) -> list[int]:
+        """Rows that may replace ``row``: those after it, then from the start; images of its orientation first.
+
+        Batches hold images of one orientation, so such a replacement needs no extra padding.
+        """
+        assert self.replacements is not None
+        others = np.roll(self.replacements, -np.searchsorted(self.replacements, row, side="right"))
+        others = others[others != row]
+        portrait = self.annotations.portrait
+        return others[np.argsort(portrait[others] != portrait[row], kind="stable")].tolist()
+
+    def _warn(self, row: int, message: str) -> None:
+        if not self._unreadable[row]:
+            self._unreadable[row] = True
+            _log.warning("%s (on_error=skip, unreadable so far: %d)", message, self._unreadable.sum())
