@@ -10,6 +10,7 @@ from cpm_rcnn.cli.instantiate import instantiate_allowed
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_count
 from cpm_rcnn.inference import Detector, MultiScaleSettings
+from cpm_rcnn.inference.detector import SIZE_OPTIONS
 from cpm_rcnn.inference.load import detector_from
 from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.training.schedule import Schedule
@@ -66,24 +67,17 @@ def build_module(config: DictConfig, datamodule: CocoDataModule) -> DetectionMod
 
 
 def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
-    """The detector of ``ckpt`` with the overrides of ``detector`` and ``data``, and what the checkpoint says of its data.
+    """The detector of ``ckpt``, and the arguments of its data module, with the overrides of ``detector`` and ``data``.
 
     Raises:
         UserError: no such file, a damaged one, a checkpoint of another program or format, or an invalid value.
     """
     checkpoint = read_checkpoint(config.ckpt, "ckpt")
     data = checkpoint["hyper_parameters"]["data"] | non_null(config.data)
-    sizes = {
-        name: value for name, value in non_null(config.data).items() if name in ("test_short_side", "test_max_size")
-    }
+    overrides = non_null(config.detector) | {name: data[name] for name in SIZE_OPTIONS}
+    multi_scale = multi_scale_settings(config)
     with config_keys(config, "detector"):
-        detector = detector_from(
-            checkpoint,
-            f"ckpt={config.ckpt}",
-            multi_scale=multi_scale_settings(config),
-            **non_null(config.detector),
-            **sizes,
-        )
+        detector = detector_from(checkpoint, f"ckpt={config.ckpt}", multi_scale=multi_scale, **overrides)
     return detector, data
 
 

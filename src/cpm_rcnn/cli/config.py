@@ -38,7 +38,7 @@ def config_key(config: DictConfig, node: str, argument: str) -> str:
         argument: for example ``nms_iou``; ``stages[0].loss_weight``; or ``backbone.name``, which has a node of its own.
 
     Returns:
-        For example ``detector.nms_iou``; ``cmm.stages[0].loss_weight``, since ``detector.stages`` is an interpolation of
+        For example ``detector.nms_iou``; ``cmm.stages[0].loss_weight``, because ``detector.stages`` refers to
         ``cmm.stages``; ``backbone.name``.
     """
     first = re.match(r"\w*", argument)[0]  # type: ignore[index]

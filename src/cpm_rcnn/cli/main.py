@@ -16,8 +16,8 @@ from cpm_rcnn.cli.overrides import register_overrides
 def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     """Compose ``conf/<config_name>.yaml`` with the command line and call ``task`` with it, once or (``-m``) many times.
 
-    An error caused by user input ends the program with status 2 and one line on standard error. Any other exception is a
-    defect of the program and keeps its traceback.
+    An error caused by user input ends the program with status 2 and one line on standard error. Any other exception is
+    a defect of the program and keeps its traceback.
     """
     _silence_libraries()
     register_overrides()

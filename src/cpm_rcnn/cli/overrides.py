@@ -4,6 +4,8 @@ These commands' configs have nodes ``detector`` and ``data`` in which every opti
 checkpoint". The nodes are generated here, so that no option is listed by hand.
 """
 
+from collections.abc import Sequence
+
 from hydra.core.config_store import ConfigStore
 
 from cpm_rcnn.data import DataSettings
@@ -15,7 +17,7 @@ from cpm_rcnn.models.settings import test_options
 def register_overrides() -> None:
     """Register ``overrides/eval``, ``overrides/predict`` and ``overrides/convert`` for the defaults lists of conf/."""
     model = [*test_options(), *OPTIONAL_PARTS]
-    nodes = {
+    nodes: dict[str, dict[str, Sequence[str]]] = {
         "eval": {"detector": model, "data": DataSettings.names("testing")},
         "predict": {"detector": model, "data": SIZE_OPTIONS},
         # A file does not say which mapping ratios its stages were trained with.

@@ -57,7 +57,7 @@ class MultiScaleDetector(nn.Module):
             images: uint8 (3, H, W), on the detector's device.
 
         Returns:
-            One dict per image: ``boxes`` (N, 4) in its own pixels, ``scores`` (N,) in descending order, ``labels`` (N,).
+            One dict per image, best score first: ``boxes`` (N, 4) in its own pixels, ``scores`` (N,), ``labels`` (N,).
         """
         views: list[list[dict[str, Tensor]]] = []
         for scale in self.settings.scales:

@@ -77,8 +77,9 @@ class Schedule(Settings):
 
 
 def parameter_groups(module: nn.Module, lr: float, weight_decay: float, bias_lr_factor: float) -> list[dict]:
-    """The parameters that require a gradient in three groups: weights, norm weights (no weight decay), and biases (no
-    weight decay, another learning rate).
+    """The parameters that require a gradient, as three groups: weights, norm weights and biases.
+
+    Only weights have weight decay, and biases have a learning rate of their own.
     """
     weights, norms, biases = [], [], []
     for layer in module.modules():

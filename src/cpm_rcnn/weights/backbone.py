@@ -54,7 +54,7 @@ def _load_resnet(body: ResNet, settings: BackboneSettings, weights: str) -> None
 
 
 def _torchvision_name(name: str) -> str:
-    """torchvision's name of a parameter of our ResNet: ``layers.0.`` is ``layer1.``, the stem has no prefix."""
+    """The name that torchvision has for a parameter of our ResNet."""
     if name.startswith("layers."):
         _, index, rest = name.split(".", 2)
         return f"layer{int(index) + 1}.{rest}"

@@ -24,8 +24,8 @@ def initialize(detector: TwoStageDetector, class_names: Sequence[str] = (), *, i
     Args:
         detector: as it was built.
         class_names: names of the detector's classes 1..C; only ``init`` needs them.
-        init: a checkpoint of ``train`` or ``convert``. Classification layers are reinitialized if its classes have other
-            names; everything else must fit.
+        init: a checkpoint of ``train`` or ``convert``. Classification layers are reinitialized if its classes have
+            other names; everything else must fit.
 
     Raises:
         UserError: no such file, a damaged one, or weights of another model.

@@ -136,7 +136,7 @@ def _tensor(value: Any, name: str) -> Tensor:
 
 
 def check_names(source: str, given: Mapping[str, Tensor], wanted: Mapping[str, torch.Size]) -> None:
-    """Raise :class:`UserError`, listing the differences, unless ``given`` has exactly the names and shapes of ``wanted``."""
+    """Raise :class:`UserError`, listing the differences, unless ``given`` has the names and shapes of ``wanted``."""
     missing = [name for name in wanted if name not in given]
     unexpected = [name for name in given if name not in wanted]
     misshapen = [

@@ -12,7 +12,7 @@ from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.models.backbones.resnet import RESNETS, ResNetLayout
 from cpm_rcnn.models.build import build
 from cpm_rcnn.models.detector import TwoStageDetector
-from cpm_rcnn.models.heads.cpm import CMM_STAGES, TWO_STAGES
+from cpm_rcnn.models.heads.cpm import CMM_STAGES, TWO_STAGES, CPMHead
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.imagenet import with_statistics
 from cpm_rcnn.weights.reading import check_names, named_tensors, read_weights
@@ -158,14 +158,16 @@ def convert_state(state: Mapping[str, Tensor], detector: TwoStageDetector, sourc
     Raises:
         UserError: names or shapes that are missing, unexpected or wrong.
     """
+    head = detector.head
+    assert isinstance(head, CPMHead)
     state = {name: value for name, value in with_statistics(state).items() if not name.endswith("num_batches_tracked")}
-    for part, names_of in ((detector.head.ism, _ISM), (detector.head.rsm, _RSM)):
+    for part, names_of in ((head.ism, _ISM), (head.rsm, _RSM)):
         if part is None:
             state = {name: value for name, value in state.items() if not re.match(names_of, name)}
     if wild := [name for name, value in state.items() if not value.isfinite().all()]:
         raise UserError(f"{source}: {len(wild)} tensors are not finite: {', '.join(wild[:6])}")
     own = detector.state_dict()
-    names = {name: release_names(name, len(detector.head.stages)) for name in own}
+    names = {name: release_names(name, len(head.stages)) for name in own}
     check_names(
         source,
         state,
@@ -181,8 +183,8 @@ def convert_state(state: Mapping[str, Tensor], detector: TwoStageDetector, sourc
 def release_names(name: str, stages: int) -> list[str]:
     """The release's names of the parameters that, concatenated, are ours.
 
-    The 24 convolutions of the release's feature fusion are one grouped convolution here. All other parameters correspond
-    one to one.
+    The 24 convolutions of the release's feature fusion are one grouped convolution here. All other parameters
+    correspond one to one.
 
     Args:
         name: our name of a parameter or buffer.
