@@ -35,17 +35,19 @@ def config_key(config: DictConfig, node: str, argument: str) -> str:
     Args:
         config: the config.
         node: name of the node whose entries were the arguments.
-        argument: for example ``nms_iou``; ``stages[0].loss_weight``; or ``backbone.name``, which has a node of its own.
+        argument: for example ``nms_iou``, ``stages[0].loss_weight``, or ``backbone.name``, which has a node of its own.
 
     Returns:
         For example ``detector.nms_iou``; ``cmm.stages[0].loss_weight``, because ``detector.stages`` refers to
         ``cmm.stages``; ``backbone.name``.
     """
     first = re.match(r"\w*", argument)[0]  # type: ignore[index]
-    if first not in config[node] and first in config:
-        return argument
-    value = config[node]._get_node(first)
-    raw = value._value() if value is not None else None
+    if first not in config[node]:
+        if first in config:
+            return argument
+        owners = (name for name in config if OmegaConf.is_dict(config._get_node(name)) and first in config[name])
+        node = str(next(owners, node))
+    raw = config[node]._get_node(first)._value() if first in config[node] else None
     if isinstance(raw, str) and (reference := re.fullmatch(r"\$\{([\w.]+)\}", raw)):
         return reference[1] + argument[len(first) :]
     return f"{node}.{argument}"

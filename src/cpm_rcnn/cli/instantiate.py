@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -34,7 +35,12 @@ def instantiate_allowed(node: DictConfig, **arguments: Any) -> Any:
         check_choice("_target_", target, ALLOWED)
     if len(targets) != 1 or node.get("_target_") is None:
         raise UserError(f"_target_={targets}: exactly one is needed, and none inside the arguments")
-    return instantiate(node, **arguments, _convert_="all")
+    try:
+        return instantiate(node, **arguments, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
 
 
 def _class_names(value: Any) -> Iterator[Any]:
