@@ -6,7 +6,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from small_run import SMALL
 
-from cpm_rcnn import commands
+from cpm_rcnn.cli import main
 from cpm_rcnn.convert import convert
 from cpm_rcnn.eval import evaluate
 from cpm_rcnn.predict import predict
@@ -17,7 +17,7 @@ TASKS = {"convert": convert, "train": train, "eval": evaluate, "predict": predic
 
 @dataclass
 class Answer:
-    """What a command left: its exit status and what it printed."""
+    """The exit status of a command and what it printed."""
 
     status: int
     out: str
@@ -37,7 +37,7 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture
 def command(workplace, monkeypatch, capfd):
-    """Call a command as from a shell in ``workplace``, in this process: ``command("eval", "ckpt=...")``."""
+    """Call a command in this process as if from a shell in ``workplace``: ``command("eval", "ckpt=...")``."""
 
     def call(name: str, *arguments: str) -> Answer:
         monkeypatch.chdir(workplace)
@@ -46,7 +46,7 @@ def command(workplace, monkeypatch, capfd):
         capfd.readouterr()
         status = 0
         try:
-            commands.run(TASKS[name], name)
+            main.run(TASKS[name], name)
         except SystemExit as stop:
             status = int(stop.code or 0)
         printed = capfd.readouterr()
@@ -60,7 +60,7 @@ _trained: dict[str, Answer] = {}
 
 @pytest.fixture
 def trained(command):
-    """The answer of one small training run, made once."""
+    """The answer of one small training run, which all tests share."""
     if not _trained:
         answer = command("train", *SMALL)
         assert answer.status == 0, answer.err

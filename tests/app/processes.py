@@ -1,4 +1,4 @@
-"""Several processes at once, as torchrun or SLURM would start them, each calling one function."""
+"""Start several processes as torchrun or SLURM would, each of which calls one function."""
 
 import multiprocessing
 import os
@@ -15,14 +15,14 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-# The processes are forked from a server that has imported everything once, which takes seconds, and has no threads.
+# The processes are forked from a server that has imported everything, which takes seconds, and that has no threads.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["cpm_rcnn.train", "cpm_rcnn.eval", "faster_coco_eval"])
 
 
 @dataclass
 class Outcome:
-    """What one process left: its exit status (-N after signal N), what it printed, and what its function returned."""
+    """The exit status of a process (-N after signal N), what it printed, and what its function returned."""
 
     status: int
     out: str
@@ -37,13 +37,13 @@ def free_port() -> int:
 
 
 def torchrun(rank: int, world: int) -> dict[str, Any]:
-    """What torchrun tells its workers on one machine."""
+    """The environment of torchrun's workers on one machine."""
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0}
     return ranks | {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "TORCHELASTIC_RUN_ID": "test"}
 
 
 def slurm(rank: int, world: int) -> dict[str, Any]:
-    """What SLURM tells the tasks of a job on as many machines."""
+    """The environment of the tasks of a SLURM job with one task per machine."""
     ranks = {"SLURM_PROCID": rank, "SLURM_LOCALID": 0, "SLURM_NODEID": rank}
     job = {"SLURM_JOB_ID": 1, "SLURM_JOB_NAME": "test", "SLURM_NODELIST": "127.0.0.1"}
     return ranks | job | {"SLURM_NTASKS": world, "SLURM_NTASKS_PER_NODE": 1, "SLURM_NNODES": world}
@@ -52,15 +52,15 @@ def slurm(rank: int, world: int) -> dict[str, Any]:
 def together(
     folder: Path, world: int, function: Callable[..., Any], *arguments: Any, variables=torchrun, timeout=60
 ) -> list[Outcome]:
-    """``function(rank, *arguments)`` in ``world`` processes, in the environment that ``variables`` says.
+    """Run ``function(rank, *arguments)`` in ``world`` processes with the environment of ``variables``.
 
-    A process that is still there after ``timeout`` seconds is taken to hang, and fails the test.
+    The test fails if a process is still running after ``timeout`` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     processes = []
     for rank in range(world):
-        environment = {name: str(value) for name, value in (meeting | variables(rank, world)).items()}
+        environment = {name: str(value) for name, value in (rendezvous | variables(rank, world)).items()}
         processes.append(_context.Process(target=_work, args=(rank, environment, folder, function, arguments)))
     for process in processes:
         process.start()
@@ -93,12 +93,13 @@ def _work(rank: int, environment: dict, folder: Path, function: Callable[..., An
 def call(
     rank: int, workplace: Path, faults: dict[int, Callable[[], None]], name: str, *options: str
 ) -> dict[str, dict[str, Tensor]]:
-    """The command ``name``; ``faults`` says by rank what to spoil first.
+    """Run the command ``name``; ``faults`` maps a rank to a fault to inject first.
 
     Returns:
         The process's own weights ``before`` and ``after`` training.
     """
-    from cpm_rcnn import commands, eval, train
+    from cpm_rcnn import eval, train
+    from cpm_rcnn.cli import main
 
     os.chdir(workplace)
     sys.argv = [f"cpm_rcnn.{name}", *options]
@@ -111,13 +112,13 @@ def call(
         weights["after"] = {name: value.clone() for name, value in module.state_dict().items()}
 
     pl.Trainer.fit = fit_between
-    commands.run({"train": train.train, "eval": eval.evaluate}[name], name)
+    main.run({"train": train.train, "eval": eval.evaluate}[name], name)
     return weights
 
 
 @dataclass
 class Signal:
-    """A fault: this process gets a signal within a step of training (or of validation, after training)."""
+    """A fault: this process receives a signal during a step of training, or of the validation after it."""
 
     number: signal.Signals
     step: int
@@ -139,15 +140,15 @@ class Signal:
 
 @dataclass
 class NotANumber:
-    """A fault: a loss of this process is no number at a training step."""
+    """A fault: a loss of this process is NaN at a training step."""
 
     name: str
     step: int
 
     def __call__(self) -> None:
-        from cpm_rcnn.models.detector import CPMRCNN
+        from cpm_rcnn.models.detector import TwoStageDetector
 
-        original, steps = CPMRCNN.forward, []
+        original, steps = TwoStageDetector.forward, []
 
         def forward(detector: Any, images: Any, targets: Any = None) -> Any:
             losses = original(detector, images, targets)
@@ -157,4 +158,4 @@ class NotANumber:
                 steps.append(len(images))
             return losses
 
-        CPMRCNN.forward = forward
+        TwoStageDetector.forward = forward

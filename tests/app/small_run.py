@@ -1,4 +1,4 @@
-"""Overrides of a training run that takes seconds."""
+"""Overrides for a training run that takes seconds."""
 
 SMALL = [
     "experiment=quickstart",

@@ -1,7 +1,6 @@
-"""The commands, run for real on a small data set: what they leave, what they print, and how they refuse."""
+"""The commands, run on a small data set: what they write and print, and how they refuse wrong input."""
 
 import contextlib
-import csv
 import io
 import json
 import os
@@ -17,19 +16,16 @@ from omegaconf import OmegaConf
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from runs import last_checkpoint, metrics, refused, rows_of
 from small_run import SMALL
 
-from cpm_rcnn.cli.assembly import load_module
+from cpm_rcnn import load
 from cpm_rcnn.evaluation.coco_metric import METRIC_NAMES
 
 KEYS = {*METRIC_NAMES, "per_class"}
 
 
-def metrics(folder: Path) -> dict:
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def test_train_leaves_config_checkpoints_figures_and_pictures(trained):
+def test_train_writes_config_checkpoints_metrics_and_pictures(trained):
     folder = trained.folder
     assert OmegaConf.load(folder / "config.yaml").schedule.max_steps == 4
     assert set(metrics(folder)) == KEYS
@@ -48,13 +44,13 @@ def test_train_leaves_config_checkpoints_figures_and_pictures(trained):
         assert min(Image.open(folder / picture).size) > 100
 
 
-def test_eval_of_the_best_checkpoint_repeats_the_figures_that_training_ended_with(command, trained, checkpoint):
+def test_eval_of_the_best_checkpoint_gives_the_final_metrics_of_training(command, trained, checkpoint):
     answer = command("eval", f"ckpt={checkpoint}", "trainer=cpu")
     assert answer.status == 0, answer.err
     assert metrics(answer.folder) == metrics(trained.folder)
 
 
-def test_detections_json_scores_the_same_in_pycocotools(command, checkpoint, workplace):
+def test_detections_json_has_the_same_metrics_in_pycocotools(command, checkpoint, workplace):
     answer = command("eval", f"ckpt={checkpoint}", "trainer=cpu", "detector.score_threshold=0.01")
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(workplace / "data/shapes/annotations/instances_val.json"))
@@ -66,7 +62,7 @@ def test_detections_json_scores_the_same_in_pycocotools(command, checkpoint, wor
     np.testing.assert_allclose([ours[name] for name in METRIC_NAMES], evaluation.stats, atol=1e-12)
 
 
-def test_eval_takes_a_json_of_your_own(command, checkpoint, workplace):
+def test_eval_takes_the_user_s_own_json(command, checkpoint, workplace):
     content = json.loads((workplace / "data/shapes/annotations/instances_val.json").read_text())
     kept = content["images"][:2]
     ids = {image["id"] for image in kept}
@@ -79,7 +75,7 @@ def test_eval_takes_a_json_of_your_own(command, checkpoint, workplace):
     assert {d["image_id"] for d in json.loads((answer.folder / "detections.json").read_text())} <= ids
 
 
-def test_a_split_without_annotations_gives_detections_and_empty_figures(command, checkpoint, workplace):
+def test_a_split_without_annotations_gives_detections_and_null_metrics(command, checkpoint, workplace):
     content = json.loads((workplace / "data/shapes/annotations/instances_val.json").read_text())
     del content["annotations"]
     own = workplace / "image_info.json"
@@ -90,7 +86,7 @@ def test_a_split_without_annotations_gives_detections_and_empty_figures(command,
     assert isinstance(json.loads((answer.folder / "detections.json").read_text()), list)
 
 
-def test_multi_scale_eval_runs_at_the_scales_it_is_given(command, checkpoint):
+def test_multi_scale_eval_uses_the_given_scales(command, checkpoint):
     answer = command(
         "eval",
         f"ckpt={checkpoint}",
@@ -104,8 +100,8 @@ def test_multi_scale_eval_runs_at_the_scales_it_is_given(command, checkpoint):
 
 
 def test_eval_on_two_processes_equals_eval_on_one(command, checkpoint, workplace):
-    # One image a batch: what images are padded to does not depend on how they are dealt out. One thread a process:
-    # sums are taken in the same order.
+    # One image per batch, so that padding does not depend on the distribution of the images; one thread per process,
+    # so that sums have the same order.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     one = command(
@@ -131,7 +127,7 @@ def test_eval_on_two_processes_equals_eval_on_one(command, checkpoint, workplace
     assert own == other
 
 
-def test_training_on_two_processes_leaves_one_run_folder(workplace, trained):
+def test_training_on_two_processes_writes_one_run_folder(workplace, trained):
     ran = subprocess.run(
         [
             *(sys.executable, "-m", "cpm_rcnn.train", *SMALL, "trainer.devices=2", "trainer.strategy=ddp"),
@@ -164,7 +160,7 @@ def test_predict_draws_every_image_of_a_folder(command, checkpoint, workplace):
 
 
 def test_predict_and_eval_find_the_same_boxes(command, checkpoint, workplace):
-    # One image at a time, as predict does: neighbours of a batch decide how an image is padded.
+    # One image per batch, as in predict: the padding of an image depends on the others in its batch.
     evaluated = command(
         "eval", f"ckpt={checkpoint}", "trainer=cpu", "detector.score_threshold=0.01", "data.eval_batch_size=1"
     )
@@ -185,55 +181,38 @@ def test_predict_and_eval_find_the_same_boxes(command, checkpoint, workplace):
     assert one == two
 
 
-def test_multirun_trains_each_mix_in_a_process_of_its_own(command, workplace):
+def test_multirun_trains_each_combination_in_its_own_process(command, workplace):
     answer = command("train", "-m", *SMALL, "schedule.max_steps=1", "sheet_images=0", "ism=off", "rsm=on,off")
     assert answer.status == 0, answer.err
     folders = sorted(path.parent for path in (workplace / "outputs").glob("multirun_*/*/metrics.json"))
     assert [folder.name for folder in folders] == ["0_cmm-on_ism-off_rsm-on", "1_cmm-on_ism-off_rsm-off"]
-    assert [load_module(folder / "checkpoints/last.ckpt").detector.head.rsm is None for folder in folders] == [
-        False,
-        True,
-    ]
+    assert [load(folder / "checkpoints/last.ckpt").model.head.rsm is None for folder in folders] == [False, True]
     assert answer.folder == folders[-1]
 
 
-def test_the_last_step_is_evaluated_and_last_ckpt_is_the_last_also_where_the_best_is_older(command):
+def test_the_last_step_is_evaluated_and_saved_as_last_ckpt_even_if_the_best_is_older(command):
     answer = command("train", *SMALL, "schedule.max_steps=3", "name=odd_length", "sheet_images=0")
     assert answer.status == 0, answer.err
-    last = torch.load(answer.folder / "checkpoints/last.ckpt", weights_only=True)
+    last = last_checkpoint(answer.folder)
     assert last["global_step"] == 3
     evaluated = [row["step"] for row in rows_of(answer.folder) if row["val/AP"]]
     assert evaluated[:2] == ["1", "2"]
 
 
-def test_a_stopped_run_goes_on_at_its_step(command, trained):
+def test_a_run_resumes_at_the_step_of_its_checkpoint(command, trained):
     last = trained.folder / "checkpoints/last.ckpt"
     answer = command("train", *SMALL, "schedule.max_steps=6", f"resume={last}", "name=resumed", "sheet_images=0")
     assert answer.status == 0, answer.err
-    assert torch.load(answer.folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+    assert last_checkpoint(answer.folder)["global_step"] == 6
     assert [row["step"] for row in rows_of(answer.folder) if row["train/loss"]] == ["4", "5"]
 
 
-def rows_of(folder: Path, name: str = "metrics.csv") -> list[dict]:
-    with (folder / name).open() as file:
-        return list(csv.DictReader(file))
-
-
-def test_a_checkpoint_knows_its_model_classes_and_pixel_format(checkpoint):
-    module = load_module(checkpoint)
-    assert module.class_names == ["circle", "square", "triangle", "star", "cross"]
-    assert module.hparams["model"]["backbone"]["name"] == "tiny"
-    assert module.hparams["model"]["convention"] == "continuous"
-    assert not module.training
-
-
-def refused(answer) -> str:
-    """The one line that a command refused with."""
-    assert answer.status == 2, (answer.status, answer.out, answer.err)
-    lines = [line for line in answer.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in answer.err
-    return lines[0]
+def test_a_checkpoint_stores_its_model_classes_and_convention(checkpoint):
+    detector = load(checkpoint)
+    assert detector.class_names == ["circle", "square", "triangle", "star", "cross"]
+    assert detector.model.settings.backbone.name == "tiny"
+    assert detector.convention.name == "continuous"
+    assert not detector.model.training
 
 
 @pytest.mark.parametrize(
@@ -247,37 +226,37 @@ def refused(answer) -> str:
         (["detector.nms_iou=-1"], ["detector.nms_iou=-1", "0 to 1"]),
         (["detector.point_channels=10"], ["detector.point_channels=10", "multiple of 4"]),
         (["ops.deform=fast"], ["ops.deform=fast", "compiled", "torchvision"]),
-        (["detector.convention=round"], ["convention=round", "continuous", "inclusive"]),
+        (["detector.convention=round"], ["detector.convention=round", "continuous", "inclusive"]),
         (["schedule.optimizer=lion"], ["schedule.optimizer=lion", "sgd", "adamw"]),
-        (["schedule.milestones=[9,1]"], ["schedule.milestones", "ascend"]),
+        (["schedule.milestones=[9,1]"], ["schedule.milestones", "ascending"]),
         (["data.flip_probability=2"], ["data.flip_probability=2", "0 to 1"]),
         (["cmm.stages=[]"], ["cmm.stages", "at least one"]),
-        (["cmm.stages.0.positive_iou=7"], ["cmm.stages.positive_iou=7", "0 to 1"]),
+        (["cmm.stages.0.positive_iou=7"], ["cmm.stages[0].positive_iou=7", "0 to 1"]),
         (["backbone=r18", "backbone.weights=nowhere.pth"], ["backbone.weights=nowhere.pth"]),
         (["trainer.precision=7"], ["Precision 7", "32-true", "bf16-mixed"]),
         (["data=coco", "data.root=nowhere"], ["nowhere", "annotations/instances_train2017.json", "cocodataset.org"]),
         (["data=custom"], ["data.train_json"]),
         (["schedule.milestones=5"], ["schedule.milestones=5", "list"]),
-        (["schedule.short_sides=128"], ["data.short_sides=128", "list"]),
+        (["schedule.short_sides=128"], ["schedule.short_sides=128", "list"]),
         (["detector.anchor_sizes=32"], ["detector.anchor_sizes=32", "list"]),
         (["cmm.stages=3"], ["cmm.stages=3", "list"]),
-        (["seed=-1"], ["seed=-1", "whole number"]),
-        (["sheet_images=-1"], ["sheet_images=-1", "whole number"]),
-        (["data.num_workers=0.5"], ["data.num_workers=0.5", "whole number"]),
+        (["seed=-1"], ["seed=-1", "integer"]),
+        (["sheet_images=-1"], ["sheet_images=-1", "integer"]),
+        (["data.num_workers=0.5"], ["data.num_workers=0.5", "integer"]),
         (["trainer.accelerator=gpu"], ["No supported gpu backend"]),
         (["trainer.limit_val_batches=0"], ["trainer.limit_val_batches=0"]),
         (["trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches=0"]),
         (["resume=nowhere.ckpt"], ["nowhere.ckpt", "no such file"]),
     ],
 )
-def test_train_refuses_a_faulty_option_in_one_line(command, arguments, parts):
+def test_train_refuses_an_invalid_option_in_one_line(command, arguments, parts):
     small = [o for o in SMALL if not (o.startswith("data.") and arguments[0].startswith("data="))]
     line = refused(command("train", *small, *arguments))
     for part in parts:
         assert part in line
 
 
-def test_eval_and_predict_refuse_what_is_no_checkpoint(command, checkpoint, workplace):
+def test_eval_and_predict_refuse_files_that_are_not_their_checkpoints(command, checkpoint, workplace):
     damaged = workplace / "damaged.ckpt"
     damaged.write_bytes(checkpoint.read_bytes()[:5000])
     foreign = workplace / "foreign.ckpt"
@@ -290,9 +269,11 @@ def test_eval_and_predict_refuse_what_is_no_checkpoint(command, checkpoint, work
     for name, change in {
         "no_weights": lambda c: c.pop("state_dict"),
         "list": lambda c: c.update(hyper_parameters=[5]),
+        "no_format": lambda c: c["hyper_parameters"].pop("format"),
+        "newer": lambda c: c["hyper_parameters"].update(format=99),
         "model_3": lambda c: c["hyper_parameters"].update(model=3),
-        "body": lambda c: c["hyper_parameters"]["model"].update(backbone="tiny"),
-        "no_tensor": lambda c: c["state_dict"].update({"detector.rpn.head.cls_logits.bias": "x"}),
+        "body": lambda c: c["hyper_parameters"]["model"].update(backbone=5),
+        "no_tensor": lambda c: c["state_dict"].update({"model.rpn.head.cls_logits.bias": "x"}),
         "key": lambda c: c["hyper_parameters"]["model"]["backbone"].update(depth=3),
     }.items():
         content = torch.load(checkpoint, weights_only=True)
@@ -313,7 +294,7 @@ def test_eval_and_predict_refuse_what_is_no_checkpoint(command, checkpoint, work
     assert "ckpt" in refused(command("eval"))
 
 
-def test_eval_refuses_a_split_or_data_that_is_not_there(command, checkpoint):
+def test_eval_and_predict_refuse_splits_sources_and_devices_that_do_not_exist(command, checkpoint):
     assert "val, test" in refused(command("eval", f"ckpt={checkpoint}", "split=train"))
     assert "data.test_json" in refused(command("eval", f"ckpt={checkpoint}", "split=test"))
     assert "source=nowhere" in refused(command("predict", f"ckpt={checkpoint}", "source=nowhere"))
@@ -323,7 +304,7 @@ def test_eval_refuses_a_split_or_data_that_is_not_there(command, checkpoint):
     assert "device=" in refused(command("predict", f"ckpt={checkpoint}", "source=data/shapes/val", "device=tpu7"))
 
 
-def test_a_missing_or_truncated_image_is_one_line_also_from_a_worker(command, checkpoint, workplace):
+def test_a_missing_or_truncated_image_gives_one_line_even_from_a_worker(command, checkpoint, workplace):
     copy = workplace / "broken"
     if not copy.exists():
         shutil.copytree(workplace / "data/shapes", copy)

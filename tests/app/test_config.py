@@ -1,4 +1,4 @@
-"""Every combination of config groups composes, and makes the parts that it names."""
+"""Every combination of config groups composes and builds, and each node mirrors one settings dataclass."""
 
 import itertools
 import re
@@ -7,14 +7,24 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_module
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from cpm_rcnn import assembly
+from cpm_rcnn import build_detector
+from cpm_rcnn.cli.assembly import schedule_settings
+from cpm_rcnn.cli.config import config_key, to_dict
+from cpm_rcnn.cli.instantiate import ALLOWED, instantiate_allowed
+from cpm_rcnn.cli.overrides import register_overrides
+from cpm_rcnn.cli.trainer import build_trainer
+from cpm_rcnn.data import DataSettings
+from cpm_rcnn.data.settings import ShapesSettings
 from cpm_rcnn.errors import UserError
-from cpm_rcnn.models.build import build_detector
+from cpm_rcnn.inference import MultiScaleSettings
+from cpm_rcnn.models.backbones import BackboneSettings
+from cpm_rcnn.models.heads import HEADS
+from cpm_rcnn.models.heads.cpm import CMM_STAGES, TWO_STAGES
+from cpm_rcnn.models.rpn import RPNSettings
+from cpm_rcnn.models.settings import TrunkSettings
 from cpm_rcnn.training.schedule import Schedule
-from cpm_rcnn.cli.instantiate import TARGETS, make
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -24,9 +34,16 @@ def options(group: str) -> list[str]:
 
 
 def composed(*overrides: str, name: str = "train"):
+    register_overrides()
     with initialize_config_module("cpm_rcnn.conf", version_base="1.3"):
-        # ``name`` holds the time of day, which only a running Hydra resolves.
+        # ``name`` contains the time, which only a running Hydra resolves.
         return compose(name, overrides=[*overrides, "name=test"])
+
+
+def model_of(config, num_classes: int = 3):
+    """The model of a config, without memory for its weights."""
+    with torch.device("meta"):
+        return build_detector(to_dict(config.backbone), num_classes, **to_dict(config.detector))
 
 
 def test_the_groups_offer_what_the_readme_promises():
@@ -41,7 +58,7 @@ def test_the_groups_offer_what_the_readme_promises():
 
 
 @pytest.mark.parametrize("backbone", options("backbone"))
-def test_every_mix_of_modules_builds_on_every_backbone(backbone):
+def test_every_combination_of_modules_builds_on_every_backbone(backbone):
     for cmm, ism, rsm, fusion in itertools.product(options("cmm"), options("ism"), options("rsm"), options("fusion")):
         config = composed(
             f"backbone={backbone}",
@@ -51,9 +68,7 @@ def test_every_mix_of_modules_builds_on_every_backbone(backbone):
             f"rsm={rsm}",
             f"fusion={fusion}",
         )
-        arguments = assembly.model_arguments(config)
-        with torch.device("meta"):
-            detector = build_detector(**arguments, num_classes=3)
+        detector = model_of(config)
         assert len(detector.head.stages) == len(config.cmm.stages) == {"on": 3, "off": 1, "two_stage": 2}[cmm]
         assert (detector.head.ism is not None) == (ism == "on")
         assert (detector.head.rsm is not None) == (rsm == "on")
@@ -62,12 +77,12 @@ def test_every_mix_of_modules_builds_on_every_backbone(backbone):
 
 @pytest.mark.parametrize("schedule", options("schedule"))
 @pytest.mark.parametrize("data", options("data"))
-def test_every_schedule_with_every_data_makes_a_recipe_and_a_data_module(schedule, data):
+def test_every_schedule_with_every_data_makes_a_schedule_and_a_data_module(schedule, data):
     paths = [f"data.{key}=x" for key in ("train_json", "train_images", "val_json", "val_images")]
     config = composed(f"schedule={schedule}", f"data={data}", *(paths if data == "custom" else []))
-    recipe = Schedule(**{key: assembly.plain(config.schedule)[key] for key in Schedule.__dataclass_fields__})
-    assert recipe.max_steps > max(recipe.milestones)
-    datamodule = instantiate(config.data, batch_size=2, max_steps=1, _convert_="all")
+    settings = schedule_settings(config)
+    assert settings.max_steps > max(settings.milestones)
+    datamodule = instantiate_allowed(config.data, batch_size=2, max_steps=1)
     assert datamodule.batch_size == 2
 
 
@@ -75,34 +90,33 @@ def test_every_schedule_with_every_data_makes_a_recipe_and_a_data_module(schedul
 @pytest.mark.parametrize("logger", [name for name in options("logger") if name != "wandb"])
 def test_every_trainer_with_every_logger_makes_a_trainer(trainer, logger, tmp_path):
     config = composed(f"trainer={trainer}", f"logger={logger}", "trainer.accelerator=cpu")
-    built = assembly.build_trainer(config, tmp_path)
+    built = build_trainer(config, tmp_path)
     assert built.max_steps == config.schedule.max_steps
     assert {type(each.logger).__name__ for each in built.loggers} >= {"CSVLogger"}
 
 
-def test_ddp_makes_a_trainer_of_several_processes(tmp_path):
+def test_ddp_makes_a_trainer_with_several_processes(tmp_path):
     config = composed("trainer=ddp")
     assert (config.trainer.devices, config.trainer.accelerator) == (8, "gpu")
     config = composed("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
-    assert assembly.build_trainer(config, tmp_path).world_size == 2
+    assert build_trainer(config, tmp_path).world_size == 2
 
 
 def test_wandb_composes():
-    # Neither the package nor an account is at hand: composed, not made.
+    # Only composed, because constructing it needs the package and an account.
     assert composed("logger=wandb").logger.wandb._target_ == "pytorch_lightning.loggers.WandbLogger"
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_makes_its_parts(experiment, tmp_path):
     config = composed(f"experiment={experiment}", "backbone.weights=null")
-    with torch.device("meta"):
-        build_detector(**assembly.model_arguments(config), num_classes=80)
-    assert assembly.recipe(config)["max_steps"] == config.schedule.max_steps
-    instantiate(config.data, batch_size=config.schedule.images_per_device, max_steps=1, _convert_="all")
-    assert assembly.build_trainer(composed(f"experiment={experiment}", "trainer.accelerator=cpu"), tmp_path).max_steps
+    model_of(config, num_classes=80)
+    assert schedule_settings(config).max_steps == config.schedule.max_steps
+    instantiate_allowed(config.data, batch_size=config.schedule.images_per_device, max_steps=1)
+    assert build_trainer(composed(f"experiment={experiment}", "trainer.accelerator=cpu"), tmp_path).max_steps
 
 
-def test_the_issue_s_commands_mean_what_they_say():
+def test_backbone_x101_dcn_on_eight_devices_is_the_paper_s_model_and_schedule():
     config = composed("backbone=x101_dcn", "trainer.devices=8")
     assert (config.backbone.name, config.backbone.deformable_stages) == ("resnext101_64x4d", [3, 4, 5])
     assert config.detector.max_grid_rois == 32
@@ -118,11 +132,84 @@ def test_eval_and_predict_compose(name, multi_scale):
     assert composed(*overrides, name=name).ckpt == "x.ckpt"
 
 
-def test_a_config_can_name_what_this_project_s_configs_name_and_nothing_else(tmp_path):
+def test_a_config_may_instantiate_only_the_classes_of_this_project_s_configs(tmp_path):
     named = {m for path in CONF.rglob("*.yaml") for m in re.findall(r"_target_: (\S+)", path.read_text())}
-    assert named == set(TARGETS)
+    assert named == set(ALLOWED)
     for override in ("trainer._target_=os.system", "++trainer.plugins={_target_:os.system}"):
         with pytest.raises(UserError, match=r"_target_=.*os\.system"):
-            assembly.build_trainer(composed(override), tmp_path)
+            build_trainer(composed(override), tmp_path)
     with pytest.raises(UserError, match=r"_target_=\[\]"):
-        make(OmegaConf.create({"root": "x"}))
+        instantiate_allowed(OmegaConf.create({"root": "x"}))
+
+
+# --- the settings dataclasses and the config ---
+
+
+def same_values(values, settings) -> bool:
+    return values == {name: settings.to_dict()[name] for name in values}
+
+
+def test_the_detector_node_mirrors_the_settings_of_trunk_rpn_and_head():
+    for head, head_class in HEADS.items():
+        config = composed(f"head={head}")
+        values = to_dict(config.detector)
+        owners = [TrunkSettings(head=head), RPNSettings(), head_class.settings_class()]
+        names = [name for owner in owners for name in owner.names()]
+        assert sorted(names) == sorted(values), "an option belongs to exactly one dataclass"
+        for owner in owners:
+            assert same_values({name: values[name] for name in owner.names()}, owner)
+
+
+def test_the_other_nodes_mirror_their_dataclass():
+    config = composed()
+    schedule = to_dict(config.schedule)
+    sizes = {key: schedule.pop(key) for key in ("short_sides", "max_size", "test_short_side", "test_max_size")}
+    assert schedule == Schedule().to_dict()
+    assert sizes == {key: DataSettings().to_dict()[key] for key in sizes}
+    assert set(config.backbone) == set(BackboneSettings.names())
+    data = to_dict(config.data)
+    assert data.pop("_target_") == "cpm_rcnn.data.CocoDataModule"
+    assert set(data) == set(DataSettings.names())
+    shapes = set(to_dict(composed("data=shapes").data)) - {"_target_"}
+    paths = {f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("json", "images")}
+    assert shapes == set(ShapesSettings.names()) - paths
+    multi_scale = to_dict(composed("ckpt=x", "multi_scale=on", name="eval").multi_scale)
+    assert multi_scale.pop("enabled") is True
+    assert multi_scale == MultiScaleSettings().to_dict()
+
+
+def test_the_cascades_of_the_configs_are_those_of_the_code():
+    for choice, stages in (("on", CMM_STAGES), ("off", CMM_STAGES[:1]), ("two_stage", TWO_STAGES)):
+        assert to_dict(composed(f"cmm={choice}").cmm)["stages"] == [stage.to_dict() for stage in stages]
+
+
+@pytest.mark.parametrize("option", ["nms_iou", "on_error", "proposals_train", "mapping_ratio", "max_grid_rois"])
+def test_an_option_is_declared_once_in_the_code_and_described_once_in_the_configs(option):
+    sources = Path(__file__).parents[2] / "src"
+    declared = [p for p in sources.rglob("*.py") if re.search(rf"(?m)^    {option}: .* = \w+\(", p.read_text())]
+    described = [p for p in CONF.rglob("*.yaml") if re.search(rf"(?m)^ *{option}: .*#", p.read_text())]
+    assert len(declared) == 1, declared
+    assert len(described) == (0 if option == "mapping_ratio" else 1), described
+
+
+def test_a_checkpoint_s_options_are_all_null_in_eval_and_predict():
+    for name, nodes in (("eval", ("detector", "data")), ("predict", ("detector", "data"))):
+        config = composed("ckpt=x", *(["source=x"] if name == "predict" else []), name=name)
+        assert {"score_threshold", "nms_iou", "proposals_test", "ism", "rsm"} <= set(config.detector)
+        assert {"test_short_side", "test_max_size"} <= set(config.data)
+        assert all(value is None for node in nodes for value in config[node].values())
+
+
+@pytest.mark.parametrize(
+    ("argument", "key"),
+    [
+        ("nms_iou", "detector.nms_iou"),
+        ("stages[1].loss_weight", "cmm.stages[1].loss_weight"),
+        ("ism", "ism.enabled"),
+        ("backbone.name", "backbone.name"),
+        ("on_error", "data.on_error"),
+    ],
+)
+def test_messages_name_the_config_key_of_an_argument(argument, key):
+    assert config_key(composed(), "detector", argument) == key
+    assert config_key(composed(), "data", "short_sides") == "schedule.short_sides"

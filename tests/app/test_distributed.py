@@ -1,4 +1,4 @@
-"""Many processes do what one does: gradients, losses, figures, stops and faults."""
+"""Several processes give the results of one: gradients, losses, metrics, stops and faults."""
 
 import json
 import os
@@ -6,17 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import NotANumber, Signal, call, free_port, slurm, together
+from runs import last_checkpoint, same, same_run
 from small_run import SMALL
-from test_resume import same_run
 from torch.nn.parallel import DistributedDataParallel
 
 from cpm_rcnn.models import sampling
 from cpm_rcnn.models.build import build_detector
+from cpm_rcnn.models.heads import cpm
 
 LOSSES = {f"loss_{part}" for part in ("rpn_objectness", "rpn_box", "cls", "grid0", "grid1", "grid2", "ism", "rsm")}
 
@@ -25,10 +27,9 @@ LOSSES = {f"loss_{part}" for part in ("rpn_objectness", "rpn_box", "cls", "grid0
 
 
 def detector(fusion):
-    """A small detector with weights that tell things apart.
+    """A small detector whose heatmaps have clear maxima.
 
-    Fresh ones give heatmaps that are flat but for the last bits, so that which cell is highest would be a matter of
-    rounding.
+    Freshly initialized heatmaps are almost flat, so that rounding would decide which cell is highest.
     """
     torch.manual_seed(0)
     model = build_detector(
@@ -51,7 +52,7 @@ def detector(fusion):
 
 
 def sample(number):
-    """An image of 128 x 128 with objects; all are of one size, as what is padded depends on who shares a batch."""
+    """A 128 x 128 image with objects. All have the same size, so that no batch is padded."""
     generator = torch.Generator().manual_seed(number)
     corner = torch.rand(number + 2, 2, generator=generator) * 60
     size = torch.rand(number + 2, 2, generator=generator) * 40 + 20
@@ -62,13 +63,13 @@ def sample(number):
 
 
 def empty(number):
-    """The same image without an object."""
+    """The same image without objects."""
     return sample(number)[0], {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
 
 
 def step(model, samples):
-    """Losses and gradients of one step on ``samples``, the gradients by parameter; a missing one is None."""
-    # Who is drawn must not depend on who draws: the first RoIs of each image, instead of random ones. The limits stay.
+    """Losses and gradients of one step on ``samples``, by name; a missing gradient is None."""
+    # Sampling must not depend on the process: take the first RoIs of each image instead of random ones.
     by_key = sampling.rank_in_group
     sampling.rank_in_group = lambda key, group, groups: by_key(torch.zeros_like(key), group, groups)
     try:
@@ -83,18 +84,32 @@ def step(model, samples):
 
 
 def hide_from_last_stage(model, images):
-    """Let no RoI of ``images`` reach the last stage. Objects are RoIs of every stage: only force brings this about."""
-    head, original = model.head, model.head._next_rois
+    """Let no RoI of ``images`` reach the last stage; ground-truth boxes always would.
 
-    def next_rois(rois, decoded, match, truth, positive_iou):
-        rois, match = original(rois, decoded, match, truth, positive_iou)
-        keep = ~torch.isin(rois.images, torch.tensor(images)) | (positive_iou < head.stages[-1].settings.positive_iou)
-        return rois.keep(keep), match.keep(keep)
+    The match of the last stage's candidates is changed, so that none of them is positive.
+    """
+    head, calls, original = model.head, [], cpm.next_stage_rois
+    losses = head.losses
 
-    head._next_rois = next_rois
+    def next_stage_rois(*arguments):
+        rois, match = original(*arguments)
+        calls.append(rois)
+        if len(calls) % (len(head.stages) - 1):
+            return rois, match
+        return rois, replace(match, iou=match.iou.masked_fill(torch.isin(rois.images, torch.tensor(images)), -1.0))
+
+    def losses_without(*arguments):
+        cpm.next_stage_rois = next_stage_rois
+        try:
+            return losses(*arguments)
+        finally:
+            cpm.next_stage_rois = original
+
+    head.losses = losses_without
 
 
-# By name: whether features are fused, the sample of each process, and the processes whose last stage gets no RoI.
+# For each case: whether features are fused, the sample of each process, and the processes whose last stage gets no
+# RoI.
 CASES = {
     "objects everywhere": (False, [sample(0), sample(1), sample(2)], []),
     "objects everywhere, fused": (True, [sample(0), sample(1), sample(2)], []),
@@ -106,7 +121,7 @@ CASES = {
 
 
 def an_image_each(rank, world):
-    """The cases on ``world`` processes: losses and gradients of this one."""
+    """Losses and gradients of this process, in each case."""
     dist.init_process_group("gloo")
     answers = {}
     for name, (fusion, samples, blind) in CASES.items():
@@ -119,7 +134,7 @@ def an_image_each(rank, world):
 
 
 def on_one(rank, world):
-    """The cases on one process: with the images of ``world``, and with those of them that teach the last stage."""
+    """Each case on one process: with all images, and with those that train the last stage."""
     answers = {}
     for name, (fusion, samples, blind) in CASES.items():
         model = detector(fusion)
@@ -132,7 +147,7 @@ def on_one(rank, world):
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["2 processes", "3 processes"])
 def gradients(request, tmp_path_factory):
-    """Losses and gradients of the cases: of one process with all images, and of several with an image each."""
+    """Losses and gradients in each case: of one process with all images, and of several with one image each."""
     folder = tmp_path_factory.mktemp("gradients")
     one = together(folder / "one", 1, on_one, request.param)
     each = together(folder / "each", request.param, an_image_each, request.param)
@@ -141,16 +156,16 @@ def gradients(request, tmp_path_factory):
 
 
 def farthest(a, b):
-    """The greatest distance of the entries of two tensors, as a share of the greatest entry."""
+    """The largest difference of two tensors, relative to the largest entry."""
     return float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
 
 
-# Sums in float32 (2^-24 = 6e-8 an addition) of the same numbers in another order: 3e-7 and 4e-6 were seen.
+# The same numbers are summed in another order in float32 (2^-24 = 6e-8 per addition); 3e-7 and 4e-6 were observed.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 2e-5
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_processes_with_an_image_each_have_the_gradients_of_one_with_all(gradients, case):
+def test_processes_with_one_image_each_have_the_gradients_of_one_process_with_all_images(gradients, case):
     losses, whole, others = gradients[0][case]
     shares = [answers[case] for answers in gradients[1]]
     assert set(losses) == LOSSES
@@ -158,10 +173,10 @@ def test_processes_with_an_image_each_have_the_gradients_of_one_with_all(gradien
         mean = torch.stack([of_process[name] for of_process, _ in shares]).mean()
         assert farthest(mean, loss) < LOSS_TOLERANCE, name
     for name, gradient in whole.items():
-        # DDP raises where a parameter has none; here it would also be seen.
+        # DDP raises an error if a parameter has no gradient.
         assert all(torch.equal(shares[0][1][name], of_process[name]) for _, of_process in shares), name
         assert farthest(shares[0][1][name], gradient) < GRADIENT_TOLERANCE, name
-    # A process without an object or a positive takes no part: the last stage learns what the others alone teach it.
+    # A process without an object or a positive has no influence: the last stage's gradient is that of the others.
     for name, gradient in others.items():
         if name.startswith(("head.stages.2.", "head.ism.")):
             assert gradient.any(), name
@@ -178,7 +193,7 @@ def detections(folder):
 
 # On two processes: test_eval_on_two_processes_equals_eval_on_one in test_commands.py.
 @pytest.mark.parametrize("images", [5, 2])
-def test_evaluation_on_three_processes_is_that_of_one_where_three_does_not_divide_the_images(
+def test_evaluation_on_three_processes_equals_one_even_if_three_does_not_divide_the_images(
     command, checkpoint, workplace, tmp_path, images
 ):
     content = json.loads((workplace / "data/shapes/annotations/instances_val.json").read_text())
@@ -187,7 +202,7 @@ def test_evaluation_on_three_processes_is_that_of_one_where_three_does_not_divid
     ids = {image["id"] for image in kept}
     content |= {"images": kept, "annotations": [a for a in content["annotations"] if a["image_id"] in ids]}
     own.write_text(json.dumps(content))
-    # One image a batch: what an image is padded to does not depend on how they are dealt out.
+    # One image per batch, so that padding does not depend on the distribution of the images.
     options = [
         *(f"ckpt={checkpoint}", f"split={own}", "images=data/shapes/val", "trainer=cpu"),
         *("detector.score_threshold=0.01", "data.eval_batch_size=1"),
@@ -214,15 +229,11 @@ RUN = [
 ]
 
 
-def last_of(workplace, name):
-    return torch.load(workplace / f"outputs/{name}/checkpoints/last.ckpt", weights_only=True)
-
-
 ONE_MACHINE, TWO_MACHINES = ["trainer.devices=2"], ["trainer.devices=1", "trainer.num_nodes=2"]
 
 
 def on_two(folder, workplace, faults, *options):
-    """The training run on two processes of a machine: what became of them."""
+    """The outcomes of a training run with two processes on one machine."""
     return together(folder, 2, call, workplace, faults, "train", *RUN, *ONE_MACHINE, *options)
 
 
@@ -231,15 +242,15 @@ _whole = {}
 
 @pytest.fixture
 def whole(workplace, tmp_path):
-    """The last checkpoint of a run on two processes of one machine."""
+    """The last checkpoint of a run with two processes on one machine."""
     if not _whole:
         outcomes = on_two(tmp_path / "whole", workplace, {}, "name=on_two")
         assert [outcome.status for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
-        _whole["checkpoint"] = last_of(workplace, "on_two")
+        _whole["checkpoint"] = last_checkpoint(workplace / "outputs" / "on_two")
     return _whole["checkpoint"]
 
 
-def test_two_machines_end_with_the_weights_of_two_processes_of_one(workplace, whole):
+def test_two_machines_end_with_the_weights_of_two_processes_on_one_machine(workplace, whole):
     launches = [
         subprocess.Popen(
             [
@@ -263,32 +274,32 @@ def test_two_machines_end_with_the_weights_of_two_processes_of_one(workplace, wh
         for launch in launches:
             launch.kill()
     assert [launch.returncode for launch in launches] == [0, 0], said
-    assert same_run(last_of(workplace, "on_two_machines"), whole)
+    assert same_run(last_checkpoint(workplace / "outputs" / "on_two_machines"), whole)
 
 
-def test_a_signal_to_one_process_stops_both_and_both_go_on_to_the_same_weights(workplace, whole, tmp_path):
+def test_a_signal_to_one_process_stops_both_and_both_resume_to_the_same_weights(workplace, whole, tmp_path):
     name = "one_of_two_stopped"
     outcomes = on_two(tmp_path / "stopped", workplace, {1: Signal(signal.SIGTERM, 3)}, f"name={name}")
-    # One process of a machine tells of it.
+    # Only one process per machine exits with the status.
     assert [outcome.status for outcome in outcomes] == [128 + signal.SIGTERM, 0]
     assert "stopped by SIGTERM at step 10" in outcomes[0].out
-    assert last_of(workplace, name)["global_step"] == 10
+    assert last_checkpoint(workplace / "outputs" / name)["global_step"] == 10
     outcomes = on_two(tmp_path / "resumed", workplace, {}, f"name={name}", "resume=auto")
     assert [outcome.status for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
-    assert same_run(last_of(workplace, name), whole)
+    assert same_run(last_checkpoint(workplace / "outputs" / name), whole)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_signal_in_the_last_validation_ends_the_run_at_once(workplace, tmp_path, rank):
+def test_a_signal_in_the_last_validation_ends_the_run_immediately(workplace, tmp_path, rank):
     faults = {rank: Signal(signal.SIGTERM, 1, "validation_step", "validate")}
     options = ["schedule.max_steps=1", "data.eval_batch_size=1", f"name=validation_stopped_{rank}"]
     outcomes = on_two(tmp_path, workplace, faults, *options)
     assert outcomes[rank].status == -signal.SIGTERM, outcomes
     assert outcomes[1 - rank].status not in (0, -signal.SIGKILL)
-    assert last_of(workplace, options[-1][5:])["global_step"] == 1
+    assert last_checkpoint(workplace / "outputs" / options[-1].removeprefix("name="))["global_step"] == 1
 
 
-def test_a_signal_in_an_evaluation_ends_it_at_once(checkpoint, workplace, tmp_path):
+def test_a_signal_in_an_evaluation_ends_it_immediately(checkpoint, workplace, tmp_path):
     faults = {1: Signal(signal.SIGTERM, 1, "validation_step", "validate")}
     options = [f"ckpt={checkpoint}", "trainer=cpu", "trainer.devices=2", "data.eval_batch_size=1", "name=eval_stopped"]
     outcomes = together(tmp_path, 2, call, workplace, faults, "eval", *options)
@@ -296,15 +307,15 @@ def test_a_signal_in_an_evaluation_ends_it_at_once(checkpoint, workplace, tmp_pa
     assert outcomes[0].status not in (0, -signal.SIGKILL)
 
 
-def test_a_slurm_job_on_two_machines_stops_at_a_signal_to_one_and_goes_on(workplace, whole, tmp_path):
+def test_a_slurm_job_on_two_machines_stops_at_a_signal_to_one_and_resumes(workplace, whole, tmp_path):
     arguments = ["train", *RUN, *TWO_MACHINES, "name=slurm", "resume=auto"]
     faults = {1: Signal(signal.SIGUSR1, 8)}
     outcomes = together(tmp_path / "stopped", 2, call, workplace, faults, *arguments, variables=slurm)
     assert [outcome.status for outcome in outcomes] == [128 + signal.SIGUSR1] * 2, [o.err for o in outcomes]
-    assert last_of(workplace, "slurm")["global_step"] == 10
+    assert last_checkpoint(workplace / "outputs" / "slurm")["global_step"] == 10
     outcomes = together(tmp_path / "resumed", 2, call, workplace, {}, *arguments, variables=slurm)
     assert [outcome.status for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
-    assert same_run(last_of(workplace, "slurm"), whole)
+    assert same_run(last_checkpoint(workplace / "outputs" / "slurm"), whole)
 
 
 def test_a_signal_to_the_command_stops_the_processes_that_lightning_started(workplace, trained):
@@ -329,12 +340,12 @@ def test_a_signal_to_the_command_stops_the_processes_that_lightning_started(work
         run.kill()
     assert run.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM at step" in said
-    stopped_at = last_of(workplace, folder.name)["global_step"]
+    stopped_at = last_checkpoint(workplace / "outputs" / folder.name)["global_step"]
     assert stopped_at < 200
     assert stopped_at % 10 == 0
 
 
-def test_processes_whose_folders_differ_use_the_first_ones(workplace, tmp_path):
+def test_processes_with_different_folders_use_the_first_process_s(workplace, tmp_path):
     options = ["schedule.max_steps=1", "name=of_rank_${oc.env:RANK}"]
     outcomes = on_two(tmp_path, workplace, {}, *options)
     assert [outcome.status for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
@@ -344,26 +355,22 @@ def test_processes_whose_folders_differ_use_the_first_ones(workplace, tmp_path):
 # --- faults ---
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.mark.parametrize("steps", [1, 3])
-def test_a_loss_that_is_no_number_on_one_process_is_passed_over_on_both(workplace, tmp_path, steps):
+def test_a_non_finite_loss_on_one_process_is_skipped_on_both(workplace, tmp_path, steps):
     options = [f"schedule.max_steps={steps}", "schedule.warmup_steps=0", "on_nonfinite=skip", f"name=skipped_{steps}"]
     outcomes = on_two(tmp_path, workplace, {1: NotANumber("loss_cls", steps - 1)}, *options)
     assert [outcome.status for outcome in outcomes] == [0, 0], [outcome.err for outcome in outcomes]
-    assert "a loss of another process is not finite; passed over" in outcomes[0].out + outcomes[0].err
+    assert "a loss of another process is not finite; step skipped" in outcomes[0].out + outcomes[0].err
     assert "loss_cls=nan" in outcomes[1].out + outcomes[1].err
     first, second = (outcome.result for outcome in outcomes)
     assert same(first["before"], second["before"])
     assert same(first["after"], second["after"])
-    # The only step was passed over; of several, the others have taught something.
+    # If there was only one step, it was skipped; if there were several, the others changed the weights.
     assert same(first["before"], first["after"]) == (steps == 1)
     assert all(value.isfinite().all() for value in first["after"].values())
 
 
-def test_a_loss_that_is_no_number_on_one_process_ends_both(workplace, tmp_path):
+def test_a_non_finite_loss_on_one_process_ends_both(workplace, tmp_path):
     outcomes = on_two(tmp_path, workplace, {1: NotANumber("loss_cls", 1)}, "name=raised_on_two")
     assert [outcome.status for outcome in outcomes] == [2, 2], [outcome.err for outcome in outcomes]
     assert "step 1 (batch 1): a loss of another process is not finite" in outcomes[0].err

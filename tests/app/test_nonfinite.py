@@ -1,24 +1,24 @@
-"""A loss that is no number: named, its batch kept, and the run stopped or passed over."""
+"""Non-finite losses: they are reported, their batch is saved, and the run stops or skips the step."""
 
 import pytest
 import torch
+from runs import last_checkpoint, refused
 from small_run import SMALL
-from test_commands import refused
 
-from cpm_rcnn.models.detector import CPMRCNN
+from cpm_rcnn.models.detector import TwoStageDetector
 
 RUN = [*SMALL, "schedule.max_steps=3", "schedule.val_interval=3", "sheet_images=0", "schedule.warmup_steps=0"]
 
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Make a loss of one step of training infinite or no number."""
-    forward = CPMRCNN.forward
+    """Make a loss of one training step infinite or NaN."""
+    forward = TwoStageDetector.forward
 
     def at(step, name, value):
         done = []
 
-        def spoilt(self, images, targets=None):
+        def modified(self, images, targets=None):
             losses = forward(self, images, targets)
             if self.training:
                 done.append(len(images))
@@ -26,13 +26,13 @@ def spoil(monkeypatch):
                     losses[name] = losses[name] * value
             return losses
 
-        monkeypatch.setattr(CPMRCNN, "forward", spoilt)
+        monkeypatch.setattr(TwoStageDetector, "forward", modified)
 
     return at
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_the_loss_the_step_and_the_images_are_named_and_the_batch_is_kept(command, spoil, workplace, value):
+def test_the_message_names_loss_step_and_images_and_the_batch_is_saved(command, spoil, workplace, value):
     spoil(1, "loss_grid1", value)
     name = f"nonfinite_{value}"
     line = refused(command("train", *RUN, f"name={name}"))
@@ -46,27 +46,27 @@ def test_the_loss_the_step_and_the_images_are_named_and_the_batch_is_kept(comman
     assert [loss for loss, v in kept["losses"].items() if not v.isfinite()] == ["loss_grid1"]
 
 
-def test_a_step_that_is_passed_over_changes_no_weight(command, spoil):
+def test_a_skipped_step_changes_no_weight(command, spoil):
     spoil(0, "loss_cls", float("nan"))
-    # Only the spoilt step has a rate: whatever moves, moves there.
+    # The run has only this step, so any change of a weight would come from it.
     answer = command("train", *RUN, "on_nonfinite=skip", "schedule.max_steps=1", "name=skipped")
     assert answer.status == 0, answer.err
     assert "loss_cls=nan" in answer.out + answer.err
-    assert "passed over" in answer.out + answer.err
-    skipped = torch.load(answer.folder / "checkpoints/last.ckpt", weights_only=True)
+    assert "step skipped" in answer.out + answer.err
+    skipped = last_checkpoint(answer.folder)
     still = command("train", *RUN, "schedule.base_lr=0", "schedule.max_steps=1", "name=still")
-    untrained = torch.load(still.folder / "checkpoints/last.ckpt", weights_only=True)
+    untrained = last_checkpoint(still.folder)
     assert all(torch.equal(skipped["state_dict"][k], v) for k, v in untrained["state_dict"].items())
     assert (answer.folder / "nonfinite_batch0_rank0.pt").is_file()
 
 
-def test_training_goes_on_after_a_step_that_was_passed_over(command, spoil):
+def test_training_continues_after_a_skipped_step(command, spoil):
     spoil(1, "loss_ism", float("inf"))
     answer = command("train", *RUN, "on_nonfinite=skip", "name=went_on")
     assert answer.status == 0, answer.err
-    weights = torch.load(answer.folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    weights = last_checkpoint(answer.folder)["state_dict"]
     assert all(value.isfinite().all() for value in weights.values())
 
 
-def test_only_two_things_can_be_done(command):
+def test_another_action_is_refused(command):
     assert "on_nonfinite=ignore: must be one of raise, skip" in refused(command("train", *RUN, "on_nonfinite=ignore"))

@@ -1,12 +1,12 @@
-"""A run that is stopped goes on as if nothing had been: same weights to the last bit."""
+"""A run that was stopped resumes and ends with the weights of an undisturbed run, bit for bit."""
 
 import os
 import signal
 
 import pytest
 import torch
+from runs import last_checkpoint, refused, rows_of, same_run
 from small_run import SMALL
-from test_commands import refused, rows_of
 
 from cpm_rcnn.training.module import DetectionModule
 
@@ -14,26 +14,9 @@ STEPS = 7
 RUN = [*SMALL, f"schedule.max_steps={STEPS}", "schedule.val_interval=3", "schedule.warmup_steps=2", "sheet_images=0"]
 
 
-def last_of(answer):
-    return torch.load(answer.folder / "checkpoints/last.ckpt", weights_only=True)
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def same_run(a, b):
-    """Weights, optimizer and schedule of two checkpoints, to the last bit."""
-    assert a["global_step"] == b["global_step"]
-    states = [c["optimizer_states"][0]["state"] for c in (a, b)]
-    assert states[0].keys() == states[1].keys()
-    optimizers = all(same(states[0][i], states[1][i]) for i in states[0])
-    return same(a["state_dict"], b["state_dict"]) and optimizers and a["lr_schedulers"] == b["lr_schedulers"]
-
-
 @pytest.fixture
 def send(monkeypatch):
-    """Send a signal to this process within a training step, once: ``send(SIGTERM, step)``."""
+    """Send a signal to this process during a training step, once: ``send(SIGTERM, step)``."""
     step_of = DetectionModule.training_step
 
     def at(number, step):
@@ -53,11 +36,11 @@ _whole = {}
 
 @pytest.fixture
 def whole(command):
-    """The last checkpoint of a run that nothing disturbed."""
+    """The last checkpoint of an undisturbed run."""
     if not _whole:
         answer = command("train", *RUN, "name=whole")
         assert answer.status == 0, answer.err
-        _whole["checkpoint"] = last_of(answer)
+        _whole["checkpoint"] = last_checkpoint(answer.folder)
     return _whole["checkpoint"]
 
 
@@ -72,21 +55,21 @@ def whole(command):
         (signal.SIGTERM, STEPS - 1, 0),
     ],
 )
-def test_a_stopped_run_saves_and_goes_on_to_the_same_weights(command, whole, send, number, step, workers):
+def test_a_stopped_run_saves_and_resumes_to_the_same_weights(command, whole, send, number, step, workers):
     name = f"name=stopped_{step}"
     send(number, step)
     answer = command("train", *RUN, name, f"data.num_workers={workers}")
     assert answer.status == 128 + number
     assert f"stopped by {number.name} at step {step + 1}" in answer.out
-    assert last_of(answer)["global_step"] == step + 1
+    assert last_checkpoint(answer.folder)["global_step"] == step + 1
     answer = command("train", *RUN, name, "resume=auto", f"data.num_workers={workers}")
     assert answer.status == 0, answer.err
-    assert same_run(last_of(answer), whole)
+    assert same_run(last_checkpoint(answer.folder), whole)
     assert (answer.folder / "metrics.json").is_file()
     assert (answer.folder / "loss.png").is_file()
 
 
-def test_a_run_leaves_the_signals_as_it_found_them(command):
+def test_a_run_restores_the_signal_handlers(command):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
     assert command("train", *RUN, "name=signals", "schedule.max_steps=1").status == 0
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
@@ -97,25 +80,25 @@ def test_a_run_stopped_twice_keeps_all_its_metrics(command, whole, send):
         send(signal.SIGTERM, step)
         assert command("train", *RUN, "name=twice", "resume=auto").status == 128 + signal.SIGTERM
     answer = command("train", *RUN, "name=twice", "resume=auto")
-    assert same_run(last_of(answer), whole)
+    assert same_run(last_checkpoint(answer.folder), whole)
     logged = [rows_of(answer.folder, name) for name in ("metrics_001.csv", "metrics_002.csv", "metrics.csv")]
     steps = [int(row["step"]) for rows in logged for row in rows if row["train/loss"]]
-    # Lightning logs a step after it: the two at which the run stopped are trained on, but not logged.
+    # Lightning logs a step after its end, so the two steps at which the run stopped are trained but not logged.
     assert steps == [step for step in range(STEPS) if step not in (1, 4)]
 
 
-def test_accumulated_gradients_are_not_lost_in_between(command, send):
+def test_a_stop_loses_no_accumulated_gradient(command, send):
     more = ["trainer.accumulate_grad_batches=2", "schedule.max_steps=3", "schedule.val_interval=3"]
     straight = command("train", *RUN, *more, "name=accumulated")
-    send(signal.SIGTERM, 2)  # the first batch of the second step: the stop waits for its second
+    send(signal.SIGTERM, 2)  # the first batch of the second step; the run stops after the second batch
     answer = command("train", *RUN, *more, "name=accumulated_stopped")
-    assert last_of(answer)["global_step"] == 2
+    assert last_checkpoint(answer.folder)["global_step"] == 2
     answer = command("train", *RUN, *more, "name=accumulated_stopped", "resume=auto")
     assert answer.status == 0, answer.err
-    assert same_run(last_of(answer), last_of(straight))
+    assert same_run(last_checkpoint(answer.folder), last_checkpoint(straight.folder))
 
 
-def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(command, whole):
+def test_a_truncated_checkpoint_is_skipped_and_the_previous_one_used(command, whole):
     answer = command("train", *RUN, "name=killed", "schedule.max_steps=6", "checkpoint_interval=2")
     folder = answer.folder / "checkpoints"
     best = torch.load(folder / "best.ckpt", weights_only=True)["global_step"]
@@ -126,23 +109,23 @@ def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(command, whole
     assert answer.status == 0, answer.err
     assert "last.ckpt" in answer.err + answer.out
     assert next(int(row["step"]) for row in rows_of(answer.folder) if row["train/loss"]) == best
-    assert same_run(last_of(answer), whole)
+    assert same_run(last_checkpoint(answer.folder), whole)
 
 
-def test_auto_starts_anew_where_there_is_nothing_to_go_on_from(command, whole):
+def test_resume_auto_starts_at_step_0_without_a_checkpoint(command, whole):
     answer = command("train", *RUN, "name=anew", "resume=auto")
     assert answer.status == 0, answer.err
     assert "no checkpoint" in answer.out + answer.err
-    assert same_run(last_of(answer), whole)
+    assert same_run(last_checkpoint(answer.folder), whole)
 
 
-def test_a_run_of_another_model_or_recipe_is_not_gone_on_with(command, trained):
+def test_a_run_of_another_model_is_not_resumed(command, trained):
     last = trained.folder / "checkpoints/last.ckpt"
     line = refused(command("train", *SMALL, "detector.mlp_channels=24", f"resume={last}"))
     assert "mlp_channels is 16 there and 24 here" in line
 
 
-def test_checkpoints_come_at_their_interval(command):
+def test_checkpoints_are_written_at_their_interval(command):
     answer = command("train", *RUN, "name=interval", "checkpoint_interval=2", "schedule.val_interval=7")
     assert answer.status == 0, answer.err
     line = refused(command("train", *RUN, "checkpoint_interval=0"))
