@@ -28,84 +28,33 @@
 #include "deform_conv_problem.h"
 #include "deform_conv_table.h"
 
-// The same source for each instruction set that the run may meet.
+// deform_conv_isa.h compiles the same kernels once for each instruction set; kernels() below picks one at run time.
 #define CPM_ISA portable
 #define CPM_VECTOR_BYTES 16
 #define CPM_BF16_DOT 0
-#include "deform_conv_simd.h"
-#include "deform_conv_gemm.h"
-#include "deform_conv_kernels.h"
-#undef CPM_ISA
-#undef CPM_VECTOR_BYTES
-#undef CPM_BF16_DOT
+#include "deform_conv_isa.h"
 
 #if defined(__x86_64__)
 #define CPM_X86 1
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
 #define CPM_ISA avx2
+#define CPM_TARGET "avx2,fma"
 #define CPM_VECTOR_BYTES 32
 #define CPM_BF16_DOT 0
-#include "deform_conv_simd.h"
-#include "deform_conv_gemm.h"
-#include "deform_conv_kernels.h"
-#undef CPM_ISA
-#undef CPM_VECTOR_BYTES
-#undef CPM_BF16_DOT
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "deform_conv_isa.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
-#endif
 #define CPM_ISA avx512
+#define CPM_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
 #define CPM_VECTOR_BYTES 64
 #define CPM_BF16_DOT 0
-#include "deform_conv_simd.h"
-#include "deform_conv_gemm.h"
-#include "deform_conv_kernels.h"
-#undef CPM_ISA
-#undef CPM_VECTOR_BYTES
-#undef CPM_BF16_DOT
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "deform_conv_isa.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512bf16")
-#endif
 #define CPM_ISA avx512_bf16
+#define CPM_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512bf16"
 #define CPM_VECTOR_BYTES 64
 #define CPM_BF16_DOT 1
-#include "deform_conv_simd.h"
-#include "deform_conv_gemm.h"
-#include "deform_conv_kernels.h"
-#undef CPM_ISA
-#undef CPM_VECTOR_BYTES
-#undef CPM_BF16_DOT
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
+#include "deform_conv_isa.h"
 #endif  // x86-64
 
 namespace cpm_rcnn {
