@@ -1,11 +1,13 @@
-// The deformable convolution on a CPU: cpm_rcnn_cpu::deform_conv2d and deform_conv2d_backward, semantics and border rules of
-// torchvision.ops.deform_conv2d (offset order (dy, dx) a tap, offset groups, groups, mask). The bias is the caller's.
+// The deformable convolution on a CPU: cpm_rcnn_cpu::deform_conv2d and deform_conv2d_backward, semantics and border
+// rules of torchvision.ops.deform_conv2d (offset order (dy, dx) a tap, offset groups, groups, mask). The bias is the
+// caller's.
 //
 // Forward, for one unit of channels at a time: pack its input as [pixel][channel]; for each tile of output pixels
 // sample every tap (one contiguous run of channels a corner), transpose the samples into columns whose lanes are
-// pixels, and multiply by broadcast weights. Backward likewise, a tap at a time. A thread owns the units that it works on, so that
-// the input's and the weight's gradients need no locks; the offsets' gradients are summed over the threads at the end.
-// The column matrix exists for one tile and one unit at a time. Sums are in the same order for the same thread count.
+// pixels, and multiply by broadcast weights. Backward likewise, a tap at a time. A thread owns the units that it works
+// on, so that the input's and the weight's gradients need no locks; the offsets' gradients are summed over the threads
+// at the end. The column matrix exists for one tile and one unit at a time. Sums are in the same order for the same
+// thread count.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -119,13 +121,14 @@ Problem make_problem(const at::Tensor& input, const at::Tensor& offset, const c1
   TORCH_CHECK(p.pad_h >= 0 && p.pad_w >= 0, "deform_conv2d: padding must not be negative, got ", padding);
   TORCH_CHECK(p.dilation_h > 0 && p.dilation_w > 0, "deform_conv2d: dilation must be positive, got ", dilation);
   TORCH_CHECK(weight.size(1) > 0 && p.in_channels > 0 && p.in_channels % weight.size(1) == 0,
-              "deform_conv2d: input has ", p.in_channels, " channels, not a multiple of weight.size(1) = ",
-              weight.size(1));
+              "deform_conv2d: input has ", p.in_channels,
+              " channels, not a multiple of weight.size(1) = ", weight.size(1));
   p.groups = p.in_channels / weight.size(1);
   TORCH_CHECK(p.out_channels > 0 && p.out_channels % p.groups == 0, "deform_conv2d: weight has ", p.out_channels,
               " output channels, not a multiple of ", p.groups, " groups");
-  TORCH_CHECK(offset.size(1) > 0 && offset.size(1) % (2 * p.taps()) == 0, "deform_conv2d: offset.size(1) = ",
-              offset.size(1), " is not a multiple of 2 * kernel height * kernel width = ", 2 * p.taps());
+  TORCH_CHECK(offset.size(1) > 0 && offset.size(1) % (2 * p.taps()) == 0,
+              "deform_conv2d: offset.size(1) = ", offset.size(1),
+              " is not a multiple of 2 * kernel height * kernel width = ", 2 * p.taps());
   p.offset_groups = offset.size(1) / (2 * p.taps());
   TORCH_CHECK(p.in_channels % p.offset_groups == 0, "deform_conv2d: input has ", p.in_channels,
               " channels, not a multiple of ", p.offset_groups, " offset groups");
@@ -133,15 +136,15 @@ Problem make_problem(const at::Tensor& input, const at::Tensor& offset, const c1
   p.out_width = (p.width + 2 * p.pad_w - (p.dilation_w * (p.kernel_w - 1) + 1)) / p.stride_w + 1;
   TORCH_CHECK(p.height > 0 && p.width > 0 && p.out_height > 0 && p.out_width > 0,
               "deform_conv2d: calculated output size too small: ", p.out_height, "x", p.out_width);
-  TORCH_CHECK(offset.size(0) == p.images && (!mask || mask->size(0) == p.images),
-              "deform_conv2d: input has ", p.images, " images, offset ", offset.size(0));
+  TORCH_CHECK(offset.size(0) == p.images && (!mask || mask->size(0) == p.images), "deform_conv2d: input has ", p.images,
+              " images, offset ", offset.size(0));
   TORCH_CHECK(offset.size(2) == p.out_height && offset.size(3) == p.out_width, "deform_conv2d: offset is ",
               offset.size(2), "x", offset.size(3), ", the output ", p.out_height, "x", p.out_width);
   if (mask) {
     TORCH_CHECK(mask->size(1) == p.offset_groups * p.taps(), "deform_conv2d: mask.size(1) = ", mask->size(1),
                 " is not offset groups * kernel height * kernel width = ", p.offset_groups * p.taps());
-    TORCH_CHECK(mask->size(2) == p.out_height && mask->size(3) == p.out_width, "deform_conv2d: mask is ",
-                mask->size(2), "x", mask->size(3), ", the output ", p.out_height, "x", p.out_width);
+    TORCH_CHECK(mask->size(2) == p.out_height && mask->size(3) == p.out_width, "deform_conv2d: mask is ", mask->size(2),
+                "x", mask->size(3), ", the output ", p.out_height, "x", p.out_width);
   }
   return p;
 }
@@ -241,13 +244,20 @@ class Forward {
  public:
   Forward(const Problem& problem, const at::Tensor& input, const at::Tensor& offset, const at::Tensor& mask,
           const at::Tensor& weight)
-      : p_(problem), table_(kernels<S>()), threads_(threads_for(problem)),
-        pairs_(pairs_of_channels(problem, table_)), vectors_(block_vectors(problem, table_, threads_, pairs_)),
+      : p_(problem),
+        table_(kernels<S>()),
+        threads_(threads_for(problem)),
+        pairs_(pairs_of_channels(problem, table_)),
+        vectors_(block_vectors(problem, table_, threads_, pairs_)),
         forward_tile_(pairs_ ? table_.forward_tile_pairs : table_.forward_tile[vectors_ - 1]),
-        width_(vectors_ * table_.lanes), tile_(2 * table_.lanes),
-        tiles_(divide_up(p_.pixels(), tile_)), plan_(make_plan(p_, width_)),
+        width_(vectors_ * table_.lanes),
+        tile_(2 * table_.lanes),
+        tiles_(divide_up(p_.pixels(), tile_)),
+        plan_(make_plan(p_, width_)),
         options_(input.options().dtype(kScalarType<T>)),
-        input_(input), offset_(offset.contiguous()), mask_(mask.defined() ? mask.contiguous() : mask),
+        input_(input),
+        offset_(offset.contiguous()),
+        mask_(mask.defined() ? mask.contiguous() : mask),
         weight_(forward_weight<S>(problem, weight, pairs_)),
         output_(in_large_pages(at::empty({p_.images, p_.out_channels, p_.out_height, p_.out_width},
                                          input.options().memory_format(format_like(input))))) {}
@@ -304,8 +314,8 @@ class Forward {
         const Unit& unit = units[number];
         table_.pack(p_, unit, view<const S>(input_), image_, packed.data_ptr<T>(), width_, 0, p_.height);
         for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-          forward_tile_(p_, unit, packed.data_ptr<T>(), taps_of(tile), weight_.const_data_ptr(),
-                        columns.data_ptr<T>(), out.data_ptr<T>(), tile_, false);
+          forward_tile_(p_, unit, packed.data_ptr<T>(), taps_of(tile), weight_.const_data_ptr(), columns.data_ptr<T>(),
+                        out.data_ptr<T>(), tile_, false);
           table_.store_tile(out.data_ptr<T>(), tile_, view<S>(output_), image_, unit.first_output(),
                             unit.segments.size() * p_.out_per_group(), tile * tile_, pixels_of(tile));
         }
@@ -322,9 +332,8 @@ class Forward {
     for_each_worker(std::min(threads_, tiles_), [&](std::int64_t) {
       const at::Tensor columns = scratch(width_ * p_.taps() * tile_);
       for (std::int64_t tile; counter.next(tile);)
-        forward_tile_(
-            p_, unit, packed.data_ptr<T>(), taps_of(tile), weight_.const_data_ptr(), columns.data_ptr<T>(),
-            sums_.data_ptr<T>() + (tile * p_.out_channels + unit.first_output()) * tile_, tile_, true);
+        forward_tile_(p_, unit, packed.data_ptr<T>(), taps_of(tile), weight_.const_data_ptr(), columns.data_ptr<T>(),
+                      sums_.data_ptr<T>() + (tile * p_.out_channels + unit.first_output()) * tile_, tile_, true);
     });
   }
 
@@ -360,14 +369,22 @@ class Backward {
  public:
   Backward(const Problem& problem, const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& offset,
            const at::Tensor& mask, const at::Tensor& weight, Needed needed)
-      : p_(problem), table_(kernels<S>()), threads_(threads_for(problem)),
+      : p_(problem),
+        table_(kernels<S>()),
+        threads_(threads_for(problem)),
         pairs_(table_.backward_unit_pairs && problem.out_per_group() % 2 == 0),
         vectors_(block_vectors(problem, table_, threads_, pairs_)),
         backward_unit_(pairs_ ? table_.backward_unit_pairs : table_.backward_unit[vectors_ - 1]),
-        width_(vectors_ * table_.lanes), tile_(8 * table_.lanes),
-        tiles_(divide_up(p_.pixels(), tile_)), plan_(make_plan(p_, width_)), needed_(needed),
-        options_(input.options().dtype(kScalarType<T>)), grad_output_(evenly_spaced(grad_output)), input_(input),
-        offset_(offset.contiguous()), mask_(mask.defined() ? mask.contiguous() : mask),
+        width_(vectors_ * table_.lanes),
+        tile_(8 * table_.lanes),
+        tiles_(divide_up(p_.pixels(), tile_)),
+        plan_(make_plan(p_, width_)),
+        needed_(needed),
+        options_(input.options().dtype(kScalarType<T>)),
+        grad_output_(evenly_spaced(grad_output)),
+        input_(input),
+        offset_(offset.contiguous()),
+        mask_(mask.defined() ? mask.contiguous() : mask),
         weight_(weight.to(kScalarType<T>).contiguous()) {
     if (needed.input)
       grad_input_ = in_large_pages(at::empty(input.sizes(), input.options().memory_format(format_like(input))));
@@ -440,10 +457,9 @@ class Backward {
     s.weight_sums = scratch(needed_.weight ? taps * most_sums + table_.sum_tile : 0);
     s.offset_sums = offset_sums;
     for (const Unit* unit = first; unit != last; ++unit)
-      backward_unit_(p_, *unit, view<const S>(grad_output_), view<const S>(input_),
-                                         weight_.data_ptr<T>(), taps_, tile_, image, needed_, s,
-                                         needed_.input ? view<S>(grad_input_) : View<S>{},
-                                         needed_.weight ? grad_weight_.data_ptr<T>() : nullptr);
+      backward_unit_(p_, *unit, view<const S>(grad_output_), view<const S>(input_), weight_.data_ptr<T>(), taps_, tile_,
+                     image, needed_, s, needed_.input ? view<S>(grad_input_) : View<S>{},
+                     needed_.weight ? grad_weight_.data_ptr<T>() : nullptr);
   }
 
   void store_offset_sums(std::int64_t image, std::int64_t group, T* sums, std::int64_t workers, std::int64_t each) {
@@ -503,10 +519,12 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& offset, const c10:
   });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& offset,
-    const c10::optional<at::Tensor>& mask, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, std::array<bool, 4> needed) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& grad_output,
+                                                                    const at::Tensor& input, const at::Tensor& offset,
+                                                                    const c10::optional<at::Tensor>& mask,
+                                                                    const at::Tensor& weight, at::IntArrayRef stride,
+                                                                    at::IntArrayRef padding, at::IntArrayRef dilation,
+                                                                    std::array<bool, 4> needed) {
   const Problem problem = make_problem(input, offset, mask, weight, stride, padding, dilation);
   TORCH_CHECK(grad_output.scalar_type() == input.scalar_type() &&
                   grad_output.sizes() ==

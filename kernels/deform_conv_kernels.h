@@ -145,7 +145,6 @@ void store_tile(const Compute<S>* tile, std::int64_t pitch, View<S> image, std::
 
 // --------------------------------------------------------------------------------------------------------- forward
 
-
 template <typename T>
 CPM_INLINE Vec<T> sample(const Tap<T>& tap, const T* upper, const T* lower, std::int64_t width) {
   using V = Simd<T>;
@@ -181,8 +180,8 @@ CPM_INLINE void sample_columns(const Tap<typename Op::Number>* taps, const typen
     for (int i = 0; i < L; ++i) {
       const Vec<T> low = sample(taps[i], packed, packed + row, width);
       const Vec<T> high = sample(taps[i], packed + L, packed + row + L, width);
-      block[i] = reinterpret_cast<Vec<E>>(
-          _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+      block[i] =
+          reinterpret_cast<Vec<E>>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
     }
     Simd<E>::transpose(block);
 #pragma GCC unroll 16
@@ -356,9 +355,8 @@ void backward_unit(const Problem& problem, const Unit& unit, View<const S> grad_
         T* const column_grad = scratch.column_grad + segment.first_row * tile;
         if constexpr (Dot) {
 #if CPM_BF16_DOT
-          product<Pairs, true>({reinterpret_cast<const std::uint32_t*>(factors), 1, segment.channels},
-                               segment.channels, outputs / 2, scratch.grad_pairs + output / 2 * tile, column_grad, tile,
-                               tile, false);
+          product<Pairs, true>({reinterpret_cast<const std::uint32_t*>(factors), 1, segment.channels}, segment.channels,
+                               outputs / 2, scratch.grad_pairs + output / 2 * tile, column_grad, tile, tile, false);
           factors += outputs / 2 * segment.channels;
 #endif
         } else {
@@ -373,21 +371,27 @@ void backward_unit(const Problem& problem, const Unit& unit, View<const S> grad_
         for (std::int64_t pixel = 0; pixel < tile; pixel += L) {
           T* const at = scratch.offset_sums + tap * padded + first + pixel;
           scatter<T, Column, Vectors, decltype(with_input)::value, decltype(geometry)::value, decltype(values)::value>(
-              taps + (first + pixel) * count + tap * L, row, scratch, scratch.column_grad + pixel,
-              columns + pixel, tile, at, at + count * padded,
-              needed.mask ? at + 2 * count * padded : nullptr);
+              taps + (first + pixel) * count + tap * L, row, scratch, scratch.column_grad + pixel, columns + pixel,
+              tile, at, at + count * padded, needed.mask ? at + 2 * count * padded : nullptr);
         }
       };
       const std::true_type yes;
       const std::false_type no;
       const bool geometry = needed.offset || needed.mask;
-      if (needed.input && geometry && needed.weight) scatter_all(yes, yes, yes);
-      else if (needed.input && geometry) scatter_all(yes, yes, no);
-      else if (needed.input && needed.weight) scatter_all(yes, no, yes);
-      else if (geometry && needed.weight) scatter_all(no, yes, yes);
-      else if (needed.input) scatter_all(yes, no, no);
-      else if (geometry) scatter_all(no, yes, no);
-      else if (needed.weight) scatter_all(no, no, yes);
+      if (needed.input && geometry && needed.weight)
+        scatter_all(yes, yes, yes);
+      else if (needed.input && geometry)
+        scatter_all(yes, yes, no);
+      else if (needed.input && needed.weight)
+        scatter_all(yes, no, yes);
+      else if (geometry && needed.weight)
+        scatter_all(no, yes, yes);
+      else if (needed.input)
+        scatter_all(yes, no, no);
+      else if (geometry)
+        scatter_all(no, yes, no);
+      else if (needed.weight)
+        scatter_all(no, no, yes);
       if (needed.weight) {
         for (const Segment& segment : unit.segments) {
           const std::int64_t output = segment.first_output - unit.first_output();

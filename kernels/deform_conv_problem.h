@@ -64,10 +64,10 @@ struct Tap {
 
 // The part of a unit that belongs to one group of the convolution.
 struct Segment {
-  std::int64_t first_row;       // its first channel, counted from the unit's first
-  std::int64_t channels;        // how many
-  std::int64_t group_channel;   // its first channel, counted from the group's first
-  std::int64_t first_output;    // the group's first output channel
+  std::int64_t first_row;      // its first channel, counted from the unit's first
+  std::int64_t channels;       // how many
+  std::int64_t group_channel;  // its first channel, counted from the group's first
+  std::int64_t first_output;   // the group's first output channel
 };
 
 // Channels that are packed together, at most as many as the block of lanes is wide, all of one offset group.

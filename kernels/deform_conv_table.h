@@ -8,18 +8,18 @@ namespace cpm_rcnn {
 // What a thread works in while it computes the gradients of a unit.
 template <typename T>
 struct BackwardScratch {
-  T* packed;        // the input, packed; its border zero
-  T* packed_grad;   // the input's gradient, likewise
-  T* grad_tile;     // [outputs of the unit][tile]
+  T* packed;                  // the input, packed; its border zero
+  T* packed_grad;             // the input's gradient, likewise
+  T* grad_tile;               // [outputs of the unit][tile]
   std::uint32_t* grad_pairs;  // the same, two outputs in a word; for products in bfloat16
   BFloat16* grad_half;        // the same in bfloat16
-  T* column_grad;   // [width][tile], of one tap
-  T* columns;       // [width][tile], of one tap (or half as much, in bfloat16)
-  T* sample_grad;   // [L][width]
-  T* sample_value;  // [L][width]
-  T* weight;        // [tap][segment][output][channel]
-  T* weight_sums;   // [tap][segment][sums as tiles], and a tile more
-  T* offset_sums;   // [dy, dx, mask][tap][pixel], of the thread; added to
+  T* column_grad;             // [width][tile], of one tap
+  T* columns;                 // [width][tile], of one tap (or half as much, in bfloat16)
+  T* sample_grad;             // [L][width]
+  T* sample_value;            // [L][width]
+  T* weight;                  // [tap][segment][output][channel]
+  T* weight_sums;             // [tap][segment][sums as tiles], and a tile more
+  T* offset_sums;             // [dy, dx, mask][tap][pixel], of the thread; added to
 };
 
 struct Needed {
