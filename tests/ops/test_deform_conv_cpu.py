@@ -11,13 +11,13 @@ import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cpm_rcnn.ops import deform_conv_op
+from cpm_rcnn.ops.deform_conv_backends import load_cpu_kernel
 
 
 @pytest.fixture(scope="module", autouse=True)
 def operators():
     """The compiled operators; only a machine that cannot build them may be without."""
-    if not deform_conv_op._cpu_kernel():
+    if not load_cpu_kernel():
         assert shutil.which("c++") is None, (
             "the CPU kernel was not built: pip install --no-build-isolation --editable ."
         )
