@@ -94,8 +94,8 @@ def work_of(given, grad, backward):
     channels, per_group = given[2].shape[:2]
     samples = given[0].shape[1] * 9 * grad[:, 0].numel()
     product = 2 * channels * per_group * 9 * grad[:, 0].numel()
-    # Sampling takes eight operations per value. Backward counts twice: it has two products, and for each tensor that
-    # forward read it reads the tensor and writes its gradient.
+    # Sampling takes eight operations per value. The backward pass counts as two forward passes: it computes two
+    # products, reads the tensors that forward read, and writes their gradients.
     return (3 * moved, 3 * (product + 8 * samples)) if backward else (moved, product + 8 * samples)
 
 
