@@ -1,8 +1,8 @@
-"""Builds the CPU kernel into the package; all else stands in pyproject.toml.
+"""Builds the CPU kernel into the package. All other settings are in pyproject.toml.
 
-It needs torch to build against, which pip's isolated builds have not: ``pip install --no-build-isolation``. Without
-torch, without a compiler, or where the build fails, the package is whole but for the kernel, and works on torchvision's
-operator.
+The build needs torch, which is not available in pip's isolated builds: use ``pip install --no-build-isolation``. If
+torch or a compiler is missing, or if the build fails, the package is installed without the kernel and uses
+torchvision's operator instead.
 """
 
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import setup
 
 KERNELS = Path("kernels")
-# Torch's own threads are OpenMP's; where its headers do not see OpenMP, they work alone.
+# at::parallel_for runs on OpenMP threads. If this build does not enable OpenMP, it runs on one thread.
 FLAGS, LINK = ["-O3", "-g0", "-std=c++20", "-fopenmp"], ["-fopenmp"]
 if sys.platform == "win32":
     FLAGS, LINK = ["/O2", "/std:c++20", "/openmp"], []
@@ -21,20 +21,20 @@ elif sys.platform == "darwin":
 try:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
-    print("cpm_rcnn: no torch to build the CPU kernel against; see setup.py", file=sys.stderr)
+    print("cpm_rcnn: built without the CPU kernel, because torch is not installed; see setup.py", file=sys.stderr)
     setup()
     sys.exit()
 
 
 class BuildIfPossible(BuildExtension):
-    """Goes on without an extension that cannot be built."""
+    """Skip the extension if it cannot be built, instead of failing the installation."""
 
     def __init__(self, *args, **kwargs):
-        # A library that torch loads, and no Python module: one build serves every Python.
+        # The library is loaded by torch and is not a Python module, so its name needs no Python version.
         super().__init__(*args, **kwargs, no_python_abi_suffix=True)
 
     def build_extensions(self):
-        """Build, or say why not."""
+        """Build the extension, or print why it was not built."""
         try:
             super().build_extensions()
         except Exception as error:

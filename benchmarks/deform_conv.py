@@ -1,12 +1,14 @@
-"""Deformable convolution on X-101's shapes, ours against torchvision's operator, in one run.
+"""Compare this project's deformable convolution with torchvision's operator on the shapes of X-101.
 
 python benchmarks/deform_conv.py [--device cpu|cuda] [--quick]
 
-Each line: one shape, milliseconds (minimum of the repeats) of torchvision in float32, which is its best (halves do not
-train there), of ours in float32 and bfloat16, and the ratios; then what part of the machine ours in float32 reaches,
-measured in the same run: of a copy's GB/s by the bytes that must move (inputs, outputs), and of a matrix product's
-FLOP/s by those of sampling and product. Memory is what a call takes at its peak beside what it is given and gives back,
-as a share of the whole column matrix.
+Each line of the output is one shape and shows:
+
+- The time in milliseconds (minimum over repeats) of torchvision in float32 and of this project's kernels in float32
+  and bfloat16, with the ratios. torchvision is not measured in half precision, in which it does not train.
+- The rates that the float32 kernel reaches, as fractions of rates measured in the same run: GB/s of a copy, counting
+  the bytes of inputs and outputs, and FLOP/s of a matrix product, counting sampling and product.
+- The peak memory that a call allocates in addition to its inputs and outputs, as a fraction of the whole column matrix.
 """
 
 import argparse
@@ -48,7 +50,7 @@ def make(layer, batch, stride, masked, device, dtype):
 
 
 def call(function, given, stride, grad=None):
-    """Forward, and backward where there is an output gradient."""
+    """Run the forward pass, and the backward pass if ``grad``, the gradient of the output, is given."""
     input, offset, weight, mask = given
     with torch.set_grad_enabled(grad is not None):
         output = function(input, offset, weight, None, stride, 1, 1, mask)
@@ -57,7 +59,7 @@ def call(function, given, stride, grad=None):
 
 
 def best(work, device, repeats):
-    """Milliseconds of the fastest of several calls, after one that warms up."""
+    """Return the milliseconds of the fastest of ``repeats`` calls, after one warm-up call."""
     times = []
     for _ in range(repeats + 1):
         synchronize(device)
@@ -74,7 +76,7 @@ def synchronize(device):
 
 
 def machine(device):
-    """GB/s of a copy (read and written) and GFLOP/s of a matrix product in float32 and bfloat16."""
+    """Measure the GB/s of a copy (read and write) and the GFLOP/s of a matrix product in float32 and bfloat16."""
     buffer = torch.empty(2**27, device=device)
     copied = torch.empty_like(buffer)
     gigabytes = 2 * buffer.nbytes / best(lambda: copied.copy_(buffer), device, 5) / 1e6
@@ -87,19 +89,23 @@ def machine(device):
 
 
 def work_of(given, grad, backward):
-    """Bytes that must move and floating-point operations of a call."""
+    """Return the bytes that a call must read and write, and its number of floating-point operations."""
     moved = sum(x.nbytes for x in given if x is not None) + grad.nbytes
     channels, per_group = given[2].shape[:2]
     samples = given[0].shape[1] * 9 * grad[:, 0].numel()
     product = 2 * channels * per_group * 9 * grad[:, 0].numel()
-    # Backward reads and writes what forward read, and has two products; sampling is eight operations a value.
+    # Sampling takes eight operations per value. The backward pass counts as two forward passes: it computes two
+    # products, reads the tensors that forward read, and writes their gradients.
     return (3 * moved, 3 * (product + 8 * samples)) if backward else (moved, product + 8 * samples)
 
 
 def measure_memory(arguments):
-    """In a process of its own: bytes beside input and output at the peak of a call, by line and implementation."""
+    """Print the peak memory of each call in bytes, without inputs and outputs, as JSON.
+
+    main() runs this in a separate process, so that the peaks are not affected by other measurements.
+    """
     if arguments.device == "cpu":
-        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed leaves the process
+        ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: return freed memory to the system at once
     peaks = {}
     for line in shapes(arguments.quick):
         for name, function, dtype in implementations():

@@ -1,11 +1,17 @@
-// The deformable convolution on a CPU: cpm_rcnn_cpu::deform_conv2d and deform_conv2d_backward, semantics and border rules of
-// torchvision.ops.deform_conv2d (offset order (dy, dx) a tap, offset groups, groups, mask). The bias is the caller's.
+// Deformable convolution on a CPU: the operators cpm_rcnn_cpu::deform_conv2d and deform_conv2d_backward. Semantics and
+// border rules are those of torchvision.ops.deform_conv2d: one (dy, dx) offset pair per tap, offset groups, groups and
+// an optional mask. The operators have no bias; the caller adds it.
 //
-// Forward, for one unit of channels at a time: pack its input as [pixel][channel]; for each tile of output pixels
-// sample every tap (one contiguous run of channels a corner), transpose the samples into columns whose lanes are
-// pixels, and multiply by broadcast weights. Backward likewise, a tap at a time. A thread owns the units that it works on, so that
-// the input's and the weight's gradients need no locks; the offsets' gradients are summed over the threads at the end.
-// The column matrix exists for one tile and one unit at a time. Sums are in the same order for the same thread count.
+// Forward processes one unit of channels at a time (see deform_conv_problem.h):
+//   1. It packs the unit's input as [pixel][channel].
+//   2. For each tile of output pixels it samples every tap. Each corner of a sample is one contiguous run of channels.
+//   3. It transposes the samples into columns whose lanes are pixels, and multiplies these by broadcast weights.
+// Backward takes the same steps, with one tap at a time. Each of its threads owns the units that it processes, so the
+// gradients of the input and the weight need no locks. The gradients of the offsets are summed over the threads at the
+// end.
+//
+// Each thread holds only one tile of one unit's column matrix. For a given number of threads, sums are always computed
+// in the same order.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -28,92 +34,44 @@
 #include "deform_conv_problem.h"
 #include "deform_conv_table.h"
 
-// The same source for each instruction set that the run may meet.
+// deform_conv_isa.h compiles the same kernels once for each instruction set; kernels() below picks one at run time.
 #define CPM_ISA portable
 #define CPM_VECTOR_BYTES 16
 #define CPM_BF16_DOT 0
-#include "deform_conv_simd.h"
-#include "deform_conv_gemm.h"
-#include "deform_conv_kernels.h"
-#undef CPM_ISA
-#undef CPM_VECTOR_BYTES
-#undef CPM_BF16_DOT
+#include "deform_conv_isa.h"
 
 #if defined(__x86_64__)
 #define CPM_X86 1
 #include <immintrin.h>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
 #define CPM_ISA avx2
+#define CPM_TARGET "avx2,fma"
 #define CPM_VECTOR_BYTES 32
 #define CPM_BF16_DOT 0
-#include "deform_conv_simd.h"
-#include "deform_conv_gemm.h"
-#include "deform_conv_kernels.h"
-#undef CPM_ISA
-#undef CPM_VECTOR_BYTES
-#undef CPM_BF16_DOT
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "deform_conv_isa.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
-#endif
 #define CPM_ISA avx512
+#define CPM_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
 #define CPM_VECTOR_BYTES 64
 #define CPM_BF16_DOT 0
-#include "deform_conv_simd.h"
-#include "deform_conv_gemm.h"
-#include "deform_conv_kernels.h"
-#undef CPM_ISA
-#undef CPM_VECTOR_BYTES
-#undef CPM_BF16_DOT
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "deform_conv_isa.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512bf16")
-#endif
 #define CPM_ISA avx512_bf16
+#define CPM_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,avx512bf16"
 #define CPM_VECTOR_BYTES 64
 #define CPM_BF16_DOT 1
-#include "deform_conv_simd.h"
-#include "deform_conv_gemm.h"
-#include "deform_conv_kernels.h"
-#undef CPM_ISA
-#undef CPM_VECTOR_BYTES
-#undef CPM_BF16_DOT
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
+#include "deform_conv_isa.h"
 #endif  // x86-64
 
 namespace cpm_rcnn {
 namespace {
 
+// Of input, offset, mask and weight. A gradient that is not needed is an undefined tensor.
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
 // ------------------------------------------------------------------------------------------------------- dispatch
 
-// The fastest kernels that this processor runs and that torch's own ATEN_CPU_CAPABILITY allows.
+// Returns the fastest kernels that the processor supports and that ATEN_CPU_CAPABILITY allows.
 template <typename S>
 const KernelTable<S>& kernels() {
   static const KernelTable<S> table = [] {
@@ -170,13 +128,14 @@ Problem make_problem(const at::Tensor& input, const at::Tensor& offset, const c1
   TORCH_CHECK(p.pad_h >= 0 && p.pad_w >= 0, "deform_conv2d: padding must not be negative, got ", padding);
   TORCH_CHECK(p.dilation_h > 0 && p.dilation_w > 0, "deform_conv2d: dilation must be positive, got ", dilation);
   TORCH_CHECK(weight.size(1) > 0 && p.in_channels > 0 && p.in_channels % weight.size(1) == 0,
-              "deform_conv2d: input has ", p.in_channels, " channels, not a multiple of weight.size(1) = ",
-              weight.size(1));
+              "deform_conv2d: input has ", p.in_channels,
+              " channels, not a multiple of weight.size(1) = ", weight.size(1));
   p.groups = p.in_channels / weight.size(1);
   TORCH_CHECK(p.out_channels > 0 && p.out_channels % p.groups == 0, "deform_conv2d: weight has ", p.out_channels,
               " output channels, not a multiple of ", p.groups, " groups");
-  TORCH_CHECK(offset.size(1) > 0 && offset.size(1) % (2 * p.taps()) == 0, "deform_conv2d: offset.size(1) = ",
-              offset.size(1), " is not a multiple of 2 * kernel height * kernel width = ", 2 * p.taps());
+  TORCH_CHECK(offset.size(1) > 0 && offset.size(1) % (2 * p.taps()) == 0,
+              "deform_conv2d: offset.size(1) = ", offset.size(1),
+              " is not a multiple of 2 * kernel height * kernel width = ", 2 * p.taps());
   p.offset_groups = offset.size(1) / (2 * p.taps());
   TORCH_CHECK(p.in_channels % p.offset_groups == 0, "deform_conv2d: input has ", p.in_channels,
               " channels, not a multiple of ", p.offset_groups, " offset groups");
@@ -184,15 +143,15 @@ Problem make_problem(const at::Tensor& input, const at::Tensor& offset, const c1
   p.out_width = (p.width + 2 * p.pad_w - (p.dilation_w * (p.kernel_w - 1) + 1)) / p.stride_w + 1;
   TORCH_CHECK(p.height > 0 && p.width > 0 && p.out_height > 0 && p.out_width > 0,
               "deform_conv2d: calculated output size too small: ", p.out_height, "x", p.out_width);
-  TORCH_CHECK(offset.size(0) == p.images && (!mask || mask->size(0) == p.images),
-              "deform_conv2d: input has ", p.images, " images, offset ", offset.size(0));
+  TORCH_CHECK(offset.size(0) == p.images && (!mask || mask->size(0) == p.images), "deform_conv2d: input has ", p.images,
+              " images, but offset has ", offset.size(0));
   TORCH_CHECK(offset.size(2) == p.out_height && offset.size(3) == p.out_width, "deform_conv2d: offset is ",
-              offset.size(2), "x", offset.size(3), ", the output ", p.out_height, "x", p.out_width);
+              offset.size(2), "x", offset.size(3), " but the output is ", p.out_height, "x", p.out_width);
   if (mask) {
     TORCH_CHECK(mask->size(1) == p.offset_groups * p.taps(), "deform_conv2d: mask.size(1) = ", mask->size(1),
                 " is not offset groups * kernel height * kernel width = ", p.offset_groups * p.taps());
-    TORCH_CHECK(mask->size(2) == p.out_height && mask->size(3) == p.out_width, "deform_conv2d: mask is ",
-                mask->size(2), "x", mask->size(3), ", the output ", p.out_height, "x", p.out_width);
+    TORCH_CHECK(mask->size(2) == p.out_height && mask->size(3) == p.out_width, "deform_conv2d: mask is ", mask->size(2),
+                "x", mask->size(3), " but the output is ", p.out_height, "x", p.out_width);
   }
   return p;
 }
@@ -203,13 +162,13 @@ View<S> view(Tensor& tensor) {
           tensor.stride(2), tensor.stride(3)};
 }
 
-// Channels-last in, channels-last out.
+// The output is channels-last if the input is.
 at::MemoryFormat format_like(const at::Tensor& input) {
   return input.suggest_memory_format() == at::MemoryFormat::ChannelsLast ? at::MemoryFormat::ChannelsLast
                                                                          : at::MemoryFormat::Contiguous;
 }
 
-// Pixels evenly spaced, and they or the channels contiguous.
+// Returns a tensor whose pixels are evenly spaced in memory and whose pixels or channels are contiguous.
 at::Tensor evenly_spaced(const at::Tensor& tensor) {
   return tensor.is_contiguous(at::MemoryFormat::ChannelsLast) ? tensor : tensor.contiguous();
 }
@@ -224,8 +183,9 @@ const S* offsets_of(const at::Tensor& offset, std::int64_t image, std::int64_t g
 
 constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// A large tensor comes as pages that are not there yet, and faulting them in by 4 KiB took a third of the forward time
-// of a 34 MiB output: ask for large pages. Where there are none, nothing is lost.
+// Asks the system for large pages. The pages of a new tensor are only mapped when they are first written, and page
+// faults at 4 KiB each took a third of the forward time for a 34 MiB output. If the system has no large pages, this has
+// no effect.
 at::Tensor in_large_pages(at::Tensor tensor) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr std::uintptr_t kPage = 1 << 21;
@@ -236,13 +196,13 @@ at::Tensor in_large_pages(at::Tensor tensor) {
   return tensor;
 }
 
-// Waking threads takes longer than a small problem does.
+// A small problem uses one thread, because waking the others takes longer than computing it.
 std::int64_t threads_for(const Problem& problem) {
   constexpr std::int64_t kSmall = 1 << 16;
   return problem.in_channels * problem.taps() * problem.pixels() < kSmall ? 1 : at::get_num_threads();
 }
 
-// How wide a block of channels is, in vectors: two, unless that leaves lanes or threads idle.
+// The width of a block of channels in vectors: two, or one if two would leave lanes or threads idle.
 template <typename S>
 int block_vectors(const Problem& problem, const KernelTable<S>& table, std::int64_t threads, bool pairs) {
   if (pairs) return 2;
@@ -250,14 +210,14 @@ int block_vectors(const Problem& problem, const KernelTable<S>& table, std::int6
   return enough && problem.in_channels / problem.offset_groups > table.lanes ? 2 : 1;
 }
 
-// Whether the products are of pairs of channels: no pair may lie across a group's edge.
+// Whether the forward product can use pairs of bfloat16 channels. A pair must not span two groups or offset groups.
 template <typename S>
 bool pairs_of_channels(const Problem& problem, const KernelTable<S>& table) {
   return table.forward_tile_pairs && problem.in_per_group() % 2 == 0 &&
          problem.in_channels / problem.offset_groups % 2 == 0;
 }
 
-// [output][channel][tap] as the kernels read it: converted, or two channels in a word.
+// The weight as [output][channel][tap] in the type of the computation, or [output][channel pair][tap][2] for pairs.
 template <typename S>
 at::Tensor forward_weight(const Problem& problem, const at::Tensor& weight, bool pairs) {
   if (!pairs) return weight.to(kScalarType<Compute<S>>).contiguous();
@@ -266,7 +226,7 @@ at::Tensor forward_weight(const Problem& problem, const at::Tensor& weight, bool
       .contiguous();
 }
 
-// f(worker) for every worker, each on a thread of torch's.
+// Calls f(worker) for every worker on torch's thread pool.
 template <typename F>
 void for_each_worker(std::int64_t workers, const F& f) {
   at::parallel_for(0, workers, 1, [&](std::int64_t first, std::int64_t last) {
@@ -274,7 +234,7 @@ void for_each_worker(std::int64_t workers, const F& f) {
   });
 }
 
-// Numbers 0 .. count - 1 handed out as they are asked for.
+// Gives out the numbers 0 to count - 1, each to one thread.
 class Counter {
  public:
   explicit Counter(std::int64_t count) : count_(count) {}
@@ -292,39 +252,46 @@ class Forward {
  public:
   Forward(const Problem& problem, const at::Tensor& input, const at::Tensor& offset, const at::Tensor& mask,
           const at::Tensor& weight)
-      : p_(problem), table_(kernels<S>()), threads_(threads_for(problem)),
-        pairs_(pairs_of_channels(problem, table_)), vectors_(block_vectors(problem, table_, threads_, pairs_)),
+      : p_(problem),
+        table_(kernels<S>()),
+        threads_(threads_for(problem)),
+        pairs_(pairs_of_channels(problem, table_)),
+        vectors_(block_vectors(problem, table_, threads_, pairs_)),
         forward_tile_(pairs_ ? table_.forward_tile_pairs : table_.forward_tile[vectors_ - 1]),
-        width_(vectors_ * table_.lanes), tile_(2 * table_.lanes),
-        tiles_(divide_up(p_.pixels(), tile_)), plan_(make_plan(p_, width_)),
+        width_(vectors_ * table_.lanes),
+        tile_(2 * table_.lanes),
+        tiles_(divide_up(p_.pixels(), tile_)),
+        plan_(make_plan(p_, width_)),
         options_(input.options().dtype(kScalarType<T>)),
-        input_(input), offset_(offset.contiguous()), mask_(mask.defined() ? mask.contiguous() : mask),
+        input_(input),
+        offset_(offset.contiguous()),
+        mask_(mask.defined() ? mask.contiguous() : mask),
         weight_(forward_weight<S>(problem, weight, pairs_)),
         output_(in_large_pages(at::empty({p_.images, p_.out_channels, p_.out_height, p_.out_width},
                                          input.options().memory_format(format_like(input))))) {}
 
   at::Tensor run() {
-    const std::int64_t numbers = sizeof(Tap<T>) / sizeof(T);
-    const at::Tensor taps = at::empty({tiles_ * tile_ * p_.taps() * numbers}, options_);
+    const std::int64_t values_per_tap = sizeof(Tap<T>) / sizeof(T);
+    const at::Tensor taps = at::empty({tiles_ * tile_ * p_.taps() * values_per_tap}, options_);
     taps_ = reinterpret_cast<Tap<T>*>(taps.data_ptr<T>());
     for (image_ = 0; image_ < p_.images; ++image_) {
-      // A thread a unit, if that leaves few threads idle; else all threads on each unit, which then adds to the sums of
-      // those before it.
-      const bool alone = plan_.whole_groups &&
-                         std::int64_t(plan_.units.size()) / p_.offset_groups >= (threads_ > 1 ? 2 * threads_ : 1);
-      if (!alone) sums_ = at::zeros({tiles_ * p_.out_channels * tile_}, options_);
+      // One thread per unit if that leaves few threads idle. Otherwise all threads share each unit, and its products
+      // are added to the sums of the units before it.
+      const bool thread_per_unit = plan_.whole_groups && std::int64_t(plan_.units.size()) / p_.offset_groups >=
+                                                             (threads_ > 1 ? 2 * threads_ : 1);
+      if (!thread_per_unit) sums_ = at::zeros({tiles_ * p_.out_channels * tile_}, options_);
       auto begin = plan_.units.begin();
       for (std::int64_t group = 0; group < p_.offset_groups; ++group) {
         const auto end = std::find_if(begin, plan_.units.end(), [&](const Unit& u) { return u.offset_group != group; });
         make_taps(group);
-        if (alone) {
-          units_alone(&*begin, end - begin);
+        if (thread_per_unit) {
+          process_units_in_parallel(&*begin, end - begin);
         } else {
-          for (auto unit = begin; unit != end; ++unit) unit_together(*unit);
+          for (auto unit = begin; unit != end; ++unit) process_unit_with_all_threads(*unit);
         }
         begin = end;
       }
-      if (!alone) store_sums();
+      if (!thread_per_unit) store_sums();
     }
     return output_;
   }
@@ -345,7 +312,7 @@ class Forward {
 
   std::int64_t pixels_of(std::int64_t tile) const { return std::min(tile_, p_.pixels() - tile * tile_); }
 
-  void units_alone(const Unit* units, std::int64_t count) {
+  void process_units_in_parallel(const Unit* units, std::int64_t count) {
     Counter counter(count);
     for_each_worker(std::min(threads_, count), [&](std::int64_t) {
       const at::Tensor packed = at::zeros({p_.packed_pixels() * width_}, options_);
@@ -355,8 +322,8 @@ class Forward {
         const Unit& unit = units[number];
         table_.pack(p_, unit, view<const S>(input_), image_, packed.data_ptr<T>(), width_, 0, p_.height);
         for (std::int64_t tile = 0; tile < tiles_; ++tile) {
-          forward_tile_(p_, unit, packed.data_ptr<T>(), taps_of(tile), weight_.const_data_ptr(),
-                        columns.data_ptr<T>(), out.data_ptr<T>(), tile_, false);
+          forward_tile_(p_, unit, packed.data_ptr<T>(), taps_of(tile), weight_.const_data_ptr(), columns.data_ptr<T>(),
+                        out.data_ptr<T>(), tile_, false);
           table_.store_tile(out.data_ptr<T>(), tile_, view<S>(output_), image_, unit.first_output(),
                             unit.segments.size() * p_.out_per_group(), tile * tile_, pixels_of(tile));
         }
@@ -364,7 +331,7 @@ class Forward {
     });
   }
 
-  void unit_together(const Unit& unit) {
+  void process_unit_with_all_threads(const Unit& unit) {
     const at::Tensor packed = at::zeros({p_.packed_pixels() * width_}, options_);
     at::parallel_for(0, p_.height, divide_up(p_.height, threads_), [&](std::int64_t first, std::int64_t last) {
       table_.pack(p_, unit, view<const S>(input_), image_, packed.data_ptr<T>(), width_, first, last);
@@ -373,9 +340,8 @@ class Forward {
     for_each_worker(std::min(threads_, tiles_), [&](std::int64_t) {
       const at::Tensor columns = scratch(width_ * p_.taps() * tile_);
       for (std::int64_t tile; counter.next(tile);)
-        forward_tile_(
-            p_, unit, packed.data_ptr<T>(), taps_of(tile), weight_.const_data_ptr(), columns.data_ptr<T>(),
-            sums_.data_ptr<T>() + (tile * p_.out_channels + unit.first_output()) * tile_, tile_, true);
+        forward_tile_(p_, unit, packed.data_ptr<T>(), taps_of(tile), weight_.const_data_ptr(), columns.data_ptr<T>(),
+                      sums_.data_ptr<T>() + (tile * p_.out_channels + unit.first_output()) * tile_, tile_, true);
     });
   }
 
@@ -411,14 +377,22 @@ class Backward {
  public:
   Backward(const Problem& problem, const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& offset,
            const at::Tensor& mask, const at::Tensor& weight, Needed needed)
-      : p_(problem), table_(kernels<S>()), threads_(threads_for(problem)),
+      : p_(problem),
+        table_(kernels<S>()),
+        threads_(threads_for(problem)),
         pairs_(table_.backward_unit_pairs && problem.out_per_group() % 2 == 0),
         vectors_(block_vectors(problem, table_, threads_, pairs_)),
         backward_unit_(pairs_ ? table_.backward_unit_pairs : table_.backward_unit[vectors_ - 1]),
-        width_(vectors_ * table_.lanes), tile_(8 * table_.lanes),
-        tiles_(divide_up(p_.pixels(), tile_)), plan_(make_plan(p_, width_)), needed_(needed),
-        options_(input.options().dtype(kScalarType<T>)), grad_output_(evenly_spaced(grad_output)), input_(input),
-        offset_(offset.contiguous()), mask_(mask.defined() ? mask.contiguous() : mask),
+        width_(vectors_ * table_.lanes),
+        tile_(8 * table_.lanes),
+        tiles_(divide_up(p_.pixels(), tile_)),
+        plan_(make_plan(p_, width_)),
+        needed_(needed),
+        options_(input.options().dtype(kScalarType<T>)),
+        grad_output_(evenly_spaced(grad_output)),
+        input_(input),
+        offset_(offset.contiguous()),
+        mask_(mask.defined() ? mask.contiguous() : mask),
         weight_(weight.to(kScalarType<T>).contiguous()) {
     if (needed.input)
       grad_input_ = in_large_pages(at::empty(input.sizes(), input.options().memory_format(format_like(input))));
@@ -427,15 +401,15 @@ class Backward {
     if (needed.weight) grad_weight_ = at::zeros(weight.sizes(), options_);
   }
 
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> run() {
-    const std::int64_t numbers = sizeof(Tap<T>) / sizeof(T);
-    const at::Tensor taps = at::empty({tiles_ * tile_ * p_.taps() * numbers}, options_);
+  Gradients run() {
+    const std::int64_t values_per_tap = sizeof(Tap<T>) / sizeof(T);
+    const at::Tensor taps = at::empty({tiles_ * tile_ * p_.taps() * values_per_tap}, options_);
     taps_ = reinterpret_cast<Tap<T>*>(taps.data_ptr<T>());
     for (std::int64_t image = 0; image < p_.images; ++image) {
       auto begin = plan_.units.begin();
       for (std::int64_t group = 0; group < p_.offset_groups; ++group) {
         const auto end = std::find_if(begin, plan_.units.end(), [&](const Unit& u) { return u.offset_group != group; });
-        one_offset_group(image, group, &*begin, end - begin);
+        process_offset_group(image, group, &*begin, end - begin);
         begin = end;
       }
     }
@@ -444,8 +418,8 @@ class Backward {
   }
 
  private:
-  // A fixed share of the units for each worker, so that the sums over units are the same in every run.
-  void one_offset_group(std::int64_t image, std::int64_t group, const Unit* units, std::int64_t count) {
+  // Each worker gets a fixed range of the units, so that sums over units are reproducible.
+  void process_offset_group(std::int64_t image, std::int64_t group, const Unit* units, std::int64_t count) {
     const std::int64_t plane = p_.pixels() * p_.taps();
     const std::int64_t rows = tiles_ * (tile_ / table_.lanes);
     at::parallel_for(0, rows, divide_up(rows, threads_), [&](std::int64_t first, std::int64_t last) {
@@ -458,12 +432,12 @@ class Backward {
     for_each_worker(workers, [&](std::int64_t worker) {
       T* const own_sums = geometry ? offset_sums.data_ptr<T>() + worker * sums : nullptr;
       if (geometry) std::fill_n(own_sums, sums, T(0));
-      work(image, units + count * worker / workers, units + count * (worker + 1) / workers, own_sums);
+      process_units(image, units + count * worker / workers, units + count * (worker + 1) / workers, own_sums);
     });
     if (geometry) store_offset_sums(image, group, offset_sums.data_ptr<T>(), workers, sums);
   }
 
-  void work(std::int64_t image, const Unit* first, const Unit* last, T* offset_sums) {
+  void process_units(std::int64_t image, const Unit* first, const Unit* last, T* offset_sums) {
     const std::int64_t outputs = p_.out_per_group(), packed = p_.packed_pixels() * width_, taps = p_.taps();
     std::int64_t most_sums = 0;
     for (const Unit* unit = first; unit != last; ++unit) {
@@ -491,10 +465,9 @@ class Backward {
     s.weight_sums = scratch(needed_.weight ? taps * most_sums + table_.sum_tile : 0);
     s.offset_sums = offset_sums;
     for (const Unit* unit = first; unit != last; ++unit)
-      backward_unit_(p_, *unit, view<const S>(grad_output_), view<const S>(input_),
-                                         weight_.data_ptr<T>(), taps_, tile_, image, needed_, s,
-                                         needed_.input ? view<S>(grad_input_) : View<S>{},
-                                         needed_.weight ? grad_weight_.data_ptr<T>() : nullptr);
+      backward_unit_(p_, *unit, view<const S>(grad_output_), view<const S>(input_), weight_.data_ptr<T>(), taps_, tile_,
+                     image, needed_, s, needed_.input ? view<S>(grad_input_) : View<S>{},
+                     needed_.weight ? grad_weight_.data_ptr<T>() : nullptr);
   }
 
   void store_offset_sums(std::int64_t image, std::int64_t group, T* sums, std::int64_t workers, std::int64_t each) {
@@ -554,15 +527,14 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& offset, const c10:
   });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward(
-    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& offset,
-    const c10::optional<at::Tensor>& mask, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, std::array<bool, 4> needed) {
+Gradients backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& offset,
+                   const c10::optional<at::Tensor>& mask, const at::Tensor& weight, at::IntArrayRef stride,
+                   at::IntArrayRef padding, at::IntArrayRef dilation, std::array<bool, 4> needed) {
   const Problem problem = make_problem(input, offset, mask, weight, stride, padding, dilation);
   TORCH_CHECK(grad_output.scalar_type() == input.scalar_type() &&
                   grad_output.sizes() ==
                       at::IntArrayRef({problem.images, problem.out_channels, problem.out_height, problem.out_width}),
-              "deform_conv2d: grad_output does not fit the output");
+              "deform_conv2d: grad_output must have the shape and dtype of the output");
   return with_stored_type(input, [&](auto stored) {
     return Backward<decltype(stored)>(problem, grad_output, input, offset, mask ? *mask : at::Tensor(), weight,
                                       {needed[0], needed[1], needed[2] && mask, needed[3]})

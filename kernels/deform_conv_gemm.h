@@ -1,27 +1,29 @@
-// The three matrix products of a tile. Lanes are output pixels throughout, weights are broadcast: so groups of any size
-// fill the vectors. Included once for each instruction set; hence no include guard.
+// The matrix products of a tile. In all of them lanes are output pixels and weights are broadcast, so that groups with
+// any number of channels use whole vectors. deform_conv_isa.h includes this file once per instruction set, so it has no
+// include guard.
 
 namespace cpm_rcnn {
 namespace CPM_ISA {
 
-// Rows of a register tile: as many accumulators as the instruction set has registers for.
+// The number of rows in a register tile, limited by the number of vector registers.
 #if CPM_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int kTileRows = 8;
 #else
 constexpr int kTileRows = 4;
 #endif
 
-// One multiply-add. `Element` is what the operands are made of: a number, or a pair of bfloat16 in one word.
+// A multiply-add on vectors. `Element` is the type of the operands' elements and `Number` the type of the sums.
 template <typename T>
 struct Plain {
   using Number = T;
   using Element = T;
-  static constexpr int channels = 1;  // in an element of the columns
+  static constexpr int channels = 1;  // per element of the columns
   static CPM_INLINE Vec<T> madd(Vec<T> sum, T factor, Vec<T> value) { return sum + factor * value; }
   static CPM_INLINE Vec<T> madd(Vec<T> sum, Vec<T> factor, Vec<T> value) { return sum + factor * value; }
 };
 
 #if CPM_BF16_DOT
+// Each element holds two bfloat16 values, whose products are both added to one float32 sum.
 struct Pairs {
   using Number = float;
   using Element = std::uint32_t;
@@ -36,14 +38,15 @@ struct Pairs {
 };
 #endif
 
-// A matrix by rows `row` elements apart and columns `column` elements apart.
+// A matrix whose rows are `row` elements apart and whose columns are `column` elements apart.
 template <typename E>
 struct Matrix {
   const E* data;
   std::int64_t row, column;
 };
 
-// out[Rows][2 vectors] (+)= factors[Rows][depth] x values[depth][2 vectors]; rows of values and out are `pitch` apart.
+// Sets out[Rows][2 vectors] to factors[Rows][depth] x values[depth][2 vectors], or adds it if `accumulate`. Rows of
+// values and out are `pitch` elements apart. See product() for ByColumn.
 template <typename Op, int Rows, bool ByColumn>
 CPM_INLINE void product_tile(Matrix<typename Op::Element> factors, std::int64_t depth,
                              const typename Op::Element* values, typename Op::Number* out, std::int64_t pitch,
@@ -74,8 +77,8 @@ CPM_INLINE void product_tile(Matrix<typename Op::Element> factors, std::int64_t 
   }
 }
 
-// out[rows][pixels] (+)= factors[rows][depth] x values[depth][pixels]; pixels a multiple of two vectors. One of the
-// strides of `factors` is 1: the row's if ByColumn, else the column's.
+// Sets out[rows][pixels] to factors[rows][depth] x values[depth][pixels], or adds it if `accumulate`. `pixels` must be
+// a multiple of two vectors. One stride of `factors` must be 1: `row` if ByColumn, otherwise `column`.
 template <typename Op, bool ByColumn, int Rows = kTileRows>
 void product(Matrix<typename Op::Element> factors, std::int64_t rows, std::int64_t depth,
              const typename Op::Element* values, typename Op::Number* out, std::int64_t pixels, std::int64_t pitch,
@@ -95,22 +98,25 @@ void product(Matrix<typename Op::Element> factors, std::int64_t rows, std::int64
   }
 }
 
-// Sums over pixels are kept as tiles of kTileRows outputs by two channels, in the order of the registers.
+// correlation() stores its sums as sum tiles of kTileRows outputs by two channels, in the order of its registers.
 constexpr int kSumTile = 2 * kTileRows;
+// The number of sum tiles that hold outputs x channels sums.
 inline std::int64_t sum_tiles(std::int64_t outputs, std::int64_t channels) {
   return (outputs + kTileRows - 1) / kTileRows * ((channels + 1) / 2);
 }
+// The position of one sum in these sum tiles.
 inline std::int64_t sum_index(std::int64_t output, std::int64_t channel, std::int64_t channels) {
   return (output / kTileRows * ((channels + 1) / 2) + channel / 2) * kSumTile + output % kTileRows * 2 + channel % 2;
 }
 
+// One sum tile of correlation(), from `Rows` rows of left and `Columns` rows of right.
 template <typename Op, int Rows, int Columns>
 CPM_INLINE void correlation_tile(const typename Op::Element* left, const typename Op::Element* right,
                                  std::int64_t pitch, std::int64_t vectors, typename Op::Number* sums) {
   using T = typename Op::Number;
   using E = Simd<typename Op::Element>;
   constexpr int L = Simd<T>::lanes;
-  static_assert(kSumTile % L == 0, "whole vectors of sums");
+  static_assert(kSumTile % L == 0, "a sum tile must consist of whole vectors");
   Vec<T> products[kSumTile] = {};
   for (std::int64_t v = 0; v < vectors; ++v) {
     Vec<typename Op::Element> columns[Columns];
@@ -132,8 +138,9 @@ CPM_INLINE void correlation_tile(const typename Op::Element* left, const typenam
   }
 }
 
-// sums[outputs][channels] += left[outputs][pixels] . right[channels][pixels], rows `pitch` elements apart. Writes up to
-// one tile beyond the sums.
+// Adds to sums[outputs][channels] the dot products over pixels of left[outputs][pixels] and right[channels][pixels],
+// whose rows are `pitch` elements apart and `vectors` vectors long. May write up to one sum tile past the end of the
+// sums.
 template <typename Op, int Rows = kTileRows>
 void correlation(const typename Op::Element* left, std::int64_t outputs, const typename Op::Element* right,
                  std::int64_t channels, std::int64_t pitch, std::int64_t vectors, typename Op::Number* sums) {
@@ -146,7 +153,8 @@ void correlation(const typename Op::Element* left, std::int64_t outputs, const t
         correlation_tile<Op, Rows, 1>(left, right + channel * pitch, pitch, vectors, tile);
       }
     }
-    // Fewer rows than a tile has leave room in it for those that follow (and add zeros to what lies after it).
+    // If this block had fewer rows than a sum tile, the next rows continue in the same sum tile. correlation_tile()
+    // always adds kSumTile values; those past its rows are zeros.
     sums = Rows == kTileRows ? tile : sums + 2 * Rows;
   }
   if constexpr (Rows > 1) {

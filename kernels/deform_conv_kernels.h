@@ -1,13 +1,14 @@
-// The steps of the deformable convolution on one unit of channels and one tile of output pixels.
-// Included once for each instruction set; hence no include guard.
+// The steps of a deformable convolution on one unit of channels and one tile of output pixels.
+// deform_conv_isa.h includes this file once per instruction set, so it has no include guard.
 
 namespace cpm_rcnn {
 namespace CPM_ISA {
 
 // ---------------------------------------------------------------------------------------------------------- samples
 
-// Taps of the groups of L pixels [first, last): [group][tap][pixel of the group]. `offset` and `mask` (or null) are one
-// image's and one offset group's. Pixels past the end sample nothing.
+// Computes the samples of the output pixels in the groups of L pixels [first, last), as [group][tap][pixel of the
+// group]. `offset` and `mask` point to one offset group of one image; `mask` may be null. Pixels past the last output
+// pixel sample zeros.
 template <typename S>
 void make_taps(const Problem& problem, const S* offset, const S* mask, Tap<Compute<S>>* taps, std::int64_t first,
                std::int64_t last) {
@@ -27,7 +28,7 @@ void make_taps(const Problem& problem, const S* offset, const S* mask, Tap<Compu
                          Stored<S>::get(offset[2 * tap * pixels + pixel]);
           const T at_x = T(x * problem.stride_w - problem.pad_w + j * problem.dilation_w) +
                          Stored<S>::get(offset[(2 * tap + 1) * pixels + pixel]);
-          // On the edge itself (-1) a sample is zero, but its derivative is not; a NaN fails every comparison.
+          // At exactly -1 the sample is zero, but its derivative is not. NaN fails every comparison.
           if (at_y >= -1 && at_y < height && at_x >= -1 && at_x < width) {
             const T low_y = std::floor(at_y), low_x = std::floor(at_x);
             const T down = at_y - low_y, right = at_x - low_x, up = 1 - down, left = 1 - right;
@@ -46,9 +47,10 @@ void make_taps(const Problem& problem, const S* offset, const S* mask, Tap<Compu
   }
 }
 
-// ------------------------------------------------------------------------------------- between images and the scratch
+// ------------------------------------------------------------------------------------- between images and buffers
 
-// to[i][j] = from[j][i] for `rows` x `columns` of from, converted. Strides in elements.
+// Sets to[j][i] to from[i][j] for `rows` rows and `columns` columns of `from`, converted to the type To. The row
+// strides are in elements.
 template <typename From, typename To>
 void transpose_block(const From* from, std::int64_t from_row, To* to, std::int64_t to_row, std::int64_t rows,
                      std::int64_t columns) {
@@ -81,8 +83,8 @@ void convert_row(const From* from, To* to, std::int64_t count) {
   for (; i < count; ++i) to[i] = Stored<To>::put(Stored<From>::get(from[i]));
 }
 
-// Rows [first, last) of the image into the packed plane [pixel][width]. The border and the lanes beyond the unit's
-// channels are left as they are.
+// Copies the rows [first, last) of an image into the packed plane [pixel][width]. Does not write the border and the
+// lanes past the unit's channels.
 template <typename S>
 void pack(const Problem& problem, const Unit& unit, View<const S> input, std::int64_t image, Compute<S>* packed,
           std::int64_t width, std::int64_t first, std::int64_t last) {
@@ -102,6 +104,7 @@ void pack(const Problem& problem, const Unit& unit, View<const S> input, std::in
   }
 }
 
+// Copies the packed plane into an image; the inverse of pack() for all rows.
 template <typename S>
 void unpack(const Problem& problem, const Unit& unit, const Compute<S>* packed, std::int64_t width, View<S> output,
             std::int64_t image) {
@@ -117,8 +120,9 @@ void unpack(const Problem& problem, const Unit& unit, const Compute<S>* packed, 
   }
 }
 
-// Pixels [first, first + count) of the channels [channel, channel + rows) between an image (whose pixels lie evenly
-// spaced, and where the pixels or the channels are contiguous) and a tile [rows][pitch].
+// load_tile and store_tile copy the pixels [first, first + count) of the channels [channel, channel + rows) between an
+// image and a tile [rows][pitch]. The pixels of the image must be evenly spaced in memory, and its pixels or its
+// channels must be contiguous. load_tile fills the rest of each row of the tile with zeros.
 template <typename S>
 void load_tile(View<const S> image, std::int64_t number, std::int64_t channel, std::int64_t rows, std::int64_t first,
                std::int64_t count, Compute<S>* tile, std::int64_t pitch) {
@@ -145,7 +149,7 @@ void store_tile(const Compute<S>* tile, std::int64_t pitch, View<S> image, std::
 
 // --------------------------------------------------------------------------------------------------------- forward
 
-
+// One vector of channels of a sample. `upper` and `lower` are the packed plane, the latter advanced by one row.
 template <typename T>
 CPM_INLINE Vec<T> sample(const Tap<T>& tap, const T* upper, const T* lower, std::int64_t width) {
   using V = Simd<T>;
@@ -157,7 +161,8 @@ CPM_INLINE Vec<T> sample(const Tap<T>& tap, const T* upper, const T* lower, std:
   return value;
 }
 
-// Samples of L pixels at one tap, all channels of the block, transposed into columns `pitch` apart.
+// Samples all channels of a block at one tap of L pixels, and transposes the samples into columns that are `pitch`
+// elements apart.
 template <typename Op, int Vectors>
 CPM_INLINE void sample_columns(const Tap<typename Op::Number>* taps, const typename Op::Number* packed,
                                std::int64_t row, typename Op::Element* columns, std::int64_t pitch) {
@@ -174,15 +179,15 @@ CPM_INLINE void sample_columns(const Tap<typename Op::Number>* taps, const typen
     }
   } else {
 #if CPM_BF16_DOT
-    static_assert(Vectors == 2, "two vectors make one of pairs");
+    static_assert(Vectors == 2, "one vector of pairs is made of two vectors");
     using E = typename Op::Element;
     Vec<E> block[L];
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) {
       const Vec<T> low = sample(taps[i], packed, packed + row, width);
       const Vec<T> high = sample(taps[i], packed + L, packed + row + L, width);
-      block[i] = reinterpret_cast<Vec<E>>(
-          _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
+      block[i] =
+          reinterpret_cast<Vec<E>>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
     }
     Simd<E>::transpose(block);
 #pragma GCC unroll 16
@@ -191,9 +196,9 @@ CPM_INLINE void sample_columns(const Tap<typename Op::Number>* taps, const typen
   }
 }
 
-// out[outputs][tile] (+)= the unit's part of the convolution. `taps` are the tile's; `weights` is [output][depth],
-// where depth runs over the group's channels (or pairs of them) and taps; `column_scratch` holds width x taps x tile
-// elements.
+// Sets out[outputs][tile] to the unit's part of the convolution, or adds it if `accumulate`. `taps` are the samples of
+// the tile. `weights` is [output][depth], where depth runs over the channels of the group (or pairs of them) and the
+// taps. `column_scratch` has room for width x taps x tile elements.
 template <typename Op, int Vectors>
 void forward_tile(const Problem& problem, const Unit& unit, const typename Op::Number* packed,
                   const Tap<typename Op::Number>* taps, const void* weights, void* column_scratch,
@@ -218,7 +223,9 @@ void forward_tile(const Problem& problem, const Unit& unit, const typename Op::N
 
 // -------------------------------------------------------------------------------------------------------- backward
 
-// From the gradient of L samples (columns of column_grad) to the input, the offsets, the mask and the samples' values.
+// Propagates the gradient of L samples at one tap, which are columns of column_grad. Input: adds to the gradient of the
+// packed input. Geometry: adds the gradients of the offsets and the mask to sum_y, sum_x and sum_mask (null without a
+// mask). Values: stores the samples themselves in `columns`, for the gradient of the weight.
 template <typename T, typename Column, int Vectors, bool Input, bool Geometry, bool Values>
 CPM_INLINE void scatter(const Tap<T>* taps, std::int64_t row, const BackwardScratch<T>& scratch, const T* column_grad,
                         Column* columns, std::int64_t tile, T* sum_y, T* sum_x, T* sum_mask) {
@@ -291,7 +298,8 @@ CPM_INLINE void scatter(const Tap<T>* taps, std::int64_t row, const BackwardScra
 }
 
 #if CPM_BF16_DOT
-// The tile of the output's gradient as the two products want it: pairs of outputs, and pairs of pixels.
+// Converts the tile of the output gradient to bfloat16 for the two products: grad_pairs holds pairs of outputs,
+// grad_half holds pairs of pixels.
 inline void make_pairs(const BackwardScratch<float>& scratch, std::int64_t outputs, std::int64_t tile) {
   using Word = Simd<std::uint32_t>;
   for (std::int64_t output = 0; output < outputs; ++output)
@@ -306,7 +314,7 @@ inline void make_pairs(const BackwardScratch<float>& scratch, std::int64_t outpu
 }
 #endif
 
-// Every gradient that one unit of one image gives.
+// Computes the gradients of one unit of one image. Adds to the gradient of the weight and to scratch.offset_sums.
 template <typename S, int Vectors, bool Dot>
 void backward_unit(const Problem& problem, const Unit& unit, View<const S> grad_output, View<const S> input,
                    const Compute<S>* weight, const Tap<Compute<S>>* taps, std::int64_t tile, std::int64_t image,
@@ -325,9 +333,9 @@ void backward_unit(const Problem& problem, const Unit& unit, View<const S> grad_
   if (needed.samples()) pack<S>(problem, unit, input, image, scratch.packed, width, 0, problem.height);
   if (needed.input) std::fill_n(scratch.packed_grad, problem.packed_pixels() * width, T(0));
   if (needed.weight) std::fill_n(scratch.weight_sums, count * sums + kSumTile, T(0));
-  // Lanes beyond the unit's channels get no gradient.
+  // The gradient of the lanes past the unit's channels is zero.
   std::fill_n(scratch.column_grad + unit.channels * tile, (width - unit.channels) * tile, T(0));
-  T* turned = scratch.weight;
+  T* reordered = scratch.weight;
   for (std::int64_t tap = 0; tap < count; ++tap)
     for (const Segment& segment : unit.segments)
       for (std::int64_t o = 0; o < outputs; o += Dot ? 2 : 1)
@@ -335,9 +343,9 @@ void backward_unit(const Problem& problem, const Unit& unit, View<const S> grad_
           const T* const from = weight + (segment.first_output + o) * depth + (segment.group_channel + c) * count + tap;
           if constexpr (Dot) {
             const BFloat16 pair[2] = {Stored<BFloat16>::put(from[0]), Stored<BFloat16>::put(from[depth])};
-            __builtin_memcpy(turned++, pair, sizeof(pair));
+            __builtin_memcpy(reordered++, pair, sizeof(pair));
           } else {
-            *turned++ = *from;
+            *reordered++ = *from;
           }
         }
 
@@ -356,9 +364,8 @@ void backward_unit(const Problem& problem, const Unit& unit, View<const S> grad_
         T* const column_grad = scratch.column_grad + segment.first_row * tile;
         if constexpr (Dot) {
 #if CPM_BF16_DOT
-          product<Pairs, true>({reinterpret_cast<const std::uint32_t*>(factors), 1, segment.channels},
-                               segment.channels, outputs / 2, scratch.grad_pairs + output / 2 * tile, column_grad, tile,
-                               tile, false);
+          product<Pairs, true>({reinterpret_cast<const std::uint32_t*>(factors), 1, segment.channels}, segment.channels,
+                               outputs / 2, scratch.grad_pairs + output / 2 * tile, column_grad, tile, tile, false);
           factors += outputs / 2 * segment.channels;
 #endif
         } else {
@@ -373,21 +380,27 @@ void backward_unit(const Problem& problem, const Unit& unit, View<const S> grad_
         for (std::int64_t pixel = 0; pixel < tile; pixel += L) {
           T* const at = scratch.offset_sums + tap * padded + first + pixel;
           scatter<T, Column, Vectors, decltype(with_input)::value, decltype(geometry)::value, decltype(values)::value>(
-              taps + (first + pixel) * count + tap * L, row, scratch, scratch.column_grad + pixel,
-              columns + pixel, tile, at, at + count * padded,
-              needed.mask ? at + 2 * count * padded : nullptr);
+              taps + (first + pixel) * count + tap * L, row, scratch, scratch.column_grad + pixel, columns + pixel,
+              tile, at, at + count * padded, needed.mask ? at + 2 * count * padded : nullptr);
         }
       };
       const std::true_type yes;
       const std::false_type no;
       const bool geometry = needed.offset || needed.mask;
-      if (needed.input && geometry && needed.weight) scatter_all(yes, yes, yes);
-      else if (needed.input && geometry) scatter_all(yes, yes, no);
-      else if (needed.input && needed.weight) scatter_all(yes, no, yes);
-      else if (geometry && needed.weight) scatter_all(no, yes, yes);
-      else if (needed.input) scatter_all(yes, no, no);
-      else if (geometry) scatter_all(no, yes, no);
-      else if (needed.weight) scatter_all(no, no, yes);
+      if (needed.input && geometry && needed.weight)
+        scatter_all(yes, yes, yes);
+      else if (needed.input && geometry)
+        scatter_all(yes, yes, no);
+      else if (needed.input && needed.weight)
+        scatter_all(yes, no, yes);
+      else if (geometry && needed.weight)
+        scatter_all(no, yes, yes);
+      else if (needed.input)
+        scatter_all(yes, no, no);
+      else if (geometry)
+        scatter_all(no, yes, no);
+      else if (needed.weight)
+        scatter_all(no, no, yes);
       if (needed.weight) {
         for (const Segment& segment : unit.segments) {
           const std::int64_t output = segment.first_output - unit.first_output();

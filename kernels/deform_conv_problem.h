@@ -1,5 +1,5 @@
-// What the deformable convolution is asked to do, and how its channels are cut into units of work.
-// Plain data: nothing here depends on torch or on the instruction set.
+// The sizes of a deformable convolution, and the division of its channels into units of work.
+// Nothing in this file depends on torch or on the instruction set.
 #pragma once
 
 #include <algorithm>
@@ -8,12 +8,12 @@
 
 namespace cpm_rcnn {
 
-// Sixteen bits of storage; every calculation is in float32.
+// A storage type. All arithmetic on its values is in float32.
 struct BFloat16 {
   std::uint16_t bits;
 };
 
-// The type that a stored type is calculated in.
+// The type in which values of a storage type are computed.
 template <typename S>
 struct ComputeOf {
   using type = S;
@@ -36,25 +36,26 @@ struct Problem {
   std::int64_t in_per_group() const { return in_channels / groups; }
   std::int64_t out_per_group() const { return out_channels / groups; }
 
-  // A unit's channels are packed as [pixel][channel] with a border of zeros, so that the four corners of every sample
-  // that touches the image are there to be read. Rows share their border: the zero right of a row is the zero left of
-  // the next. The last row of zeros is followed by two more, for the samples that lie wholly outside.
+  // A unit's channels are packed into a plane [pixel][channel] with a border of zeros, so that all four corners of
+  // every sample that touches the image can be read. Consecutive rows share one border pixel: the zero to the right of
+  // a row is also the zero to the left of the next row. Two more zero pixels follow the last row of zeros: a sample
+  // that lies entirely outside the image reads this row and these pixels (see outside_index()).
   std::int64_t packed_row() const { return width + 1; }
   std::int64_t packed_index(std::int64_t y, std::int64_t x) const { return (y + 1) * packed_row() + x + 1; }
   std::int64_t outside_index() const { return (height + 1) * packed_row(); }
   std::int64_t packed_pixels() const { return (height + 2) * packed_row() + 2; }
 };
 
-// An image tensor in memory; strides in elements.
+// A batch of images in memory. `image`, `channel`, `row` and `column` are strides in elements.
 template <typename S>
 struct View {
   S* data;
   std::int64_t image, channel, row, column;
 };
 
-// One bilinear sample: where its upper left corner lies in the packed plane (in pixels), the weights of the corners
-// (upper left, upper right, lower left, lower right, the mask's factor included), the fractions that they come from
-// and the mask's factor.
+// One bilinear sample. `corner` is the index of its upper left corner in the packed plane, in pixels. `weight` holds
+// the weights of the upper left, upper right, lower left and lower right corners, each multiplied by the factor `mask`.
+// The weights follow from `fraction_y` and `fraction_x`, the position of the sample relative to its upper left corner.
 template <typename T>
 struct Tap {
   T weight[4];
@@ -62,15 +63,15 @@ struct Tap {
   std::conditional_t<sizeof(T) == 8, std::uint64_t, std::uint32_t> corner;
 };
 
-// The part of a unit that belongs to one group of the convolution.
+// The channels of a unit that belong to one group of the convolution.
 struct Segment {
-  std::int64_t first_row;       // its first channel, counted from the unit's first
-  std::int64_t channels;        // how many
-  std::int64_t group_channel;   // its first channel, counted from the group's first
-  std::int64_t first_output;    // the group's first output channel
+  std::int64_t first_row;      // its first channel, relative to the unit's first channel
+  std::int64_t channels;       // number of channels
+  std::int64_t group_channel;  // its first channel, relative to the group's first channel
+  std::int64_t first_output;   // the group's first output channel
 };
 
-// Channels that are packed together, at most as many as the block of lanes is wide, all of one offset group.
+// Channels that are packed together. All belong to one offset group, and they fit in one block of lanes.
 struct Unit {
   std::int64_t offset_group, first_channel, channels;
   std::vector<Segment> segments;
@@ -78,9 +79,9 @@ struct Unit {
 };
 
 struct Plan {
-  std::vector<Unit> units;       // by offset group
-  bool whole_groups = true;      // no group is cut: every output channel is made by one unit
-  std::int64_t most_groups = 1;  // in one unit
+  std::vector<Unit> units;       // ordered by offset group
+  bool whole_groups = true;      // no group is split, so one unit computes each output channel
+  std::int64_t most_groups = 1;  // largest number of groups in one unit
 };
 
 inline Plan make_plan(const Problem& problem, std::int64_t width) {
@@ -92,7 +93,7 @@ inline Plan make_plan(const Problem& problem, std::int64_t width) {
     const std::int64_t end = channel + per_offset_group;
     while (channel < end) {
       const std::int64_t inside = channel % per_group;
-      // As many whole groups as fit, or else as much of one group as fits.
+      // Take as many whole groups as fit. If not even one fits, take the part of a group that does.
       std::int64_t count = inside == 0 ? std::min(width, end - channel) / per_group * per_group : 0;
       if (count == 0) count = std::min({width, end - channel, per_group - inside});
       Unit unit{offset_group, channel, count, {}};

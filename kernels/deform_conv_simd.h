@@ -1,5 +1,5 @@
-// Vectors of CPM_VECTOR_BYTES in the compiler's own vector extension: loads, conversions, transposition, sums.
-// Included once for each instruction set, inside the namespace CPM_ISA; hence no include guard.
+// Vectors of CPM_VECTOR_BYTES bytes, built on the vector extensions of GCC and clang: loads, stores, conversions,
+// transposition and sums. deform_conv_isa.h includes this file once per instruction set, so it has no include guard.
 
 namespace cpm_rcnn {
 namespace CPM_ISA {
@@ -20,7 +20,7 @@ struct Simd {
   }
   static CPM_INLINE void store(T* to, vec value) { __builtin_memcpy(to, &value, sizeof(vec)); }
 
-  // Blocks of D lanes: `even` takes the even blocks of both, x's and y's in turn; `odd` the odd ones.
+  // Both treat x and y as blocks of D lanes. `even` interleaves the even blocks of x and y, `odd` the odd blocks.
   template <int D>
   static CPM_INLINE vec even(vec x, vec y) {
     return shuffle<D, 0>(x, y, std::make_integer_sequence<index, lanes>());
@@ -30,10 +30,10 @@ struct Simd {
     return shuffle<D, D>(x, y, std::make_integer_sequence<index, lanes>());
   }
 
-  // rows[i][j] <-> rows[j][i]
+  // Swaps rows[i][j] and rows[j][i].
   static CPM_INLINE void transpose(vec (&rows)[lanes]) { transpose_from<lanes / 2>(rows); }
 
-  // Lane i of the result is the sum over the lanes of rows[i]; destroys rows.
+  // Lane i of the result is the sum over the lanes of rows[i]. Overwrites rows.
   static CPM_INLINE vec row_sums(vec (&rows)[lanes]) {
     fold<lanes / 2>(rows);
     return rows[0];
@@ -74,7 +74,7 @@ struct Simd {
 template <typename T>
 using Vec = typename Simd<T>::vec;
 
-// Loads and stores between the stored type S and lanes of the type that it is calculated in.
+// Converts between values of the storage type S in memory and lanes of the type in which they are computed.
 template <typename S>
 struct Stored {
   using T = S;
@@ -100,7 +100,7 @@ struct Stored<BFloat16> {
 #if CPM_BF16_DOT
     const __m256bh half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(value));
 #else
-    // To the nearest, ties to even; a NaN stays one.
+    // Round to nearest, ties to even. NaN stays NaN.
     const word_vec word = reinterpret_cast<word_vec>(value);
     const word_vec rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
     const word_vec nan = reinterpret_cast<word_vec>(value != value);

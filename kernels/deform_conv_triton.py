@@ -1,11 +1,11 @@
-"""The deformable convolution on a GPU, in Triton: a gather that feeds the matrix unit, forward and backward.
+"""Deformable convolution on a GPU in Triton: forward and backward.
 
-A program computes one tile: ``BLOCK_M`` output pixels by one *pack*, a run of channel groups wide enough for the
-matrix unit. For each tap it gathers the four corners channels-last (a corner of a pixel is one contiguous run),
-interpolates in float32, and multiplies with the pack's weights, a block-diagonal matrix. The column matrix exists in
-registers alone.
+One program computes one tile: ``BLOCK_M`` output pixels of one *pack*. A pack is a run of consecutive channel groups
+that together are wide enough for tensor cores. For each tap, the program loads the four corners of each sample from
+channels-last memory, where a corner's channels are contiguous, interpolates them in float32, and multiplies them by the
+weights of the pack, which form a block-diagonal matrix. The column matrix is only held in registers.
 
-Offsets are read as they come, (dy, dx) a tap, in whatever floating type; sums are in float32.
+Offsets may have any floating-point dtype. Sums are in float32.
 """
 
 import torch
@@ -13,17 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Channels of a pack: enough that a corner is a wide load and tensor cores are used. The zeros of a block-diagonal
-# matrix are wasted work, which costs more where the product is in float32.
+# The target number of channels in a pack, chosen so that a corner is one wide load and tensor cores are used. It is
+# smaller in float32, where multiplying by the zeros of the block-diagonal matrix costs more.
 _PACK_CHANNELS = {torch.float32: 16, torch.float16: 32, torch.bfloat16: 32}
 _BLOCK_M = 64
 _MAX_BLOCK = 64
-# Pixel blocks whose partial sums of the weight's gradient are added up last: enough programs to fill a card.
+# The weight gradient is computed as this many partial sums over blocks of pixels, so that there are enough programs to
+# occupy the GPU. The partial sums are added at the end.
 _WEIGHT_SPLITS = 64
 
 
 def supports(input: Tensor, offset: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels know this case: not float64, and offset groups that nest with the convolution's groups."""
+    """Return whether the kernels support this case.
+
+    They support float32, float16 and bfloat16, if one of the numbers of groups and of offset groups divides the other.
+    """
     if input.dtype not in _PACK_CHANNELS:
         return False
     groups = input.shape[1] // weight.shape[1]
@@ -32,12 +36,14 @@ def supports(input: Tensor, offset: Tensor, weight: Tensor) -> bool:
 
 
 class Plan:
-    """How one convolution, of those that :func:`supports` knows, is cut into programs.
+    """The division of one convolution into programs.
+
+    :func:`supports` must be true for the arguments.
 
     Args:
-        input: (N, C, H, W).
-        offset: (N, 2 * offset_groups * kh * kw, H_out, W_out).
-        weight: (C_out, C / groups, kh, kw).
+        input: (N, C, H, W) tensor.
+        offset: (N, 2 * offset_groups * kh * kw, H_out, W_out) tensor.
+        weight: (C_out, C / groups, kh, kw) tensor.
     """
 
     def __init__(self, input: Tensor, offset: Tensor, weight: Tensor) -> None:
@@ -48,7 +54,7 @@ class Plan:
         self.groups = self.channels // self.group_in
         self.group_out = self.out_channels // self.groups
         self.offset_groups = offset.shape[1] // (2 * self.taps)
-        # All groups of a pack share their offsets.
+        # A pack may only contain groups that share one offset group.
         together = max(self.groups // self.offset_groups, 1)
         width = max(self.group_in, self.group_out)
         self.per_pack = max(
@@ -58,7 +64,8 @@ class Plan:
         self.packs = self.groups // self.per_pack
         self.pack_in = self.per_pack * self.group_in
         self.pack_out = self.per_pack * self.group_out
-        # Within a pack, pieces of one offset group each, and blocks of one piece.
+        # If a group has several offset groups, the channels of a pack are divided into pieces, one per offset group.
+        # Each piece is processed in blocks.
         self.pieces = max(self.offset_groups // self.groups, 1)
         self.piece = self.pack_in // self.pieces
         self.block_k = _block(self.piece)
@@ -68,7 +75,7 @@ class Plan:
         self.pixels = self.batch * self.out_h * self.out_w
 
     def pack_weight(self, weight: Tensor) -> Tensor:
-        """(packs, taps, pack_in, pack_out), block-diagonal over the groups of a pack."""
+        """Return the weight as (packs, taps, pack_in, pack_out), block-diagonal over the groups of a pack."""
         groups = weight.view(self.packs, self.per_pack, self.group_out, self.group_in, self.taps)
         packed = weight.new_zeros(self.packs, self.taps, self.per_pack, self.group_in, self.per_pack, self.group_out)
         diagonal = torch.arange(self.per_pack, device=weight.device)
@@ -76,14 +83,14 @@ class Plan:
         return packed.view(self.packs, self.taps, self.pack_in, self.pack_out)
 
     def unpack_weight(self, packed: Tensor) -> Tensor:
-        """The groups' own weights (C_out, C / groups, kh, kw) out of :meth:`pack_weight`'s form."""
+        """Return the weight (C_out, C / groups, kh, kw) from the result of :meth:`pack_weight`."""
         blocks = packed.view(self.packs, self.taps, self.per_pack, self.group_in, self.per_pack, self.group_out)
         diagonal = torch.arange(self.per_pack, device=packed.device)
         groups = blocks[:, :, diagonal, :, diagonal]  # (per_pack, packs, taps, group_in, group_out)
         return groups.permute(1, 0, 4, 3, 2).reshape(self.out_channels, self.group_in, self.kernel_h, self.kernel_w)
 
     def constants(self, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int]) -> dict[str, int]:
-        """The kernels' compile-time arguments."""
+        """Return the compile-time arguments of the kernels."""
         return {
             "H": self.height,
             "W": self.width,
@@ -120,7 +127,11 @@ def forward(
     padding: tuple[int, int],
     dilation: tuple[int, int],
 ) -> Tensor:
-    """The convolution without bias, (N, C_out, H_out, W_out) in the dtype of ``input``, channels-last in memory."""
+    """Compute the convolution without bias.
+
+    Returns:
+        (N, C_out, H_out, W_out) tensor in the dtype of ``input``, in channels-last memory format.
+    """
     plan = Plan(input, offset, weight)
     output = input.new_empty(plan.batch, plan.out_h, plan.out_w, plan.out_channels)
     if output.numel():
@@ -150,9 +161,13 @@ def backward(
     dilation: tuple[int, int],
     needed: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, offset, mask and weight, each in its own dtype, None where not ``needed``.
+    """Compute the gradients of input, offset, mask and weight.
 
-    The input's is gathered with atomic additions in float32, so its last bits depend on the order of the programs.
+    The gradients of input, offset and mask are summed with atomic additions in float32, so their last bits may depend
+    on the order in which programs run.
+
+    Returns:
+        One gradient per tensor, in the tensor's dtype, or None where ``needed`` is false.
     """
     plan = Plan(input, offset, weight)
     constants = plan.constants(stride, padding, dilation)
@@ -209,12 +224,12 @@ def backward(
 
 
 def _block(channels: int) -> int:
-    """A power of two that the matrix unit takes."""
+    """Return a block size for this many channels: a power of two from 16, the minimum of tl.dot, to _MAX_BLOCK."""
     return min(max(triton.next_power_of_2(channels), 16), _MAX_BLOCK)
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """(N, H, W, C), contiguous."""
+    """Return (N, C, H, W) as a contiguous (N, H, W, C) tensor."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
@@ -224,7 +239,7 @@ def _precision() -> str:
 
 @triton.jit
 def _pixel(rows, pixels, H_OUT: tl.constexpr, W_OUT: tl.constexpr):
-    """Image, row and column of output pixels by number, and whether there are as many."""
+    """Return the image, row and column of the output pixels with these numbers, and whether each pixel exists."""
     valid = rows < pixels
     within = rows % (H_OUT * W_OUT)
     return (rows // (H_OUT * W_OUT)).to(tl.int64), within // W_OUT, within % W_OUT, valid
@@ -237,7 +252,11 @@ def _sample_at(
     TAPS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
     DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, OFFSET_GROUPS: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Where a tap of each pixel samples: floor and fraction of y and x, whether any corner is inside, and the mask."""
+    """Return where a tap of each pixel samples the input.
+
+    The results are the floor of y and x, the fractions of y and x, whether any corner is inside the image, and the mask
+    factor.
+    """
     plane: tl.constexpr = H_OUT * W_OUT
     place = row * W_OUT + column
     channel = (n * OFFSET_GROUPS + offset_group) * TAPS + tap
@@ -245,7 +264,7 @@ def _sample_at(
     dx = tl.load(offset + channel * (2 * plane) + plane + place, mask=valid, other=0.0).to(tl.float32)
     y = (row * STRIDE_H - PAD_H + tap // KERNEL_W * DILATION_H).to(tl.float32) + dy
     x = (column * STRIDE_W - PAD_W + tap % KERNEL_W * DILATION_W).to(tl.float32) + dx
-    # Comparisons with NaN are false, so offsets without a place sample nothing.
+    # Comparisons with NaN are false, so NaN offsets sample zeros.
     inside = valid & (y >= -1) & (y < H) & (x >= -1) & (x < W)
     y, x = tl.where(inside, y, 0.0), tl.where(inside, x, 0.0)
     y0, x0 = tl.floor(y), tl.floor(x)
@@ -255,27 +274,27 @@ def _sample_at(
 
 @triton.jit
 def _corner(n, y, x, inside, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
-    """Where a corner's channels start, and whether it is a pixel of the image."""
+    """Return the index of a corner's first channel, and whether the corner is inside the image."""
     return ((n * H + y) * W + x) * C, inside & (y >= 0) & (y < H) & (x >= 0) & (x < W)
 
 
 @triton.jit
-def _gather(image, n, y0, x0, inside, channels, known, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
-    """The four corners (BLOCK_M, BLOCK_K) float32 of each pixel's sample, zero where outside."""
+def _gather(image, n, y0, x0, inside, channels, valid_k, H: tl.constexpr, W: tl.constexpr, C: tl.constexpr):
+    """Load the four corners of each pixel's sample, each (BLOCK_M, BLOCK_K) in float32 and zero outside the image."""
     s00, i00 = _corner(n, y0, x0, inside, H, W, C)
     s01, i01 = _corner(n, y0, x0 + 1, inside, H, W, C)
     s10, i10 = _corner(n, y0 + 1, x0, inside, H, W, C)
     s11, i11 = _corner(n, y0 + 1, x0 + 1, inside, H, W, C)
-    v00 = tl.load(image + s00[:, None] + channels[None], mask=i00[:, None] & known[None], other=0.0).to(tl.float32)
-    v01 = tl.load(image + s01[:, None] + channels[None], mask=i01[:, None] & known[None], other=0.0).to(tl.float32)
-    v10 = tl.load(image + s10[:, None] + channels[None], mask=i10[:, None] & known[None], other=0.0).to(tl.float32)
-    v11 = tl.load(image + s11[:, None] + channels[None], mask=i11[:, None] & known[None], other=0.0).to(tl.float32)
+    v00 = tl.load(image + s00[:, None] + channels[None], mask=i00[:, None] & valid_k[None], other=0.0).to(tl.float32)
+    v01 = tl.load(image + s01[:, None] + channels[None], mask=i01[:, None] & valid_k[None], other=0.0).to(tl.float32)
+    v10 = tl.load(image + s10[:, None] + channels[None], mask=i10[:, None] & valid_k[None], other=0.0).to(tl.float32)
+    v11 = tl.load(image + s11[:, None] + channels[None], mask=i11[:, None] & valid_k[None], other=0.0).to(tl.float32)
     return v00, v01, v10, v11
 
 
 @triton.jit
-def _between(v00, v01, v10, v11, ly, lx):
-    """Bilinear interpolation of corners (BLOCK_M, BLOCK_K) at fractions (BLOCK_M,)."""
+def _bilinear(v00, v01, v10, v11, ly, lx):
+    """Interpolate corners (BLOCK_M, BLOCK_K) bilinearly at fractions (BLOCK_M,)."""
     ly, lx = ly[:, None], lx[:, None]
     return (1 - ly) * ((1 - lx) * v00 + lx * v01) + ly * ((1 - lx) * v10 + lx * v11)
 
@@ -293,7 +312,7 @@ def _forward(
     blocks_n: tl.constexpr = (PACK_OUT + BLOCK_N - 1) // BLOCK_N
     pack = tl.program_id(1) // blocks_n
     outputs = tl.program_id(1) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    known_n = outputs < PACK_OUT
+    valid_n = outputs < PACK_OUT
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n, row, column, valid = _pixel(rows, pixels, H_OUT, W_OUT)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -306,17 +325,17 @@ def _forward(
             )  # fmt: skip
             for start in range(0, PIECE, BLOCK_K):
                 inner = start + tl.arange(0, BLOCK_K)
-                known = inner < PIECE
+                valid_k = inner < PIECE
                 inputs = piece * PIECE + inner
-                v00, v01, v10, v11 = _gather(image, n, y0, x0, inside, pack * PACK_IN + inputs, known, H, W, C)
-                value = _between(v00, v01, v10, v11, ly, lx)
+                v00, v01, v10, v11 = _gather(image, n, y0, x0, inside, pack * PACK_IN + inputs, valid_k, H, W, C)
+                value = _bilinear(v00, v01, v10, v11, ly, lx)
                 if HAS_MASK:
                     value = value * factor[:, None]
                 place = ((pack * TAPS + tap) * PACK_IN + inputs)[:, None] * PACK_OUT + outputs[None]
-                matrix = tl.load(weight + place, mask=known[:, None] & known_n[None], other=0.0)
+                matrix = tl.load(weight + place, mask=valid_k[:, None] & valid_n[None], other=0.0)
                 total = tl.dot(value.to(matrix.dtype), matrix, total, input_precision=PRECISION)
     place = rows.to(tl.int64)[:, None] * C_OUT + pack * PACK_OUT + outputs[None]
-    tl.store(output + place, total.to(output.dtype.element_ty), mask=valid[:, None] & known_n[None])
+    tl.store(output + place, total.to(output.dtype.element_ty), mask=valid[:, None] & valid_n[None])
 
 
 @triton.jit
@@ -329,12 +348,12 @@ def _backward_data(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
     NEEDS_INPUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of input, offset and mask; a program has one block of input channels."""
+    """Compute the gradients of input, offset and mask. Each program processes one block of input channels."""
     blocks_k: tl.constexpr = (PIECE + BLOCK_K - 1) // BLOCK_K
     pack = tl.program_id(1) // (PIECES * blocks_k)
     piece = tl.program_id(1) // blocks_k % PIECES
     inner = tl.program_id(1) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
-    known = inner < PIECE
+    valid_k = inner < PIECE
     inputs = piece * PIECE + inner
     offset_group = (pack * PIECES + piece) * OFFSET_GROUPS // (PACKS * PIECES)
     channels = pack * PACK_IN + inputs
@@ -342,42 +361,42 @@ def _backward_data(
     n, row, column, valid = _pixel(rows, pixels, H_OUT, W_OUT)
     plane: tl.constexpr = H_OUT * W_OUT
     for tap in range(TAPS):
-        # What reaches the sampled values: the output's gradient times the transposed weights.
-        reach = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+        # The gradient of the sampled values: the output gradient times the transposed weights.
+        grad_sample = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
         for start in range(0, PACK_OUT, BLOCK_N):
             outputs = start + tl.arange(0, BLOCK_N)
-            known_n = outputs < PACK_OUT
+            valid_n = outputs < PACK_OUT
             place = rows.to(tl.int64)[:, None] * C_OUT + pack * PACK_OUT + outputs[None]
-            above = tl.load(grad + place, mask=valid[:, None] & known_n[None], other=0.0)
+            grad_out = tl.load(grad + place, mask=valid[:, None] & valid_n[None], other=0.0)
             place = ((pack * TAPS + tap) * PACK_IN + inputs)[None] * PACK_OUT + outputs[:, None]
-            matrix = tl.load(weight + place, mask=known[None] & known_n[:, None], other=0.0)
-            reach = tl.dot(above.to(matrix.dtype), matrix, reach, input_precision=PRECISION)
+            matrix = tl.load(weight + place, mask=valid_k[None] & valid_n[:, None], other=0.0)
+            grad_sample = tl.dot(grad_out.to(matrix.dtype), matrix, grad_sample, input_precision=PRECISION)
         y0, x0, ly, lx, inside, factor = _sample_at(
             offset, mask, n, row, column, valid, tap, offset_group, H, W, H_OUT, W_OUT, KERNEL_W, TAPS,
             STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, OFFSET_GROUPS, HAS_MASK,
         )  # fmt: skip
-        v00, v01, v10, v11 = _gather(image, n, y0, x0, inside, channels, known, H, W, C)
+        v00, v01, v10, v11 = _gather(image, n, y0, x0, inside, channels, valid_k, H, W, C)
         place = (n * OFFSET_GROUPS + offset_group) * TAPS + tap
-        where_ = row * W_OUT + column
+        pixel = row * W_OUT + column
         if HAS_MASK:
-            sampled = tl.sum(reach * _between(v00, v01, v10, v11, ly, lx), axis=1)
-            tl.atomic_add(grad_mask + place * plane + where_, sampled, mask=valid, sem="relaxed")
-            reach = reach * factor[:, None]
+            sampled = tl.sum(grad_sample * _bilinear(v00, v01, v10, v11, ly, lx), axis=1)
+            tl.atomic_add(grad_mask + place * plane + pixel, sampled, mask=valid, sem="relaxed")
+            grad_sample = grad_sample * factor[:, None]
         fy, fx = ly[:, None], lx[:, None]
-        along_y = tl.sum(reach * ((1 - fx) * (v10 - v00) + fx * (v11 - v01)), axis=1)
-        along_x = tl.sum(reach * ((1 - fy) * (v01 - v00) + fy * (v11 - v10)), axis=1)
-        tl.atomic_add(grad_offset + place * (2 * plane) + where_, along_y, mask=inside, sem="relaxed")
-        tl.atomic_add(grad_offset + place * (2 * plane) + plane + where_, along_x, mask=inside, sem="relaxed")
+        along_y = tl.sum(grad_sample * ((1 - fx) * (v10 - v00) + fx * (v11 - v01)), axis=1)
+        along_x = tl.sum(grad_sample * ((1 - fy) * (v01 - v00) + fy * (v11 - v10)), axis=1)
+        tl.atomic_add(grad_offset + place * (2 * plane) + pixel, along_y, mask=inside, sem="relaxed")
+        tl.atomic_add(grad_offset + place * (2 * plane) + plane + pixel, along_x, mask=inside, sem="relaxed")
         if NEEDS_INPUT:
             s00, i00 = _corner(n, y0, x0, inside, H, W, C)
             s01, i01 = _corner(n, y0, x0 + 1, inside, H, W, C)
             s10, i10 = _corner(n, y0 + 1, x0, inside, H, W, C)
             s11, i11 = _corner(n, y0 + 1, x0 + 1, inside, H, W, C)
-            to, all_ = grad_input + channels[None], known[None]
-            tl.atomic_add(to + s00[:, None], reach * (1 - fy) * (1 - fx), mask=i00[:, None] & all_, sem="relaxed")
-            tl.atomic_add(to + s01[:, None], reach * (1 - fy) * fx, mask=i01[:, None] & all_, sem="relaxed")
-            tl.atomic_add(to + s10[:, None], reach * fy * (1 - fx), mask=i10[:, None] & all_, sem="relaxed")
-            tl.atomic_add(to + s11[:, None], reach * fy * fx, mask=i11[:, None] & all_, sem="relaxed")
+            to, all_ = grad_input + channels[None], valid_k[None]
+            tl.atomic_add(to + s00[:, None], grad_sample * (1 - fy) * (1 - fx), mask=i00[:, None] & all_, sem="relaxed")
+            tl.atomic_add(to + s01[:, None], grad_sample * (1 - fy) * fx, mask=i01[:, None] & all_, sem="relaxed")
+            tl.atomic_add(to + s10[:, None], grad_sample * fy * (1 - fx), mask=i10[:, None] & all_, sem="relaxed")
+            tl.atomic_add(to + s11[:, None], grad_sample * fy * fx, mask=i11[:, None] & all_, sem="relaxed")
 
 
 @triton.jit
@@ -390,7 +409,7 @@ def _backward_weight(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tap of one pack's weight gradient over one share of the pixels, ``blocks`` tiles of them."""
+    """Compute a partial weight gradient of one tap of one pack, summed over ``blocks`` consecutive tiles of pixels."""
     blocks_k: tl.constexpr = (PIECE + BLOCK_K - 1) // BLOCK_K
     blocks_n: tl.constexpr = (PACK_OUT + BLOCK_N - 1) // BLOCK_N
     pack = tl.program_id(1) // TAPS
@@ -398,7 +417,7 @@ def _backward_weight(
     piece = tl.program_id(2) // (blocks_k * blocks_n)
     inner = tl.program_id(2) // blocks_n % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)
     outputs = tl.program_id(2) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    known, known_n = inner < PIECE, outputs < PACK_OUT
+    valid_k, valid_n = inner < PIECE, outputs < PACK_OUT
     inputs = piece * PIECE + inner
     offset_group = (pack * PIECES + piece) * OFFSET_GROUPS // (PACKS * PIECES)
     total = tl.zeros((BLOCK_K, BLOCK_N), dtype=tl.float32)
@@ -409,13 +428,13 @@ def _backward_weight(
             offset, mask, n, row, column, valid, tap, offset_group, H, W, H_OUT, W_OUT, KERNEL_W, TAPS,
             STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, OFFSET_GROUPS, HAS_MASK,
         )  # fmt: skip
-        v00, v01, v10, v11 = _gather(image, n, y0, x0, inside, pack * PACK_IN + inputs, known, H, W, C)
-        value = _between(v00, v01, v10, v11, ly, lx)
+        v00, v01, v10, v11 = _gather(image, n, y0, x0, inside, pack * PACK_IN + inputs, valid_k, H, W, C)
+        value = _bilinear(v00, v01, v10, v11, ly, lx)
         if HAS_MASK:
             value = value * factor[:, None]
         place = rows.to(tl.int64)[:, None] * C_OUT + pack * PACK_OUT + outputs[None]
-        above = tl.load(grad + place, mask=valid[:, None] & known_n[None], other=0.0)
-        total = tl.dot(tl.trans(value.to(above.dtype)), above, total, input_precision=PRECISION)
+        grad_out = tl.load(grad + place, mask=valid[:, None] & valid_n[None], other=0.0)
+        total = tl.dot(tl.trans(value.to(grad_out.dtype)), grad_out, total, input_precision=PRECISION)
     place = ((tl.program_id(0) * PACKS + pack) * TAPS + tap).to(tl.int64) * (PACK_IN * PACK_OUT)
     place = place + inputs[:, None] * PACK_OUT + outputs[None]
-    tl.store(partial + place, total, mask=known[:, None] & known_n[None])
+    tl.store(partial + place, total, mask=valid_k[:, None] & valid_n[None])

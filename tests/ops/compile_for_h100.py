@@ -1,6 +1,7 @@
-"""Compile the Triton kernels for an H100, X-101's C3 in each type, and print what came out as json.
+"""Compile the Triton kernels for an H100, on the shapes of X-101's C3 and in each dtype, and print the results as JSON.
 
-A program of its own: Triton interprets or compiles, by what stood in the environment when it was imported.
+This is a separate program because Triton reads TRITON_INTERPRET, which selects its interpreter instead of its compiler,
+when it is imported.
 """
 
 import json

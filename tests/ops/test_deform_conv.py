@@ -1,7 +1,8 @@
-"""The function and its layers: what they share whatever kernel computes them."""
+"""The function, its layers and the choice of backend: behavior that does not depend on the kernel."""
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from cpm_rcnn import ops
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.ops import DeformConv2d, DeformConv2dPack, deform_conv2d, deform_conv_op, use_deform_backend
+from cpm_rcnn.ops import deform_conv_backends as backends
 
 
 def conv_like(stride=1, groups=2, dilation=1, bias=False):
@@ -19,7 +21,7 @@ def conv_like(stride=1, groups=2, dilation=1, bias=False):
 
 
 def pack_like(modulated=False, **arguments):
-    """A layer whose offsets, and mask, are not those it starts with."""
+    """A layer with random offset (and mask) predictions instead of the initial zeros."""
     conv = conv_like(**arguments)
     shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
     layer = DeformConv2dPack(8, 6, 3, *shape, bias=conv.bias is not None, modulated=modulated)
@@ -55,7 +57,7 @@ def test_layer_starts_as_the_convolution_it_replaces(stride, groups, dilation, b
     assert layer.conv_offset.weight.shape == (18, 8, 3, 3)
 
 
-def test_modulated_layer_starts_at_half_the_convolution_s_strength():
+def test_modulated_layer_starts_at_half_the_output_of_the_convolution():
     layer, images = DeformConv2dPack(8, 6, 3, padding=1, bias=False, modulated=True), torch.randn(1, 8, 5, 6)
     expected = nn.functional.conv2d(images, layer.weight, padding=1) / 2
     torch.testing.assert_close(layer(images), expected, rtol=1e-5, atol=1e-5)
@@ -63,7 +65,7 @@ def test_modulated_layer_starts_at_half_the_convolution_s_strength():
 
 @pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_layer_samples_where_its_offsets_point_as_torchvision_does(stride, modulated):
+def test_layer_gives_torchvision_results_for_its_predicted_offsets(stride, modulated):
     layer, images = pack_like(modulated, stride=stride), torch.randn(2, 8, 9, 12)
     predicted = layer.conv_offset(images)
     mask = predicted[:, 18:].sigmoid() if modulated else None
@@ -76,15 +78,15 @@ def test_layer_samples_where_its_offsets_point_as_torchvision_does(stride, modul
     )
 
 
-def test_offsets_are_dy_dx_a_tap():
+def test_offsets_are_one_dy_dx_pair_per_tap():
     conv, images = nn.Conv2d(1, 1, 3, padding=1, bias=False), torch.randn(1, 1, 9, 9)
     layer = DeformConv2dPack.from_conv(conv)
-    layer.conv_offset.bias.data[0::2] = 1.0  # every tap one pixel down
-    layer.conv_offset.bias.data[1::2] = 2.0  # and two to the right
+    layer.conv_offset.bias.data[0::2] = 1.0  # moves every tap one pixel down
+    layer.conv_offset.bias.data[1::2] = 2.0  # and two pixels to the right
     torch.testing.assert_close(layer(images)[..., 1:-3, 1:-4], conv(images)[..., 2:-2, 3:-2])
 
 
-def test_layer_with_offsets_from_outside_is_torchvision_s():
+def test_layer_with_given_offsets_equals_the_torchvision_layer():
     theirs = torchvision.ops.DeformConv2d(8, 6, 3, padding=1, groups=2)
     ours = DeformConv2d(8, 6, 3, padding=1, groups=2)
     ours.load_state_dict(theirs.state_dict())
@@ -93,13 +95,13 @@ def test_layer_with_offsets_from_outside_is_torchvision_s():
     torch.testing.assert_close(ours(*arguments), theirs(*arguments), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["compiled", "torchvision", "without a kernel"])
+@pytest.mark.parametrize("backend", ["compiled", "torchvision", "no compiled kernel"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("masked", [False, True])
-def test_every_backend_gives_torchvision_s_values_and_gradients(backend, dtype, masked, monkeypatch):
-    if backend == "without a kernel":
-        monkeypatch.setattr(deform_conv_op, "_cpu_kernel", lambda: False)
-    monkeypatch.setattr("cpm_rcnn.ops.deform_conv._backend", "torchvision" if backend == "torchvision" else "compiled")
+def test_every_backend_gives_torchvision_values_and_gradients(backend, dtype, masked, monkeypatch):
+    if backend == "no compiled kernel":
+        monkeypatch.setattr(backends, "load_cpu_kernel", lambda: False)
+    monkeypatch.setattr(backends, "_backend", "torchvision" if backend == "torchvision" else "compiled")
     ours, theirs = (
         {k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in tensors(dtype, masked).items()}
         for _ in "ab"
@@ -116,9 +118,9 @@ def test_every_backend_gives_torchvision_s_values_and_gradients(backend, dtype, 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("kernel", [True, False])
-def test_the_operator_passes_torch_s_own_checks(channels_last, masked, kernel, monkeypatch):
+def test_the_operator_passes_opcheck(channels_last, masked, kernel, monkeypatch):
     if not kernel:
-        monkeypatch.setattr(deform_conv_op, "_cpu_kernel", lambda: False)
+        monkeypatch.setattr(backends, "load_cpu_kernel", lambda: False)
     given = tensors(masked=masked)
     if channels_last:
         given["input"] = given["input"].contiguous(memory_format=torch.channels_last)
@@ -126,7 +128,7 @@ def test_the_operator_passes_torch_s_own_checks(channels_last, masked, kernel, m
     torch.library.opcheck(deform_conv_op.deform_conv2d_op, (*leaves, [1, 1], [1, 1], [1, 1]))
 
 
-def test_the_layer_compiles_into_one_graph_and_exports():
+def test_the_layer_compiles_to_one_graph_and_exports():
     layer, images = pack_like(modulated=True), torch.randn(2, 8, 9, 12)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(images), layer(images))
@@ -140,7 +142,7 @@ def test_the_layer_compiles_into_one_graph_and_exports():
     torch.testing.assert_close(exported.module()(more), layer(more))
 
 
-def test_autocast_computes_and_trains_in_its_type():
+def test_autocast_computes_and_trains_in_the_autocast_dtype():
     layer, images = pack_like(modulated=True, bias=True), torch.randn(2, 8, 9, 12)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(images)
@@ -153,12 +155,12 @@ def test_autocast_computes_and_trains_in_its_type():
     torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
     for ours, theirs in zip(layer.parameters(), exact.parameters()):
         assert ours.grad.dtype is torch.float32
-        # A rounded offset may cross into the next cell, where its gradient is another.
+        # Rounding an offset may move its sample to the next pixel cell, where the gradient differs.
         assert (ours.grad - theirs.grad).norm() < 0.4 * theirs.grad.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_takes_offsets_and_masks_of_float32(dtype):
+def test_half_precision_accepts_float32_offsets_and_masks(dtype):
     exact = tensors(torch.float64)
     given = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in exact.items()}
     finer = given | {k: exact[k].float().requires_grad_() for k in ("offset", "mask")}
@@ -181,36 +183,39 @@ def test_output_has_the_memory_format_of_the_input():
     torch.testing.assert_close(output, deform_conv2d(**given))
 
 
-WRONG = {
-    "input of three dimensions": ({"input": torch.zeros(8, 7, 9)}, "input has 3 dimensions"),
-    "whole numbers": ({"input": torch.zeros(2, 8, 7, 9, dtype=torch.int64)}, "floating point"),
-    "two types": ({"weight": torch.zeros(6, 4, 3, 3, dtype=torch.float64)}, "weight is torch.float64"),
-    "offsets of a wider type": ({"offset": torch.zeros(2, 18, 7, 9, dtype=torch.float64)}, "offset is torch.float64"),
-    "channels that do not divide": ({"weight": torch.zeros(6, 3, 3, 3)}, "input has 8 channels"),
-    "outputs that do not divide": ({"weight": torch.zeros(5, 4, 3, 3)}, "5 output channels"),
-    "a bias too long": ({"bias": torch.zeros(7)}, "bias"),
-    "offsets of no whole number of taps": ({"offset": torch.zeros(2, 17, 7, 9)}, "17 channels"),
-    "no offsets": ({"offset": torch.zeros(2, 0, 7, 9)}, "0 channels"),
-    "offsets of another size": ({"offset": torch.zeros(2, 18, 7, 8)}, "offset is (2, 18, 7, 8): must be (2, 18, 7, 9)"),
-    "offsets of another batch": ({"offset": torch.zeros(1, 18, 7, 9)}, "must be (2, 18, 7, 9)"),
-    "a mask of another size": ({"mask": torch.zeros(2, 9, 7, 8)}, "mask must be (2, 9, 7, 9)"),
-    "no stride": ({"stride": 0}, "stride is (0, 0)"),
-    "negative padding": ({"padding": -1}, "padding is (-1, -1)"),
-    "a kernel larger than the image": ({"dilation": 9}, "output size would be"),
-    "an empty kernel": ({"weight": torch.zeros(6, 4, 0, 3)}, "must not be empty"),
-    "two devices": ({"weight": torch.zeros(6, 4, 3, 3, device="meta")}, "weight is on meta, input on cpu"),
+INVALID = {
+    "input has three dimensions": ({"input": torch.zeros(8, 7, 9)}, "input has 3 dimensions"),
+    "integer input": ({"input": torch.zeros(2, 8, 7, 9, dtype=torch.int64)}, "must be a floating-point dtype"),
+    "weight has another dtype": ({"weight": torch.zeros(6, 4, 3, 3, dtype=torch.float64)}, "weight is torch.float64"),
+    "offset has a wider dtype": ({"offset": torch.zeros(2, 18, 7, 9, dtype=torch.float64)}, "offset is torch.float64"),
+    "input channels do not divide by the weight's": ({"weight": torch.zeros(6, 3, 3, 3)}, "input has 8 channels"),
+    "output channels do not divide by the groups": ({"weight": torch.zeros(5, 4, 3, 3)}, "5 output channels"),
+    "bias is too long": ({"bias": torch.zeros(7)}, "bias"),
+    "offset channels do not divide by the taps": ({"offset": torch.zeros(2, 17, 7, 9)}, "17 channels"),
+    "offset has no channels": ({"offset": torch.zeros(2, 0, 7, 9)}, "0 channels"),
+    "offset has another size": ({"offset": torch.zeros(2, 18, 7, 8)}, "offset is (2, 18, 7, 8): must be (2, 18, 7, 9)"),
+    "offset has another batch size": ({"offset": torch.zeros(1, 18, 7, 9)}, "must be (2, 18, 7, 9)"),
+    "mask has another size": ({"mask": torch.zeros(2, 9, 7, 8)}, "mask must be (2, 9, 7, 9)"),
+    "stride is zero": ({"stride": 0}, "stride is (0, 0)"),
+    "padding is negative": ({"padding": -1}, "padding is (-1, -1)"),
+    "kernel is larger than the image": ({"dilation": 9}, "output size would be"),
+    "kernel is empty": ({"weight": torch.zeros(6, 4, 0, 3)}, "must not be empty"),
+    "weight is on another device": (
+        {"weight": torch.zeros(6, 4, 3, 3, device="meta")},
+        "weight is on meta but input is on cpu",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_a_runtime_error_that_names_it(case):
-    change, says = WRONG[case]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_arguments_raise_a_runtime_error_that_names_them(case):
+    change, message = INVALID[case]
     with pytest.raises(RuntimeError, match=r"^deform_conv2d: ") as caught:
         deform_conv2d(**tensors() | change)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_no_images_give_no_output_and_gradients_of_zero():
+def test_an_empty_batch_gives_an_empty_output_and_zero_gradients():
     given = tensors()
     empty = given | {k: given[k][:0].requires_grad_() for k in ("input", "offset", "mask")}
     empty["weight"].requires_grad_()
@@ -221,9 +226,9 @@ def test_no_images_give_no_output_and_gradients_of_zero():
     assert not empty["weight"].grad.any()
 
 
-def test_a_missing_kernel_is_said_once_and_torchvision_takes_its_place(monkeypatch):
-    monkeypatch.setattr(deform_conv_op._KERNELS, "__path__", [])
-    deform_conv_op._cpu_kernel.cache_clear()
+def test_a_missing_kernel_warns_once_and_uses_torchvision(monkeypatch):
+    monkeypatch.setattr(backends._KERNELS, "__path__", [])
+    backends.load_cpu_kernel.cache_clear()
     try:
         with pytest.warns(UserWarning, match=r"not built.*--no-build-isolation"):
             first = deform_conv2d(**tensors())
@@ -231,11 +236,69 @@ def test_a_missing_kernel_is_said_once_and_torchvision_takes_its_place(monkeypat
             warnings.simplefilter("error")
             assert torch.equal(deform_conv2d(**tensors()), first)
     finally:
-        deform_conv_op._cpu_kernel.cache_clear()
+        backends.load_cpu_kernel.cache_clear()
     torch.testing.assert_close(first, torchvision.ops.deform_conv2d(**tensors()))
 
 
-def test_backend_is_chosen_by_name():
+def results(arguments):
+    """The output, and the gradients of all tensors."""
+    leaves = {k: v.clone().requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    output = deform_conv2d(**leaves)
+    grads = torch.autograd.grad(output.float().square().sum(), [v for v in leaves.values() if torch.is_tensor(v)])
+    return output.detach(), *grads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_torchvision_backend_and_a_missing_kernel_use_the_same_fallback(dtype, masked, monkeypatch):
+    given = tensors(dtype, masked)
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "_backend", "torchvision")
+        chosen = results(given)
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "load_cpu_kernel", lambda: False)
+        missing = results(given)
+    assert all(torch.equal(x, y) for x, y in zip(chosen, missing))
+
+
+def test_only_the_gradients_that_are_needed_are_returned_by_the_fallback(monkeypatch):
+    monkeypatch.setattr(backends, "_backend", "torchvision")
+    given = tensors(masked=False)
+    arguments = [given[k] for k in ("input", "offset", "mask", "weight")]
+    geometry = ([1, 1], [1, 1], [1, 1])
+    grads = torch.ops.cpm_rcnn.deform_conv2d_backward(
+        torch.ones(2, 6, 7, 9), *arguments, *geometry, [False, True, True, False]
+    )
+    assert [grad.numel() > 0 for grad in grads] == [False, True, False, False]
+
+
+def test_each_device_and_dtype_selects_the_backend_that_supports_it(monkeypatch):
+    def selected(device, dtype, offset_dtype=None):
+        input, offset = (torch.empty(1, channels, 4, 4, device="meta", dtype=dtype) for channels in (8, 18))
+        offset = offset.to(offset_dtype or dtype)
+        weight = torch.empty(8, 8, 3, 3, device="meta", dtype=dtype)
+        # Replaces a tensor on a device that this machine may not have.
+        replacement = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=input.shape)
+        return backends.select_backend(replacement, offset, None, weight)
+
+    triton = SimpleNamespace(
+        supports=lambda input, *_: input.dtype is not torch.float64, forward=lambda: None, backward=lambda: None
+    )
+    monkeypatch.setattr(backends, "load_triton_kernel", lambda: triton)
+    monkeypatch.setattr(backends, "load_cpu_kernel", lambda: True)
+    monkeypatch.setattr(torch.ops, "cpm_rcnn_cpu", SimpleNamespace(deform_conv2d=1, deform_conv2d_backward=2))
+    assert selected("cpu", torch.float32) == (1, 2)
+    assert selected("cpu", torch.float16) is backends.TORCHVISION
+    assert selected("cpu", torch.bfloat16, torch.float32) is backends.TORCHVISION
+    assert selected("cuda", torch.float16) == (triton.forward, triton.backward)
+    assert selected("cuda", torch.float64) is backends.TORCHVISION
+    assert selected("mps", torch.float32) is backends.TORCHVISION
+    monkeypatch.setattr(backends, "_backend", "torchvision")
+    assert selected("cpu", torch.float32) is backends.TORCHVISION
+    assert selected("cuda", torch.float16) is backends.TORCHVISION
+
+
+def test_the_backend_is_set_by_name():
     try:
         use_deform_backend("torchvision")
         given = tensors(masked=False)

@@ -1,4 +1,4 @@
-"""The CPU kernel against torchvision's operator, calculated in float64."""
+"""The compiled CPU kernel, compared with torchvision's operator in float64."""
 
 import os
 import shutil
@@ -11,17 +11,17 @@ import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cpm_rcnn.ops import deform_conv_op
+from cpm_rcnn.ops.deform_conv_backends import load_cpu_kernel
 
 
 @pytest.fixture(scope="module", autouse=True)
 def operators():
-    """The compiled operators; only a machine that cannot build them may be without."""
-    if not deform_conv_op._cpu_kernel():
+    """Load the compiled operators. Skip the tests without them, but only on a machine that has no compiler."""
+    if not load_cpu_kernel():
         assert shutil.which("c++") is None, (
             "the CPU kernel was not built: pip install --no-build-isolation --editable ."
         )
-        pytest.skip("no compiler")
+        pytest.skip("the CPU kernel is not built, and there is no compiler")
 
 
 class DeformConv(torch.autograd.Function):
@@ -57,7 +57,7 @@ def inputs(
     offset = 2 * random(images, 2 * offset_groups * taps, height, width)
     if offsets == "integer":
         offset = offset.round()
-    elif offsets == "border":  # each sample exactly on a line through pixel -1, 0, the last one or the one after it
+    elif offsets == "border":  # every sample has the coordinate -1, 0, size - 1 or size on an axis
         ys = torch.tensor([-1.0, 0.0, size[0] - 1.0, size[0]], dtype=torch.float64)
         xs = torch.tensor([-1.0, 0.0, size[1] - 1.0, size[1]], dtype=torch.float64)
         picked = torch.randint(4, offset.shape, generator=generator)
@@ -77,16 +77,16 @@ def inputs(
     ]
 
 
-def assert_like(actual, expected, tolerance, name):
+def assert_close(actual, expected, tolerance, name):
     assert actual.shape == expected.shape, name
     if expected.numel():
         scale = expected.abs().max().clamp_min(1e-3)
         error = (actual.double() - expected).abs().max() / scale
-        assert error <= tolerance, f"{name}: {error:.1e} of the largest"
+        assert error <= tolerance, f"{name}: largest error is {error:.1e} of the largest value"
 
 
-def assert_as_torchvision(tensors, geometry, tolerance, change=lambda x: x):
-    """Output and gradients, against torchvision's in float64 at the same numbers."""
+def assert_equals_torchvision(tensors, geometry, tolerance, change=lambda x: x):
+    """Compare the output and the gradients with torchvision's in float64 for the same values."""
     tensors = [None if x is None else x.detach() for x in tensors]
     ours = [None if x is None else (change(x) if i == 0 else x).requires_grad_() for i, x in enumerate(tensors)]
     exact = [None if x is None else x.detach().double().clone().requires_grad_() for x in tensors]
@@ -96,7 +96,7 @@ def assert_as_torchvision(tensors, geometry, tolerance, change=lambda x: x):
     )
     output = DeformConv.apply(*ours, geometry)
     assert output.dtype == tensors[0].dtype
-    assert_like(output, expected, tolerance, "output")
+    assert_close(output, expected, tolerance, "output")
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(output.dtype)
     output.backward(change(grad))
@@ -104,8 +104,9 @@ def assert_as_torchvision(tensors, geometry, tolerance, change=lambda x: x):
     for name, x, y in zip(("input", "offset", "mask", "weight"), ours, exact):
         if x is not None:
             assert x.grad.dtype == x.dtype
-            exact_grad = torch.zeros_like(y) if y.grad is None else y.grad  # torchvision's gives none to no images
-            assert_like(x.grad, exact_grad, tolerance, f"gradient of {name}")
+            # torchvision returns no gradient for an empty batch.
+            exact_grad = torch.zeros_like(y) if y.grad is None else y.grad
+            assert_close(x.grad, exact_grad, tolerance, f"gradient of {name}")
 
 
 def pairs(low, high):
@@ -148,27 +149,25 @@ def layouts():
     )
 
 
-sweep = settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)  # one sweep takes seconds
+sweep = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 @sweep
 @given(problems(), layouts())
 def test_float32_equals_torchvision(arguments, layout):
-    assert_as_torchvision(inputs(**arguments), arguments["geometry"], 1e-5, layout)
+    assert_equals_torchvision(inputs(**arguments), arguments["geometry"], 1e-5, layout)
 
 
 @sweep
 @given(problems(), layouts())
 def test_float64_equals_torchvision(arguments, layout):
-    assert_as_torchvision(inputs(dtype=torch.float64, **arguments), arguments["geometry"], 1e-12, layout)
+    assert_equals_torchvision(inputs(dtype=torch.float64, **arguments), arguments["geometry"], 1e-12, layout)
 
 
 @sweep
 @given(problems(), layouts())
-def test_bfloat16_equals_torchvision_to_its_precision(arguments, layout):
-    assert_as_torchvision(inputs(dtype=torch.bfloat16, **arguments), arguments["geometry"], 2e-2, layout)
+def test_bfloat16_equals_torchvision_to_bfloat16_precision(arguments, layout):
+    assert_equals_torchvision(inputs(dtype=torch.bfloat16, **arguments), arguments["geometry"], 2e-2, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -176,12 +175,13 @@ def test_bfloat16_equals_torchvision_to_its_precision(arguments, layout):
 def test_grouped_backbone_shapes_equal_torchvision(dtype, per_group):
     tensors = inputs(groups=64, per_group=per_group, out_per_group=per_group, size=(13, 21), dtype=dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    assert_as_torchvision(tensors, ((1, 1), (1, 1), (1, 1)), tolerance)
+    assert_equals_torchvision(tensors, ((1, 1), (1, 1), (1, 1)), tolerance)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("groups", "per_group"), [(2, 3), (3, 8), (1, 20)])  # in lanes: a part, several, more
-def test_gradients_are_those_of_the_output(groups, per_group, masked):
+# The channels per group are part of a vector, whole vectors, and more than a block.
+@pytest.mark.parametrize(("groups", "per_group"), [(2, 3), (3, 8), (1, 20)])
+def test_gradients_are_the_derivatives_of_the_output(groups, per_group, masked):
     tensors = inputs(1, groups, 1, per_group, 2, (3, 3), (2, 2), masked=masked, dtype=torch.float64)
     tensors = [None if x is None else x.requires_grad_() for x in tensors]
     assert torch.autograd.gradcheck(
@@ -190,7 +190,7 @@ def test_gradients_are_those_of_the_output(groups, per_group, masked):
 
 
 @pytest.mark.parametrize("wanted", [[i == j for j in range(4)] for i in range(4)] + [[True] * 4, [False] * 4])
-def test_only_the_gradients_asked_for_are_given(wanted):
+def test_only_the_gradients_that_are_needed_are_returned(wanted):
     tensors = inputs(groups=2, masked=True)
     geometry = ((1, 1), (1, 1), (1, 1))
     grad = torch.randn(1, 16, 9, 12)
@@ -205,7 +205,7 @@ def test_only_the_gradients_asked_for_are_given(wanted):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, -3e38])
-def test_offsets_that_are_no_place_sample_nothing(dtype, value):
+def test_non_finite_and_huge_offsets_sample_zeros(dtype, value):
     input, offset, _, weight = inputs(dtype=dtype)
     geometry = ((1, 1), (1, 1), (1, 1))
     offset[:, :, 4] = value
@@ -218,7 +218,7 @@ def test_offsets_that_are_no_place_sample_nothing(dtype, value):
     assert all(grads[i].isfinite().all() for i in (0, 1, 3))
 
 
-def test_samples_outside_do_not_touch_the_image():
+def test_samples_outside_the_image_do_not_read_it():
     input, offset, _, weight = inputs()
     input[:] = float("nan")
     offset[:] = 1000
@@ -227,13 +227,13 @@ def test_samples_outside_do_not_touch_the_image():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_any_number_of_threads_gives_the_same_and_every_run_does(threads):
+def test_results_are_correct_and_reproducible_for_any_number_of_threads(threads):
     tensors = inputs(groups=16, per_group=8, offset_groups=2, masked=True)
     geometry = ((1, 1), (1, 1), (1, 1))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        assert_as_torchvision(tensors, geometry, 1e-5)
+        assert_equals_torchvision(tensors, geometry, 1e-5)
         tensors = [x.detach() for x in tensors]
         grad = torch.randn(1, 128, 9, 12)
         runs = [torch.ops.cpm_rcnn_cpu.deform_conv2d_backward(grad, *tensors, *geometry, [True] * 4) for _ in range(2)]
@@ -242,7 +242,7 @@ def test_any_number_of_threads_gives_the_same_and_every_run_does(threads):
         torch.set_num_threads(before)
 
 
-def test_channels_last_in_is_channels_last_out():
+def test_channels_last_inputs_give_channels_last_outputs():
     tensors = inputs(images=2, groups=2)
     tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
     output = torch.ops.cpm_rcnn_cpu.deform_conv2d(*tensors, (1, 1), (1, 1), (1, 1))
@@ -265,17 +265,17 @@ def test_channels_last_in_is_channels_last_out():
         (lambda x, o, m, w: (x.half(), o.half(), m.half(), w.half()), "not implemented for Half"),
     ],
 )
-def test_what_does_not_fit_is_refused(broken, message):
+def test_invalid_arguments_raise_an_error(broken, message):
     with pytest.raises(RuntimeError, match=message):
         torch.ops.cpm_rcnn_cpu.deform_conv2d(*broken(*inputs(masked=True)), (1, 1), (1, 1), (1, 1))
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_instruction_set_passes(capability):
+def test_these_tests_pass_for_every_instruction_set(capability):
     if os.environ.get("ATEN_CPU_CAPABILITY"):
-        pytest.skip("this is one of them")
+        pytest.skip("this run already tests one instruction set")
     environment = dict(os.environ, ATEN_CPU_CAPABILITY=capability)
-    names = "grouped or no_place or gradients_are or channels_last_in"
+    names = "grouped or non_finite or derivatives or channels_last"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", names, __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

@@ -1,4 +1,7 @@
-"""The Triton kernels: on a card where there is one, else on a CPU under Triton's interpreter (``conftest.py``)."""
+"""The Triton kernels, run on a GPU if there is one, and otherwise on a CPU under Triton's interpreter.
+
+``conftest.py`` selects the interpreter.
+"""
 
 import json
 import os
@@ -30,8 +33,8 @@ def make(batch, channels, out, groups, offset_groups, size, kernel, stride, padd
     }
 
 
-def by_torchvision(case, grad=None):
-    """Output and gradients of input, offset, mask and weight."""
+def torchvision_results(case, grad=None):
+    """Return torchvision's output, the output gradient, and the gradients of input, offset, mask and weight."""
     leaves = {k: v.clone().requires_grad_() for k, v in case.items() if isinstance(v, torch.Tensor)}
     output = torchvision.ops.deform_conv2d(
         leaves["input"], leaves["offset"], leaves["weight"], None, *case["geometry"], leaves.get("mask")
@@ -45,29 +48,29 @@ def by_torchvision(case, grad=None):
     )
 
 
-def by_triton(case, grad, dtype=torch.float32):
+def triton_results(case, grad, dtype=torch.float32):
     given = [None if case[k] is None else case[k].to(dtype) for k in ("input", "offset", "mask", "weight")]
     output = kernels.forward(*given, *case["geometry"])
     return output, kernels.backward(grad.to(dtype), *given, *case["geometry"], (True, True, given[2] is not None, True))
 
 
-def assert_near(ours, theirs, tolerance):
+def assert_close(ours, theirs, tolerance):
     assert ours.shape == theirs.shape
     assert (ours.float() - theirs).abs().max() <= tolerance * max(theirs.abs().max().item(), 1e-3)
 
 
 # batch, channels, outputs, groups, offset groups, size, kernel, stride, padding, dilation, masked, spread of offsets
 CASES = {
-    "8 channels a group, as C3": (1, 32, 32, 4, 1, (6, 7), 3, 1, 1, 1, False, 1.5),
-    "16 channels a group, as C4, stride 2": (2, 32, 32, 2, 1, (7, 6), 3, 2, 1, 1, False, 1.5),
-    "32 channels a group, as C5, masked": (1, 64, 64, 2, 1, (4, 5), 3, 1, 1, 1, True, 1.5),
+    "8 channels per group, as in C3": (1, 32, 32, 4, 1, (6, 7), 3, 1, 1, 1, False, 1.5),
+    "16 channels per group, as in C4, stride 2": (2, 32, 32, 2, 1, (7, 6), 3, 2, 1, 1, False, 1.5),
+    "32 channels per group, as in C5, masked": (1, 64, 64, 2, 1, (4, 5), 3, 1, 1, 1, True, 1.5),
     "more pixels than one tile": (2, 8, 8, 1, 1, (9, 11), 3, 1, 1, 1, True, 1.0),
     "no groups, odd channels": (1, 20, 24, 1, 1, (5, 6), 3, 1, 1, 1, True, 1.0),
-    "channels of several blocks": (1, 80, 96, 1, 1, (4, 5), 1, 1, 0, 1, True, 1.0),
+    "channels in several blocks": (1, 80, 96, 1, 1, (4, 5), 1, 1, 0, 1, True, 1.0),
     "offset groups within a group": (1, 24, 8, 1, 3, (5, 4), 2, 1, 0, 1, True, 1.0),
     "groups within an offset group": (1, 32, 32, 8, 2, (5, 4), 2, 1, 1, 1, True, 1.0),
     "depthwise": (1, 8, 8, 8, 8, (4, 5), 3, 1, 2, 2, True, 1.0),
-    "far outside": (1, 8, 8, 2, 1, (5, 6), 3, 1, 1, 1, True, 30.0),
+    "samples far outside the image": (1, 8, 8, 2, 1, (5, 6), 3, 1, 1, 1, True, 30.0),
     "one pixel": (1, 8, 8, 1, 1, (1, 1), 1, 1, 0, 1, False, 0.5),
 }
 
@@ -75,85 +78,85 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_equal_torchvision(name):
     case = make(*CASES[name])
-    expected, grad, gradients = by_torchvision(case)
-    output, ours = by_triton(case, grad)
-    assert_near(output, expected, 1e-5)
+    expected, grad, gradients = torchvision_results(case)
+    output, ours = triton_results(case, grad)
+    assert_close(output, expected, 1e-5)
     for mine, theirs in zip(ours, gradients):
         assert (mine is None) == (theirs is None)
         if theirs is not None:
-            assert_near(mine, theirs, 1e-5)
+            assert_close(mine, theirs, 1e-5)
 
 
-def test_kernels_equal_torchvision_where_offsets_are_whole_or_on_the_border():
+def test_kernels_equal_torchvision_for_integer_offsets_and_samples_on_the_border():
     case = make(1, 16, 16, 2, 1, (5, 6), 3, 1, 1, 1, True, 1.0)
     case["offset"] = torch.randint(-6, 7, case["offset"].shape, device=DEVICE).float()
-    expected, grad, gradients = by_torchvision(case)
-    output, ours = by_triton(case, grad)
-    assert_near(output, expected, 1e-5)
+    expected, grad, gradients = torchvision_results(case)
+    output, ours = triton_results(case, grad)
+    assert_close(output, expected, 1e-5)
     for mine, theirs in zip(ours, gradients):
-        assert_near(mine, theirs, 1e-5)
+        assert_close(mine, theirs, 1e-5)
 
 
-def test_offsets_that_are_no_numbers_sample_nothing():
+def test_non_finite_offsets_sample_zeros():
     case = make(1, 8, 8, 1, 1, (4, 4), 1, 1, 0, 1, False, 0.5)
     case["offset"][..., 0, 0] = float("nan")
     case["offset"][..., 1, 1] = float("inf")
-    output, (grad_input, *_) = by_triton(case, torch.ones(1, 8, 4, 4, device=DEVICE))
+    output, (grad_input, *_) = triton_results(case, torch.ones(1, 8, 4, 4, device=DEVICE))
     assert not output[..., 0, 0].any()
     assert not output[..., 1, 1].any()
     assert output.isfinite().all()
     assert grad_input.isfinite().all()
 
 
-def test_half_precision_sums_in_float32():
-    # Triton's interpreter gets products of bfloat16 wrong; float16 stands for both.
-    case = make(*CASES["8 channels a group, as C3"])
+def test_half_precision_is_summed_in_float32():
+    # Only float16 is tested, because Triton's interpreter computes bfloat16 products incorrectly.
+    case = make(*CASES["8 channels per group, as in C3"])
     halves = {k: v.half().float() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
-    expected, grad, gradients = by_torchvision(halves)
-    output, ours = by_triton(case, grad.half(), torch.float16)
+    expected, grad, gradients = torchvision_results(halves)
+    output, ours = triton_results(case, grad.half(), torch.float16)
     assert output.dtype is torch.float16
-    assert_near(output, expected, 2e-3)
+    assert_close(output, expected, 2e-3)
     for mine, theirs in zip(ours, gradients):
-        assert theirs is None or (mine.dtype is torch.float16 and assert_near(mine, theirs, 3e-3) is None)
+        assert theirs is None or (mine.dtype is torch.float16 and assert_close(mine, theirs, 3e-3) is None)
 
 
-def test_no_images_give_no_output_and_no_gradient():
+def test_an_empty_batch_gives_an_empty_output_and_zero_gradients():
     case = make(0, 8, 8, 2, 1, (5, 5), 3, 1, 1, 1, False, 1.0)
-    output, (grad_input, grad_offset, _, grad_weight) = by_triton(case, torch.zeros(0, 8, 5, 5, device=DEVICE))
+    output, (grad_input, grad_offset, _, grad_weight) = triton_results(case, torch.zeros(0, 8, 5, 5, device=DEVICE))
     assert output.shape == (0, 8, 5, 5)
     assert grad_input.shape == (0, 8, 5, 5)
     assert grad_offset.shape == (0, 18, 5, 5)
     assert not grad_weight.any()
 
 
-def test_only_what_is_needed_is_computed():
-    case = make(*CASES["8 channels a group, as C3"])
-    _, grad, gradients = by_torchvision(case)
+def test_only_the_gradients_that_are_needed_are_returned():
+    case = make(*CASES["8 channels per group, as in C3"])
+    _, grad, gradients = torchvision_results(case)
     given = [case[k] for k in ("input", "offset", "mask", "weight")]
     for i in (0, 1, 3):
         needed = tuple(j == i for j in range(4))
         ours = kernels.backward(grad, *given, *case["geometry"], needed)
         assert [g is not None for g in ours] == list(needed)
-        assert_near(ours[i], gradients[i], 1e-5)
+        assert_close(ours[i], gradients[i], 1e-5)
 
 
-def test_packing_a_weight_and_unpacking_it_are_inverse():
-    case = make(*CASES["8 channels a group, as C3"])
+def test_unpacking_a_packed_weight_gives_the_weight():
+    case = make(*CASES["8 channels per group, as in C3"])
     plan = kernels.Plan(case["input"], case["offset"], case["weight"])
     assert plan.per_pack > 1
     assert torch.equal(plan.unpack_weight(plan.pack_weight(case["weight"])), case["weight"])
 
 
-def test_cases_that_the_kernels_do_not_know_are_left_to_torchvision():
-    known = make(1, 12, 12, 2, 2, (4, 4), 3, 1, 1, 1, False, 1.0)
+def test_unsupported_cases_are_reported_as_such():
+    supported = make(1, 12, 12, 2, 2, (4, 4), 3, 1, 1, 1, False, 1.0)
     crossing = make(1, 12, 12, 2, 3, (4, 4), 3, 1, 1, 1, False, 1.0)
-    assert kernels.supports(known["input"], known["offset"], known["weight"])
+    assert kernels.supports(supported["input"], supported["offset"], supported["weight"])
     assert not kernels.supports(crossing["input"], crossing["offset"], crossing["weight"])
-    assert not kernels.supports(known["input"].double(), known["offset"], known["weight"])
+    assert not kernels.supports(supported["input"].double(), supported["offset"], supported["weight"])
 
 
 def test_kernels_compile_for_an_h100():
-    """Triton's compiler needs no card: down to machine code, with tensor cores where the type has them."""
+    """Compile to machine code, which needs no GPU, and check that half precision uses tensor cores."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_for_h100.py")
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=300)
@@ -163,23 +166,23 @@ def test_kernels_compile_for_an_h100():
     for each in results:
         assert each["bytes"] > 0
         assert each["tensor_cores"] == (each["dtype"] != "torch.float32"), each
-        # The input's gradient is added four channels at a time.
+        # The input gradient is accumulated with atomic additions of four channels at a time.
         assert each["vector_atomics"] == (each["kernel"] == "_backward_data"), each
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_every_type_equals_torchvision_on_a_card(name, dtype):
+def test_every_dtype_equals_torchvision_on_a_gpu(name, dtype):
     case = make(*CASES[name])
-    # What the type holds, so that only the arithmetic differs.
+    # Round the values to the dtype first, so that only the arithmetic differs.
     case = {k: v.to(dtype).float() if isinstance(v, torch.Tensor) else v for k, v in case.items()}
-    grad = torch.randn_like(by_torchvision(case)[0]).to(dtype).float()
-    expected, _, gradients = by_torchvision(case, grad)
-    output, ours = by_triton(case, grad, dtype)
+    grad = torch.randn_like(torchvision_results(case)[0]).to(dtype).float()
+    expected, _, gradients = torchvision_results(case, grad)
+    output, ours = triton_results(case, grad, dtype)
     tolerance = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
-    assert_near(output, expected, tolerance)
+    assert_close(output, expected, tolerance)
     for mine, theirs in zip(ours, gradients):
         assert (mine is None) == (theirs is None)
         if theirs is not None:
-            assert_near(mine, theirs, tolerance)
+            assert_close(mine, theirs, tolerance)

@@ -1,5 +1,6 @@
-"""Sampling operators; nothing of detection."""
+"""Operators that know nothing about detection: deformable convolution and its layers."""
 
-from cpm_rcnn.ops.deform_conv import DeformConv2d, DeformConv2dPack, deform_conv2d, use_deform_backend
+from cpm_rcnn.ops.deform_conv import DeformConv2d, DeformConv2dPack, deform_conv2d
+from cpm_rcnn.ops.deform_conv_backends import use_deform_backend
 
 __all__ = ["DeformConv2d", "DeformConv2dPack", "deform_conv2d", "use_deform_backend"]

@@ -1,4 +1,8 @@
-"""Deformable convolution, v1 and v2: the function and its layers."""
+"""Deformable convolution, v1 and v2: the function and its layers.
+
+The function checks its arguments; ``deform_conv_op.py`` registers the operator that it calls, and
+``deform_conv_backends.py`` chooses the implementation.
+"""
 
 from collections.abc import Sequence
 
@@ -6,25 +10,7 @@ import torch
 import torchvision.ops
 from torch import Tensor, nn
 
-from cpm_rcnn.errors import check_choice
 from cpm_rcnn.ops.deform_conv_op import deform_conv2d_op
-
-BACKENDS = ("compiled", "torchvision")
-_backend = BACKENDS[0]
-
-
-def use_deform_backend(name: str) -> None:
-    """Choose what :func:`deform_conv2d` computes with, for this process.
-
-    Args:
-        name: ``compiled``, this project's kernels (torchvision's operator where there are none), or ``torchvision``.
-
-    Raises:
-        UserError: another name.
-    """
-    check_choice("ops.deform", name, BACKENDS)
-    global _backend
-    _backend = name
 
 
 def deform_conv2d(
@@ -39,26 +25,29 @@ def deform_conv2d(
 ) -> Tensor:
     """Deformable convolution with the arguments and semantics of ``torchvision.ops.deform_conv2d``.
 
-    Tap k of an output pixel samples the input, bilinear and zero outside, at the tap's own place plus its offset.
-    The kernels know float32, float64 and bfloat16 on a CPU, float32, bfloat16 and float16 on a GPU, with sums in
-    float32 (of float64 in its own). What they lack, torchvision's operator computes. Under autocast, input, weight,
-    bias and mask are taken in autocast's type; offsets keep theirs.
+    Each kernel tap of an output pixel samples the input at its regular position plus its offset. Samples are
+    interpolated bilinearly, and the input is zero outside its borders.
+
+    The CPU kernel supports float32, float64 and bfloat16; the GPU kernel supports float32, bfloat16 and float16. All
+    other cases use torchvision's operator. Sums are computed in float64 for float64 inputs and in float32 otherwise.
+    Under autocast, input, weight, bias and mask are converted to the autocast dtype, unless the input is float64;
+    offsets keep their dtype. Offsets and mask may be float32 with a half-precision input.
 
     Args:
-        input: (N, C_in, H, W).
-        offset: (N, 2 * offset_groups * kh * kw, H_out, W_out) pixels, (dy, dx) per tap.
-        weight: (C_out, C_in / groups, kh, kw).
-        bias: (C_out,).
-        stride: vertical and horizontal step, or one number for both.
-        padding: zeros added on each side.
-        dilation: spacing of the taps.
-        mask: (N, offset_groups * kh * kw, H_out, W_out) factor a tap (v2), or None (v1).
+        input: (N, C_in, H, W) floating-point tensor.
+        offset: (N, 2 * offset_groups * kh * kw, H_out, W_out) tensor with one (dy, dx) pair per tap, in input pixels.
+        weight: (C_out, C_in / groups, kh, kw) tensor.
+        bias: (C_out,) tensor, or None.
+        stride: vertical and horizontal stride, or one number for both.
+        padding: number of zero rows and columns added on each side of the input, or one number for both.
+        dilation: vertical and horizontal spacing between kernel taps, or one number for both.
+        mask: (N, offset_groups * kh * kw, H_out, W_out) tensor with one factor per tap (v2), or None (v1).
 
     Returns:
-        (N, C_out, H_out, W_out) in the dtype and the memory format of ``input``.
+        (N, C_out, H_out, W_out) tensor with the dtype and memory format of ``input``.
 
     Raises:
-        RuntimeError: shapes, types or devices that do not fit together.
+        RuntimeError: shapes, dtypes or devices do not match.
     """
     device = input.device.type
     if torch.is_autocast_enabled(device):
@@ -69,37 +58,39 @@ def deform_conv2d(
     geometry = (_pair(stride), _pair(padding), _pair(dilation))
     _check(input, offset, weight, bias, *geometry, mask)
     with torch.autocast(device, enabled=False):
-        if _backend == "torchvision" or device not in ("cpu", "cuda"):
-            return _by_torchvision(input, offset, weight, bias, *geometry, mask)
         output = deform_conv2d_op(input, offset, mask, weight, *geometry)
         return output if bias is None else output + bias[:, None, None]
 
 
 class DeformConv2d(torchvision.ops.DeformConv2d):
-    """torchvision's layer over :func:`deform_conv2d`; its offsets, and mask, come from outside."""
+    """``torchvision.ops.DeformConv2d``, computed by :func:`deform_conv2d`. The caller gives offsets and mask."""
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(N, C_out, H_out, W_out) from ``input`` (N, C_in, H, W); see :func:`deform_conv2d` for the others."""
+        """Compute (N, C_out, H_out, W_out) from ``input`` (N, C_in, H, W).
+
+        See :func:`deform_conv2d` for ``offset`` and ``mask``.
+        """
         return deform_conv2d(input, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
 
 class DeformConv2dPack(DeformConv2d):
-    """A deformable convolution that predicts its own offsets, and mask, from its input.
+    """A deformable convolution that predicts its own offsets, and optionally its mask, from its input.
 
-    Its prediction starts at zero, so that it starts as a plain convolution (spec section 2), at half its strength if
-    modulated.
+    The convolution that predicts them is initialized to zero. The layer therefore starts as a plain convolution
+    (docs/method.md, item 2). If modulated, its output starts at half that value, because every mask factor is
+    sigmoid(0) = 0.5.
 
     Args:
-        in_channels: of the input.
-        out_channels: of the output.
-        kernel_size: of the convolution, and of the one that predicts offsets.
-        stride: likewise.
-        padding: likewise.
-        dilation: likewise.
-        groups: of the convolution.
-        bias: whether the convolution has one.
-        offset_groups: runs of input channels with offsets of their own.
-        modulated: whether each tap has a factor in 0..1 too (v2).
+        in_channels: number of input channels.
+        out_channels: number of output channels.
+        kernel_size: kernel size, also of the convolution that predicts the offsets.
+        stride: stride of both convolutions.
+        padding: zero padding of both convolutions.
+        dilation: dilation of both convolutions.
+        groups: number of groups of the deformable convolution. The other convolution has one group.
+        bias: whether the deformable convolution has a bias.
+        offset_groups: number of groups of input channels that have separate offsets.
+        modulated: whether the layer also predicts one mask factor in (0, 1) per tap (v2).
     """
 
     def __init__(
@@ -132,7 +123,7 @@ class DeformConv2dPack(DeformConv2d):
 
     @classmethod
     def from_conv(cls, conv: nn.Conv2d) -> "DeformConv2dPack":
-        """The v1 layer that takes the place of ``conv``, with its geometry, groups and weights."""
+        """Return a v1 layer with the geometry and groups of ``conv``. It shares the weight and bias of ``conv``."""
         (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
         padding = (int(conv.padding[0]), int(conv.padding[1]))
         layer = cls(
@@ -149,7 +140,7 @@ class DeformConv2dPack(DeformConv2d):
         return layer
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        """(N, C_out, H_out, W_out) from ``input`` (N, C_in, H, W)."""
+        """Compute (N, C_out, H_out, W_out) from ``input`` (N, C_in, H, W)."""
         predicted = self.conv_offset(input)
         if not self.modulated:
             return super().forward(input, predicted)
@@ -159,24 +150,6 @@ class DeformConv2dPack(DeformConv2d):
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def _by_torchvision(
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    mask: Tensor | None,
-) -> Tensor:
-    """Torchvision's operator, in float32 where halves come in: it does not train in them."""
-    dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
-    input_, offset, weight = (x.to(dtype) for x in (input, offset, weight))
-    bias, mask = (None if x is None else x.to(dtype) for x in (bias, mask))
-    output = torchvision.ops.deform_conv2d(input_, offset, weight, bias, stride, padding, dilation, mask)
-    return output.to(input.dtype)
 
 
 def _check(
@@ -189,22 +162,23 @@ def _check(
     dilation: tuple[int, int],
     mask: Tensor | None,
 ) -> None:
-    """Raise RuntimeError, as torchvision does, unless shapes, types and devices fit together."""
+    """Raise RuntimeError, as torchvision does, unless shapes, dtypes and devices match."""
     named = {"input": input, "offset": offset, "weight": weight, "mask": mask, "bias": bias}
     tensors = {name: x for name, x in named.items() if x is not None}
     for name, x in tensors.items():
-        _require(x.device == input.device, f"{name} is on {x.device}, input on {input.device}")
-        _require(x.is_floating_point(), f"{name} is {x.dtype}: must be floating point")
+        _require(x.device == input.device, f"{name} is on {x.device} but input is on {input.device}")
+        _require(x.is_floating_point(), f"{name} is {x.dtype}: must be a floating-point dtype")
         _require(name == "bias" or x.ndim == 4, f"{name} has {x.ndim} dimensions: must have 4")
-        # Offsets and masks in float32 are no more work beside a half-precision input, and far finer.
-        alike = x.dtype == input.dtype or (name in ("offset", "mask") and x.dtype is torch.float32)
-        _require(alike and (x.dtype is input.dtype or input.itemsize == 2), f"{name} is {x.dtype}, input {input.dtype}")
+        # float32 offsets and masks are allowed with a half-precision input: half precision is coarse for sampling
+        # positions.
+        finer = name in ("offset", "mask") and x.dtype is torch.float32 and input.itemsize == 2
+        _require(x.dtype is input.dtype or finer, f"{name} is {x.dtype} but input is {input.dtype}")
     for name, (a, b), low in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         _require(min(a, b) >= low, f"{name} is {(a, b)}: must be at least {low}")
     channels, (out_channels, group_in, kh, kw) = input.shape[1], weight.shape
     _require(min(out_channels, group_in, kh, kw) > 0, f"weight is {tuple(weight.shape)}: must not be empty")
     _require(
-        channels % group_in == 0 and channels > 0, f"weight is {tuple(weight.shape)}, input has {channels} channels"
+        channels % group_in == 0 and channels > 0, f"weight is {tuple(weight.shape)} but input has {channels} channels"
     )
     groups = channels // group_in
     _require(out_channels % groups == 0, f"{out_channels} output channels do not divide into {groups} groups")
@@ -213,7 +187,8 @@ def _check(
     offset_groups = offset.shape[1] // (2 * taps)
     _require(
         offset_groups > 0 and offset.shape[1] % (2 * taps) == 0 and channels % offset_groups == 0,
-        f"offset has {offset.shape[1]} channels: must be 2 * {kh} * {kw} * offset_groups, which divide {channels}",
+        f"offset has {offset.shape[1]} channels: must be 2 * {kh} * {kw} * offset_groups, where offset_groups divides "
+        f"{channels}",
     )
     size = [
         (side + 2 * p - (d * (k - 1) + 1)) // s + 1
@@ -226,6 +201,6 @@ def _check(
     _require(mask is None or mask.shape == expected, f"mask must be {tuple(expected)}")
 
 
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise RuntimeError(f"deform_conv2d: {otherwise}")
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(f"deform_conv2d: {message}")

@@ -1,0 +1,163 @@
+"""Implementations of deformable convolution, and the choice between them.
+
+There are three: the compiled C++ kernel for CPU tensors (``kernels/*.cpp``), the Triton kernel for CUDA tensors
+(``kernels/deform_conv_triton.py``), and torchvision's operator for everything else. :func:`select_backend` is the only
+place that chooses.
+"""
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torchvision.ops  # noqa: F401  registers torch.ops.torchvision.deform_conv2d
+from torch import Tensor
+
+from cpm_rcnn.errors import check_choice
+
+BACKENDS = ("compiled", "torchvision")
+_backend = BACKENDS[0]
+
+# Imported by name because mypy does not find a package that lies outside src/.
+_KERNELS = importlib.import_module("cpm_rcnn.kernels")
+_CPU_LIBRARY = "deform_conv_cpu*.so"
+
+
+class Backend(NamedTuple):
+    """One implementation of deformable convolution without bias.
+
+    Attributes:
+        forward: ``(input, offset, mask, weight, stride, padding, dilation) -> output``.
+        backward: ``(grad_output, input, offset, mask, weight, stride, padding, dilation, needed)`` -> gradients of
+            input, offset, mask and weight. ``needed`` holds one flag per gradient; the value of a gradient that is not
+            needed is unspecified.
+    """
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def use_deform_backend(name: str) -> None:
+    """Set the backend of :func:`cpm_rcnn.ops.deform_conv2d` for this process.
+
+    Args:
+        name: ``"compiled"`` uses this project's kernels, and torchvision's operator for the cases that they do not
+            support. ``"torchvision"`` always uses torchvision's operator.
+
+    Raises:
+        UserError: ``name`` is neither of these.
+    """
+    check_choice("ops.deform", name, BACKENDS)
+    global _backend
+    _backend = name
+
+
+def select_backend(input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor) -> Backend:
+    """Return the implementation that computes the deformable convolution of these tensors.
+
+    Args:
+        input: (N, C_in, H, W) tensor. Its device decides which kernel applies.
+        offset: (N, 2 * offset_groups * kh * kw, H_out, W_out) tensor.
+        mask: (N, offset_groups * kh * kw, H_out, W_out) tensor, or None.
+        weight: (C_out, C_in / groups, kh, kw) tensor.
+    """
+    if _backend == "compiled":
+        if input.device.type == "cuda":
+            triton_kernel = load_triton_kernel()
+            if triton_kernel is not None and triton_kernel.supports(input, offset, weight):
+                return Backend(triton_kernel.forward, triton_kernel.backward)
+        if input.device.type == "cpu" and _cpu_kernel_supports(input, offset, mask) and load_cpu_kernel():
+            return Backend(torch.ops.cpm_rcnn_cpu.deform_conv2d, torch.ops.cpm_rcnn_cpu.deform_conv2d_backward)
+    return TORCHVISION
+
+
+@cache
+def load_cpu_kernel() -> bool:
+    """Load the compiled CPU kernel on the first call, and return whether it is available.
+
+    Warns once if it is not.
+    """
+    libraries = sorted(path for folder in _KERNELS.__path__ for path in Path(folder).glob(_CPU_LIBRARY))
+    try:
+        if not libraries:
+            raise OSError("it was not built when the package was installed")
+        torch.ops.load_library(libraries[0])
+    except OSError as error:
+        warnings.warn(
+            f"deformable convolution: no compiled CPU kernel ({str(error).splitlines()[0]}). torchvision's operator is "
+            "used instead, which is slower. To build the kernel, run pip install --no-build-isolation cpm-rcnn with a "
+            "C++ compiler installed.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@cache
+def load_triton_kernel() -> ModuleType | None:
+    """Return the module with the Triton kernels, or None if Triton is not installed."""
+    try:
+        return importlib.import_module("cpm_rcnn.kernels.deform_conv_triton")
+    except ImportError:
+        return None
+
+
+def _cpu_kernel_supports(input: Tensor, offset: Tensor, mask: Tensor | None) -> bool:
+    """Return whether the CPU kernel supports these dtypes: all equal, and not float16."""
+    one_dtype = offset.dtype is input.dtype and (mask is None or mask.dtype is input.dtype)
+    return one_dtype and input.dtype is not torch.float16
+
+
+def _torchvision_forward(
+    input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *geometry: tuple[int, int]
+) -> Tensor:
+    arguments = _torchvision_arguments(input, offset, mask, weight, geometry)
+    return torch.ops.torchvision.deform_conv2d(*arguments).to(input.dtype)
+
+
+def _torchvision_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute all gradients, because torchvision's operator cannot skip those that are not ``needed``."""
+    arguments = _torchvision_arguments(input, offset, mask, weight, (stride, padding, dilation))
+    grad = grad_output.to(arguments[0].dtype).contiguous()
+    grad_input, grad_weight, grad_offset, grad_mask, _ = torch.ops.torchvision._deform_conv2d_backward(grad, *arguments)
+    return (
+        grad_input.to(input.dtype),
+        grad_offset.to(offset.dtype),
+        grad_mask.to(input.dtype if mask is None else mask.dtype),
+        grad_weight.to(weight.dtype),
+    )
+
+
+def _torchvision_arguments(
+    input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, geometry: Sequence[tuple[int, int]]
+) -> tuple[Any, ...]:
+    """Return the arguments in the order of torchvision's operator.
+
+    Half-precision tensors are converted to float32, because torchvision's operator does not train in half precision.
+    The operator requires a mask and a bias even where they are not used.
+    """
+    dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+    use_mask = mask is not None
+    taps = weight.shape[2] * weight.shape[3]
+    groups, offset_groups = input.shape[1] // weight.shape[1], offset.shape[1] // (2 * taps)
+    mask = input.new_zeros(input.shape[0], 1) if mask is None else mask
+    bias = weight.new_zeros(weight.shape[0])
+    tensors = (x.to(dtype).contiguous() for x in (input, weight, offset, mask, bias))
+    return (*tensors, *(side for pair in geometry for side in pair), groups, offset_groups, use_mask)
+
+
+TORCHVISION = Backend(_torchvision_forward, _torchvision_backward)
