@@ -78,9 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(
-            f"{path}: not a COCO annotation file (not an object with images, annotations and categories)"
-        )
+        raise UserError(f"{path}: not a COCO annotation file (not an object with images, annotations and categories)")
     required = ["images"] + ["categories"] * ("annotations" in content)
     wrong = [f"key {key!r} is missing" for key in required if key not in content]
     for key in ("images", "annotations", "categories"):
