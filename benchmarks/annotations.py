@@ -1,9 +1,9 @@
-"""Reading an annotation file of COCO train's size: seconds for parsing, for checking and for building arrays.
+"""Time to read an annotation file of the size of COCO train: parsing, checking, and building arrays.
 
     python benchmarks/annotations.py
 
-Writes a json of 118,287 images and 860,001 objects in 80 categories to a temporary folder, a polygon with each, and
-reads it as a training run does: once as it is, and once with ``data.on_error=skip`` and a fault in every hundredth box.
+Writes a json of 118,287 images and 860,001 objects with polygons in 80 categories to a temporary folder, and reads it
+as a training run does: once without errors, and once with ``on_error=skip`` and an error in every hundredth box.
 """
 
 import argparse
@@ -17,13 +17,14 @@ from unittest import mock
 
 import numpy as np
 
-from cpm_rcnn.data import coco
+from cpm_rcnn.data import annotations
+from cpm_rcnn.data.settings import OnError
 
 IMAGES, OBJECTS, CATEGORIES = 118_287, 860_001, 80
 
 
 def content(images: int, objects: int) -> dict[str, list[dict[str, Any]]]:
-    """A faultless json."""
+    """A json without errors."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(300, 641, (images, 2))
     rows = rng.integers(0, images, objects)
@@ -54,31 +55,30 @@ def content(images: int, objects: int) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def measure(path: Path, on_error: coco.OnError) -> None:
-    """Read ``path`` and print the seconds of each part."""
+def measure(path: Path, on_error: OnError) -> None:
+    """Read ``path`` and print the seconds that each part took."""
     seconds: dict[str, float] = {}
 
     def timed(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             result = work(*arguments)
-            seconds[part] = time.perf_counter() - begun
+            seconds[part] = time.perf_counter() - start
             return result
 
         return run
 
     with (
-        mock.patch.object(coco, "read_json", timed("parsing", coco.read_json)),
-        mock.patch.object(coco, "check_json", timed("checking", coco.check_json)),
+        mock.patch.object(annotations, "read_json", timed("parsing", annotations.read_json)),
+        mock.patch.object(annotations, "check_json", timed("checking", annotations.check_json)),
     ):
-        loaded = timed("all", coco.CocoAnnotations.load)(path, None, on_error)
+        loaded = timed("all", annotations.CocoAnnotations.load)(path, None, on_error)
     seconds["building"] = seconds.pop("all") - sum(seconds[part] for part in ("parsing", "checking"))
     parts = ", ".join(f"{part} {taken:.2f} s" for part, taken in seconds.items())
     print(f"on_error={on_error}: {parts}; {len(loaded)} images, {len(loaded.labels)} objects")
 
 
 def main() -> None:
-    """Write, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--objects", type=int, default=OBJECTS)

@@ -26,29 +26,29 @@ def random_boxes(count, seed=0, size=200.0):
     return torch.cat([corner, corner + 5 + torch.rand(count, 2, generator=generator) * size / 2], dim=1)
 
 
-def test_inclusive_iou_is_the_releases(components):
+def test_inclusive_iou_equals_the_release(components):
     iou = INCLUSIVE.iou(components["gt_boxes"][:, None], components["proposals"])
     torch.testing.assert_close(iou, components["iou"], rtol=0, atol=1e-6)
 
 
-def test_inclusive_box_coder_is_the_releases(components):
+def test_inclusive_box_coder_equals_the_release(components):
     boxes, proposals = components["gt_boxes"], components["proposals"]
     torch.testing.assert_close(INCLUSIVE.encode(boxes, proposals), components["encoded"], rtol=0, atol=1e-5)
     decoded = INCLUSIVE.decode(components["deltas"], proposals)
     torch.testing.assert_close(decoded, components["decoded_deltas"], rtol=0, atol=1e-3)
 
 
-def test_inclusive_anchors_are_the_releases(components):
+def test_inclusive_anchors_equal_the_release(components):
     levels = [INCLUSIVE.cell_anchors(stride, 8 * stride, (0.5, 1.0, 2.0)) for stride in (4, 8, 16, 32, 64)]
     assert torch.equal(torch.stack(levels), components["cell_anchors"])
 
 
-def test_continuous_iou_is_torchvisions():
+def test_continuous_iou_equals_torchvision():
     a, b = random_boxes(40), random_boxes(30, seed=1)
     torch.testing.assert_close(CONTINUOUS.iou(a[:, None], b), box_iou(a, b), rtol=0, atol=1e-6)
 
 
-def test_continuous_box_coder_is_torchvisions():
+def test_continuous_box_coder_equals_torchvision():
     coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
     boxes, anchors = random_boxes(30), random_boxes(30, seed=1)
     torch.testing.assert_close(CONTINUOUS.encode(boxes, anchors), coder.encode_single(boxes, anchors))
@@ -56,10 +56,10 @@ def test_continuous_box_coder_is_torchvisions():
     torch.testing.assert_close(CONTINUOUS.decode(deltas, anchors), coder.decode_single(deltas, anchors))
 
 
-def test_continuous_anchors_are_torchvisions_on_the_middle_of_the_cell():
+def test_continuous_anchors_equal_torchvision_but_are_centred_on_the_cell():
     ours = CONTINUOUS.cell_anchors(8, 32, (0.5, 1.0, 2.0))
     theirs = AnchorGenerator(((32,),), ((0.5, 1.0, 2.0),)).generate_anchors((32,), (0.5, 1.0, 2.0))
-    # torchvision rounds its anchors to whole pixels and stands them on the cell's corner.
+    # torchvision rounds its anchors to whole pixels and centres them on the corner of the cell.
     assert (ours - 4 - theirs).abs().max() <= 0.5
     centre = (ours[:, :2] + ours[:, 2:]) / 2
     torch.testing.assert_close(centre, torch.full((3, 2), 4.0))
@@ -72,13 +72,13 @@ def test_anchors_have_their_area_and_ratio(convention, ratio, size):
     stride = 16
     anchor = convention.cell_anchors(stride, float(size * stride), [ratio])
     width, height = (side.item() for side in convention.sizes(anchor))
-    # The release rounds the shape at the size of the cell: at most half a cell off, scaled.
+    # The release rounds the shape at the size of the cell: the error is at most half a cell, scaled.
     slack = convention.extra * 0.5 * size * (1 + max(1, ratio)) + 1e-2
     assert width == pytest.approx(size * stride / ratio**0.5, abs=slack)
     assert height == pytest.approx(size * stride * ratio**0.5, abs=slack)
 
 
-def test_inclusive_iou_is_the_share_of_pixels():
+def test_inclusive_iou_counts_pixels():
     boxes = torch.tensor([[2, 3, 9, 9], [5, 1, 12, 6], [2, 3, 2, 3], [20, 20, 25, 22]])
     masks = torch.zeros(4, 30, 30, dtype=torch.bool)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist()):
@@ -90,7 +90,7 @@ def test_inclusive_iou_is_the_share_of_pixels():
 
 
 @both
-def test_iou_is_symmetric_one_with_itself_and_within_0_and_1(convention):
+def test_iou_is_symmetric_and_1_with_itself_and_between_0_and_1(convention):
     boxes = random_boxes(50)
     iou = convention.iou(boxes[:, None], boxes)
     assert torch.equal(iou, iou.T)
@@ -116,7 +116,7 @@ def test_iou_of_two_empty_boxes_is_zero():
     assert CONTINUOUS.iou(torch.full((1, 4), 3.0), torch.full((1, 4), 3.0)).item() == 0
 
 
-def test_iou_leaves_its_arguments_alone():
+def test_iou_does_not_modify_its_arguments():
     a, b = random_boxes(5), random_boxes(5, seed=1)
     kept = a.clone(), b.clone()
     CONTINUOUS.iou(a, b)
@@ -133,19 +133,19 @@ def test_decoding_undoes_encoding(convention, seed):
 
 
 @both
-def test_zero_deltas_keep_the_anchor_and_wild_ones_stay_finite(convention):
+def test_zero_deltas_keep_the_anchor_and_large_ones_stay_finite(convention):
     anchors = random_boxes(10)
     torch.testing.assert_close(convention.decode(torch.zeros(10, 4), anchors), anchors)
-    wild = convention.decode(torch.full((10, 4), 1e4), anchors)
-    assert wild.isfinite().all()
+    decoded = convention.decode(torch.full((10, 4), 1e4), anchors)
+    assert decoded.isfinite().all()
     # The cap is a factor of 1000 / 16.
     torch.testing.assert_close(
-        convention.sizes(wild)[0] / convention.sizes(anchors)[0], torch.full((10,), 62.5), rtol=1e-2, atol=0
+        convention.sizes(decoded)[0] / convention.sizes(anchors)[0], torch.full((10,), 62.5), rtol=1e-2, atol=0
     )
 
 
 @both
-def test_clip_moves_every_side_inside_its_own_image_and_no_other(convention):
+def test_clip_moves_sides_inside_their_own_image_only(convention):
     sizes = torch.tensor([[30, 40], [50, 20]])
     boxes = torch.tensor([[[-5.0, -6, 100, 100], [3, 4, 5, 6]], [[-5.0, -6, 100, 100], [60, 70, 80, 90]]])
     clipped = convention.clip(boxes, sizes[:, None])
@@ -171,7 +171,7 @@ def test_xywh_and_back_is_the_same_box(convention):
 
 
 @both
-def test_flip_twice_is_the_same_box_and_the_whole_image_flips_onto_itself(convention):
+def test_two_flips_cancel_and_the_box_of_the_whole_image_does_not_change(convention):
     boxes = random_boxes(10).round()
     flipped = convention.flip(boxes, 300)
     assert (flipped[:, 2] > flipped[:, 0]).all()
@@ -196,13 +196,13 @@ def test_dtype_is_kept(convention):
 
 
 @both
-def test_no_boxes_give_no_results(convention):
+def test_empty_inputs_give_empty_results(convention):
     none = torch.zeros(0, 4)
     assert convention.iou(none[:, None], random_boxes(3)).shape == (0, 3)
     assert convention.decode(none, none).shape == (0, 4)
     assert convention.clip(none, torch.tensor([4, 4])).shape == (0, 4)
 
 
-def test_only_the_inclusive_convention_pads_raw_and_pools_unaligned():
+def test_only_the_inclusive_convention_pads_before_normalization_and_pools_unaligned():
     assert (CONTINUOUS.aligned, CONTINUOUS.pads_raw) == (True, False)
     assert (INCLUSIVE.aligned, INCLUSIVE.pads_raw) == (False, True)

@@ -1,9 +1,9 @@
-"""What a box's numbers mean: the pixel convention, in one place.
+"""The box coordinate convention, and the box arithmetic that depends on it.
 
-A box is ``(x1, y1, x2, y2)`` in pixels. In the *continuous* convention x2 and y2 are where the box ends, so its width
-is ``x2 - x1``. In the release's *inclusive* convention they are the last pixel that it holds, so its width is
-``x2 - x1 + 1`` (spec section 9). Every rule that differs between the two is a method or a named property
-here; nothing else in the project asks which of the two is in force.
+A box is ``(x1, y1, x2, y2)`` in pixels. In the *continuous* convention, x2 and y2 are the coordinates where the box
+ends, so its width is ``x2 - x1``. In the *inclusive* convention of the CPM R-CNN release, they are the last pixel
+inside the box, so its width is ``x2 - x1 + 1`` (spec section 9). Every rule that differs between the two is a method or
+a property here; no other code checks which of the two is used.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# exp(dw) of the box coder is held below 1000 / 16, as is usual, so that one wild delta cannot overflow.
+# log(1000 / 16), the usual limit of dw and dh in the box coder, so that a large delta cannot overflow exp.
 _MAX_LOG_SCALE = 4.135166556742356
 
 
 @dataclass(frozen=True)
 class BoxConvention:
-    """Box arithmetic under one meaning of x2 and y2.
+    """Box arithmetic in one convention.
 
     All methods are pure, broadcast over leading dimensions, and keep dtype and device.
 
     Attributes:
         name: ``"continuous"`` or ``"inclusive"``.
-        extra: what to add to ``x2 - x1`` to get a width: 0.0 or 1.0 pixels.
+        extra: number of pixels to add to ``x2 - x1`` to get the width, 0.0 or 1.0.
     """
 
     name: str
@@ -41,19 +41,19 @@ class BoxConvention:
 
     @property
     def pads_raw(self) -> bool:
-        """Whether images are padded with raw zeros, before normalisation, and not with its zeros after."""
+        """Whether images are padded with zeros before normalization; otherwise after it."""
         return self.extra != 0.0
 
     def cell_anchors(self, stride: int, size: float, ratios: Sequence[float]) -> Tensor:
         """The anchors of the first cell of a feature map.
 
-        Continuous anchors stand on the cell's centre. Inclusive ones are the release's: the shape is rounded at the
-        size of the cell and then scaled, ``[-22, -10, 25, 13]`` for stride 4, size 32, ratio 0.5.
+        Continuous anchors are centred on the cell. Inclusive anchors are those of the release: their shape is rounded
+        at the size of the cell and then scaled, for example ``[-22, -10, 25, 13]`` for stride 4, size 32, ratio 0.5.
 
         Args:
-            stride: pixels between cells.
-            size: square root of the anchors' area in pixels.
-            ratios: heights over widths.
+            stride: distance of two cells in pixels.
+            size: square root of the anchors' area, in pixels.
+            ratios: aspect ratios, height / width.
 
         Returns:
             (len(ratios), 4) float32 xyxy pixels.
@@ -82,7 +82,7 @@ class BoxConvention:
             b: (..., 4) boxes.
 
         Returns:
-            (...) in 0..1; 0 where both boxes are empty.
+            (...) in 0..1; 0 if both boxes are empty.
         """
         width = torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0]) + self.extra
         height = torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1]) + self.extra
@@ -91,12 +91,12 @@ class BoxConvention:
         return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 
     def clip(self, boxes: Tensor, sizes: Tensor) -> Tensor:
-        """Boxes (..., 4) moved inside images of ``sizes`` (..., 2), each (height, width) in pixels."""
+        """Boxes (..., 4) clipped to images of ``sizes`` (..., 2), each (height, width) in pixels."""
         limit = sizes.flip(-1).to(boxes.dtype) - self.extra
         return torch.minimum(boxes.clamp(min=0), torch.cat([limit, limit], dim=-1))
 
     def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
-        """Deltas (..., 4) = (dx, dy, dw, dh) that move ``anchors`` (..., 4) onto ``boxes`` (..., 4); weights 1."""
+        """Deltas (..., 4) = (dx, dy, dw, dh) from ``anchors`` (..., 4) to ``boxes`` (..., 4), with all weights 1."""
         anchor_w, anchor_h = self.sizes(anchors)
         width, height = self.sizes(boxes)
         dx = (boxes[..., 0] + 0.5 * width - anchors[..., 0] - 0.5 * anchor_w) / anchor_w
@@ -104,7 +104,7 @@ class BoxConvention:
         return torch.stack([dx, dy, torch.log(width / anchor_w), torch.log(height / anchor_h)], dim=-1)
 
     def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
-        """Boxes (..., 4) from ``deltas`` (..., 4) on ``anchors`` (..., 4); the inverse of :meth:`encode`."""
+        """Boxes (..., 4) from ``deltas`` (..., 4) to ``anchors`` (..., 4); the inverse of :meth:`encode`."""
         anchor_w, anchor_h = self.sizes(anchors)
         x = deltas[..., 0] * anchor_w + anchors[..., 0] + 0.5 * anchor_w
         y = deltas[..., 1] * anchor_h + anchors[..., 1] + 0.5 * anchor_h
@@ -123,7 +123,7 @@ class BoxConvention:
         return torch.cat([boxes[..., :2], boxes[..., 2:] - boxes[..., :2] + self.extra], dim=-1)
 
     def flip(self, boxes: Tensor, width: int) -> Tensor:
-        """Boxes (..., 4) of an image of ``width`` pixels after its horizontal flip."""
+        """Boxes (..., 4) after a horizontal flip of an image of ``width`` pixels."""
         x1, y1, x2, y2 = boxes.unbind(-1)
         last = width - self.extra
         return torch.stack([last - x2, y1, last - x1, y2], dim=-1)

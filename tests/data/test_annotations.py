@@ -1,4 +1,3 @@
-import copy
 import json
 
 import numpy as np
@@ -6,27 +5,6 @@ import pytest
 
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.errors import UserError
-
-CONTENT = {
-    "images": [
-        {"id": 30, "file_name": "c.png", "height": 20, "width": 40},
-        {"id": 10, "file_name": "a.png", "height": 40, "width": 20},
-        {"id": 20, "file_name": "b.png", "height": 20, "width": 20},
-    ],
-    "categories": [{"id": 9, "name": "cat"}, {"id": 2, "name": "dog"}],
-    "annotations": [
-        {"id": 1, "image_id": 10, "category_id": 9, "bbox": [2, 4, 6, 8], "area": 40, "iscrowd": 0},
-        {"id": 2, "image_id": 30, "category_id": 2, "bbox": [-5, 10, 15.5, 20], "iscrowd": 0},
-        {"id": 3, "image_id": 30, "category_id": 9, "bbox": [0, 0, 5, 5], "area": 20, "iscrowd": 1},
-        {"id": 4, "image_id": 20, "category_id": 9, "bbox": [20, 0, 5, 5], "area": 20, "iscrowd": 0},
-        {"id": 5, "image_id": 10, "category_id": 2, "bbox": [0, 0, 20, 40]},
-    ],
-}
-
-
-@pytest.fixture
-def content():
-    return copy.deepcopy(CONTENT)
 
 
 @pytest.fixture
@@ -94,12 +72,12 @@ def test_json_with_images_only_has_no_annotations(content, load):
     assert not loaded.has_annotations
     assert loaded.offsets.tolist() == [0, 0, 0, 0]
     assert len(loaded.images_with_objects()) == 0
-    del content["categories"]
-    assert load(content, CONTENT["categories"]).category_ids == [2, 9]
+    known = content.pop("categories")
+    assert load(content, known).category_ids == [2, 9]
 
 
 def test_known_categories_set_the_labels(content, load):
-    known = [{"id": 1, "name": "ant"}, *CONTENT["categories"]]
+    known = [{"id": 1, "name": "ant"}, *content["categories"]]
     loaded = load(content, known)
     assert loaded.category_names == ["ant", "dog", "cat"]
     assert loaded.labels.tolist() == [2, 3, 3, 2, 3]

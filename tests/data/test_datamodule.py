@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from numpy.random import Philox
 from omegaconf import OmegaConf
 
 from cpm_rcnn.boxes import INCLUSIVE
@@ -58,6 +59,19 @@ def test_training_batches_are_as_configured(module):
         assert all(len(target["boxes"]) for target in targets)
         sizes |= {min(image.shape[1:]) for image in images}
     assert sizes == {64, 80}
+
+
+def test_draws_of_a_sample_are_pinned_the_first_word_scales_and_the_second_flips(module):
+    number, flips = 0, 0
+    options = {"seed": 5, "max_steps": 4, "max_size": 999}
+    data, plain = module(**options), module(**options, flip_probability=0.0)
+    for (images, _), (unflipped, _) in zip(data.train_dataloader(), plain.train_dataloader(), strict=True):
+        for image, other in zip(images, unflipped):
+            scale, mirror = (int(word) / 2**64 for word in Philox(key=[5, number]).random_raw(2))
+            assert min(image.shape[1:]) == (64, 80)[int(scale * 2)]
+            assert torch.equal(image, other.flip(-1) if mirror < 0.5 else other)
+            number, flips = number + 1, flips + (mirror < 0.5)
+    assert 0 < flips < number == 12
 
 
 def test_any_number_of_workers_gives_the_same_batches(module):

@@ -1,4 +1,4 @@
-"""COCO's 80 categories, as its annotation files name and number them; ids have gaps."""
+"""COCO's 80 categories with the ids of its annotation files, which have gaps."""
 
 _NAMES = {
     1: "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant",
