@@ -20,10 +20,10 @@ class ArgumentError(UserError):
 
     Args:
         argument: name of the argument, for example ``nms_iou`` or ``stages[0].mapping_ratio``.
-        problem: the rest of the message, for example ``=2: must be a number from 0 to 1``.
+        problem: the rest of the message, for example ``=2: must be a number, 0 to 1``.
     """
 
-    def __init__(self, argument: str, problem: str) -> None:
+    def __init__(self, argument: str, problem: str = "") -> None:
         super().__init__(f"{argument}{problem}")
         self.argument = argument
         self.problem = problem

@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from cpm_rcnn.cli.assembly import evaluation_data, load_detector
+from cpm_rcnn.cli.config import config_keys
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.trainer import build_evaluator
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
@@ -24,7 +25,8 @@ def evaluate(config: DictConfig) -> None:
     datamodule = evaluation_data(config, detector, data)
     trainer = build_evaluator(config, run_dir)
     loop = trainer.validate if config.split == "val" else trainer.test
-    loop(module, datamodule=datamodule, verbose=False)
+    with config_keys(config, "data"):
+        loop(module, datamodule=datamodule, verbose=False)
     if not trainer.is_global_zero:
         return
     assert isinstance(module.metric, CocoMetric)

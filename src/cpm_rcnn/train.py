@@ -10,6 +10,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cpm_rcnn.cli.assembly import build_datamodule, build_module
+from cpm_rcnn.cli.config import config_keys
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.trainer import build_trainer, check_disk_space
 from cpm_rcnn.data import CocoDataModule
@@ -48,7 +49,8 @@ def train(config: DictConfig) -> None:
     if trainer.is_global_zero:
         keep_metrics(run_dir, resuming=resume_point is not None)
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    _fit(trainer, module, datamodule, resume_point, run_dir)
+    with config_keys(config, "data"):
+        _fit(trainer, module, datamodule, resume_point, run_dir)
     # A run with fast_dev_run leaves no checkpoint.
     best = None if config.trainer.fast_dev_run else _best_or_last(run_dir)
     # Without name=, the folder is named by the time, which can differ between machines: take the first process's.

@@ -126,16 +126,18 @@ class Signal:
     stage: str = "fit"
 
     def __call__(self) -> None:
+        from cpm_rcnn.evaluation.module import EvaluationModule
         from cpm_rcnn.training.module import DetectionModule
 
-        original = getattr(DetectionModule, self.hook)
+        owner = EvaluationModule if self.hook in vars(EvaluationModule) else DetectionModule
+        original = getattr(owner, self.hook)
 
         def hook(module: Any, batch: Any, batch_idx: int) -> Any:
             if batch_idx == self.step and module.trainer.state.fn == self.stage:
                 os.kill(os.getpid(), self.number)
             return original(module, batch, batch_idx)
 
-        setattr(DetectionModule, self.hook, hook)
+        setattr(owner, self.hook, hook)
 
 
 @dataclass

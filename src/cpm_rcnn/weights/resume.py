@@ -1,6 +1,7 @@
 """The checkpoint from which a stopped run resumes."""
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +73,9 @@ def _read(path: Path) -> ResumePoint:
 
 
 def _newest_first(path: Path) -> tuple[int, bool]:
-    """A sort key that reads the step of a checkpoint without its tensors; damaged files come last."""
+    """A sort key that reads the step of a checkpoint without its tensors. Damaged files come first and are reported."""
     try:
         step = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
         return -int(step), path.name != "last.ckpt"
     except Exception:  # reported when the file is read
-        return 1, path.name != "last.ckpt"
+        return -sys.maxsize, path.name != "last.ckpt"
