@@ -1,10 +1,11 @@
-"""Kill a training again and again, go on each time, and compare with one that nothing disturbed.
+"""Kill a training repeatedly, resume it each time, and compare the result with an undisturbed run.
 
-python benchmarks/interruptions.py [--kills 20] [--workers 0]
+    python benchmarks/interruptions.py [--kills 20] [--workers 0]
 
-A small run on drawn shapes saves a checkpoint at every step, so that many kills fall into the writing of one. Each
-process is killed (SIGKILL) after a random number of new checkpoints and a random part of a second; the next goes on
-with resume=auto. In the end weights, optimizer and schedule must equal the undisturbed run's to the last bit.
+A small run on drawn shapes writes a checkpoint at every step, so that many kills happen while one is written. Each
+process is killed (SIGKILL) after a random number of new checkpoints and a random fraction of a second; the next one
+resumes with resume=auto. At the end, weights, optimizer and schedule must equal those of the undisturbed run bit for
+bit.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,15 +34,19 @@ RUN = [
 ]
 
 
-def start(folder, name, workers):
+def start(folder: Path, name: str, workers: int) -> subprocess.Popen:
     arguments = [*RUN, f"name={name}", "resume=auto", f"data.num_workers={workers}"]
     return subprocess.Popen(
         arguments, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
-def kill_after_some_checkpoints(process, last):
-    """Kill it and its workers; the number of checkpoints that it wrote, or None if it ended by itself before."""
+def kill_after_some_checkpoints(process: subprocess.Popen, last: Path) -> int | None:
+    """Kill the process and its workers.
+
+    Returns:
+        The number of checkpoints that it wrote, or None if it ended before.
+    """
     wanted, written = random.randint(1, 5), 0
     before = last.stat().st_mtime_ns if last.exists() else 0
     while written < wanted:
@@ -55,18 +61,18 @@ def kill_after_some_checkpoints(process, last):
     return written
 
 
-def finished(process):
+def finish(process: subprocess.Popen) -> None:
     output = process.communicate()[0]
     if process.returncode:
         sys.exit(f"a run failed with status {process.returncode}:\n{output}")
 
 
-def parts(path):
+def parts(path: Path) -> tuple[Any, ...]:
     content = torch.load(path, weights_only=True)
     return content["global_step"], content["state_dict"], content["optimizer_states"], content["lr_schedulers"]
 
 
-def same(a, b):
+def same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -76,27 +82,27 @@ def same(a, b):
     return a == b
 
 
-def main(kills, workers, seed):
+def main(kills: int, workers: int, seed: int) -> int:
     random.seed(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        finished(start(folder, "whole", workers))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        finish(start(folder, "whole", workers))
         last = folder / "outputs/killed/checkpoints/last.ckpt"
-        done = halves = 0
+        done = partial = 0
         while done < kills:
             process = start(folder, "killed", workers)
             written = kill_after_some_checkpoints(process, last)
             if written is None:
-                finished(process)
-                print("the run ended before all kills were made")
+                finish(process)
+                print("the run ended before all kills")
                 break
             done += 1
-            halves += last.with_name("last.ckpt.part").exists()
+            partial += last.with_name("last.ckpt.part").exists()
             print(f"kill {done}: {written} checkpoints in", flush=True)
-        finished(start(folder, "killed", workers))
+        finish(start(folder, "killed", workers))
         equal = same(parts(folder / "outputs/whole/checkpoints/last.ckpt"), parts(last))
-        print(f"{done} kills, {halves} of them within the writing of a checkpoint; {workers} workers")
-        print("the end is " + ("the same, to the last bit" if equal else "ANOTHER"))
+        print(f"{done} kills, {partial} of them while a checkpoint was written; {workers} workers")
+        print("the final state is " + ("the same, bit for bit" if equal else "DIFFERENT"))
         return 0 if equal else 1
 
 

@@ -1,12 +1,12 @@
-"""CPM R-CNN against torchvision's Faster R-CNN on real photographs, alike in all but the second stage.
+"""CPM R-CNN and torchvision's Faster R-CNN on photographs, with the same settings except for the second stage.
 
-Both get the same ImageNet backbone (a timm model, stem and BatchNorm frozen), the same feature pyramid, anchors,
-images, image size, batches, steps, optimizer and schedule, one after the other in one run; each keeps its own test
-settings. The figures are COCO's, on the validation split.
+Both have the same ImageNet backbone (a timm model, stem and BatchNorm frozen), feature pyramid, anchors, images, image
+size, batches, steps, optimizer and schedule. They are trained one after the other in one run, and each keeps its own
+test settings. The metrics are COCO's on the validation split.
 
     python benchmarks/real_images.py --root DATA --weights tf_efficientnet_lite0.safetensors
 
-``DATA`` holds ``annotations/instances_{train,val}.json``, ``train/`` and ``val/``.
+``DATA`` contains ``annotations/instances_{train,val}.json``, ``train/`` and ``val/``.
 """
 
 import argparse
@@ -28,10 +28,15 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.evaluation.coco_metric import METRIC_NAMES
-from cpm_rcnn.training.module import DetectionModule
-from cpm_rcnn.models.backbones.build import FPNBackbone, build_body
-from cpm_rcnn.training.progress import LossProgressBar
+from cpm_rcnn.inference import Detector
+from cpm_rcnn.models.backbones import build_body
+from cpm_rcnn.models.detector import TwoStageDetector
+from cpm_rcnn.models.fpn import FPNBackbone
 from cpm_rcnn.reporting.validation_sheet import validation_sheet
+from cpm_rcnn.training.module import DetectionModule
+from cpm_rcnn.training.progress import LossProgressBar
+from cpm_rcnn.weights.backbone import load_backbone
+from cpm_rcnn.weights.initialize import initialize
 
 BACKBONE = "tf_efficientnet_lite0"
 ANCHOR_SIZES = (16, 32, 64, 128, 256)
@@ -41,13 +46,17 @@ MLP_CHANNELS = 512
 
 
 class TorchvisionDetector(nn.Module):
-    """torchvision's Faster R-CNN behind the interface of ``CPMRCNN``: uint8 images at network size."""
+    """torchvision's Faster R-CNN with the interface of ``TwoStageDetector``: uint8 images at network size."""
 
-    def __init__(self, backbone: dict[str, Any], fpn_channels: int, num_classes: int, sides: tuple[int, int]) -> None:
+    def __init__(self, ours: TwoStageDetector, num_classes: int, sides: tuple[int, int]) -> None:
         super().__init__()
+        self.settings = ours.settings
+        fpn_channels = ours.settings.trunk.fpn_channels
+        body = build_body(ours.settings.backbone)
+        load_backbone(body, ours.settings.backbone, str(ours.settings.backbone.weights))
         names = ["p2", "p3", "p4", "p5"]
         self.net = FasterRCNN(
-            FPNBackbone(build_body(**backbone), fpn_channels),
+            FPNBackbone(body, fpn_channels),
             num_classes=None,
             rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in ANCHOR_SIZES), ((0.5, 1.0, 2.0),) * 5),
             box_roi_pool=MultiScaleRoIAlign(names, 7, 2),
@@ -66,12 +75,12 @@ class TorchvisionDetector(nn.Module):
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
         """Losses in train mode, detections in eval mode."""
-        wanted = None if targets is None else [{key: t[key] for key in ("boxes", "labels")} for t in targets]
-        return self.net([image.float() / 255 for image in images], wanted)
+        ours = None if targets is None else [{key: t[key] for key in ("boxes", "labels")} for t in targets]
+        return self.net([image.float() / 255 for image in images], ours)
 
 
 def train(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one model and give its figures."""
+    """Train one model and return its metrics."""
     pl.seed_everything(seed, verbose=False)
     data: dict[str, Any] = {
         "root": str(options.root),
@@ -115,11 +124,15 @@ def train(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             "weight_decay": options.weight_decay,
             "bias_lr_factor": 1.0 if options.optimizer == "adamw" else 2.0,
         },
-        data=data,
+        data=datamodule.evaluation_arguments,
     )
     if kind == "faster_rcnn":
-        sides = (options.short_side, 2 * options.short_side)
-        module.detector = TorchvisionDetector(backbone, options.channels, len(datamodule.categories), sides)
+        short_side, max_size = sides = (options.short_side, 2 * options.short_side)
+        peer: Any = TorchvisionDetector(module.model, len(datamodule.categories), sides)
+        module.model = peer
+        module.detector = Detector(peer, datamodule.categories, short_side=short_side, max_size=max_size)
+    else:
+        initialize(module.model)
     trainer = pl.Trainer(
         max_steps=options.steps,
         max_epochs=-1,
@@ -139,11 +152,9 @@ def train(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
     trainer.fit(module, datamodule=datamodule)
     seconds = time.perf_counter() - begun
-    torch.save(module.detector.state_dict(), options.out / f"{kind}_seed{seed}.pth")
+    torch.save(module.model.state_dict(), options.out / f"{kind}_seed{seed}.pth")
     dataset = datamodule.val_dataloader().dataset
-    validation_sheet(
-        module.eval(), dataset, module.class_names, options.out / f"{kind}_seed{seed}.png", 6, module.device
-    )
+    validation_sheet(module.detector, dataset, options.out / f"{kind}_seed{seed}.png", 6)
     return module.metrics | {"seconds": seconds}
 
 

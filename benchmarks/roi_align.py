@@ -1,9 +1,9 @@
-"""RoIAlign on a CPU: the project's embedding bag against torchvision's operator, in one run.
+"""RoIAlign on a CPU: this project's embedding bag compared with torchvision's operator in one run.
 
     python benchmarks/roi_align.py
 
-Prints, for the two poolings of the detector (7x7 for classifiers, 14x14 for grid stages), the best of several rounds
-of forward and of backward for each, the ratios, and the largest difference of the outputs.
+For the two poolings of the detector (7x7 for classifiers, 14x14 for grid stages) it prints the fastest of several
+forward and backward passes of each, the ratios, and the largest difference of the outputs.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from cpm_rcnn.boxes import CONTINUOUS
 from cpm_rcnn.models.pooling import PyramidRoIAlign, pooling_format, pyramid_levels
 from cpm_rcnn.models.structures import Rois
-from cpm_rcnn.boxes import CONTINUOUS
 
 STRIDES = (4, 8, 16, 32)
 
 
 def best_times(pool: Callable[[], Tensor], features: list[Tensor], rounds: int) -> tuple[float, float]:
-    """Milliseconds of the fastest forward and of the fastest backward."""
+    """Milliseconds of the fastest forward and of the fastest backward pass."""
     forward, backward = [], []
     for _ in range(rounds):
         begun = time.perf_counter()
@@ -63,16 +63,16 @@ def main() -> None:
         pool = PyramidRoIAlign(bins, STRIDES, CONTINUOUS)
         corner = torch.rand(count, 2) * torch.tensor([0.8 * width, 0.8 * height])
         boxes = torch.cat([corner, corner + 10 + torch.rand(count, 2) ** 2 * 0.8 * height], dim=1)
-        rois = Rois(boxes, torch.randint(0, 2, (count,)))
+        rois = Rois.of(boxes, torch.randint(0, 2, (count,)))
         levels = pyramid_levels(boxes, len(STRIDES), CONTINUOUS)
-        # Each in the memory format that suits it.
+        # Each in its fastest memory format.
         rows = [m.clone().requires_grad_() for m in maps]
         bags = [m.clone().requires_grad_() for m in pooling_format(maps)]
         theirs = best_times(lambda: pool._pool_levels(rows, rois, levels), rows, options.rounds)  # noqa: B023
         ours = best_times(lambda: pool._pool_bags(bags, rois, levels), bags, options.rounds)  # noqa: B023
         difference = (pool._pool_levels(rows, rois, levels) - pool._pool_bags(bags, rois, levels)).abs().max().item()
-        figures = [*theirs, *ours, theirs[0] / ours[0], theirs[1] / ours[1]]
-        table.add_row(str(count), f"{bins}x{bins}", *(f"{figure:.1f}" for figure in figures), f"{difference:.1e}")
+        times = [*theirs, *ours, theirs[0] / ours[0], theirs[1] / ours[1]]
+        table.add_row(str(count), f"{bins}x{bins}", *(f"{value:.1f}" for value in times), f"{difference:.1e}")
     Console(width=120).print(table)
 
 
