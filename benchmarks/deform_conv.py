@@ -17,9 +17,12 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
+from torch import Tensor
 
 from cpm_rcnn.ops import deform_conv2d
 
@@ -27,15 +30,26 @@ GROUPS = 64
 LAYERS = {"C3": (512, 100, 168), "C4": (1024, 50, 84), "C5": (2048, 25, 42)}
 
 
-def shapes(quick):
+class Case(NamedTuple):
+    """One line of the table: a layer of X-101, the batch size, the stride, and whether there is a mask (v2)."""
+
+    layer: str
+    batch: int
+    stride: int
+    masked: bool
+
+
+def cases(quick: bool) -> Iterator[Case]:
     for layer in LAYERS:
         for batch in (1,) if quick else (1, 2):
             for stride in (1,) if quick else (1, 2):
                 for masked in (False,) if quick else (False, True):
-                    yield layer, batch, stride, masked
+                    yield Case(layer, batch, stride, masked)
 
 
-def make(layer, batch, stride, masked, device, dtype):
+def make(case: Case, device: str, dtype: torch.dtype) -> tuple[list[Tensor | None], Tensor]:
+    """Return input, offset, weight and mask of a case, and a gradient of its output."""
+    layer, batch, stride, masked = case
     channels, height, width = LAYERS[layer]
     torch.manual_seed(0)
     h, w = (height - 1) // stride + 1, (width - 1) // stride + 1
@@ -49,7 +63,7 @@ def make(layer, batch, stride, masked, device, dtype):
     return on, torch.randn(batch, channels, h, w).to(device, dtype)
 
 
-def call(function, given, stride, grad=None):
+def call(function: Callable[..., Tensor], given: list[Tensor | None], stride: int, grad: Tensor | None = None) -> None:
     """Run the forward pass, and the backward pass if ``grad``, the gradient of the output, is given."""
     input, offset, weight, mask = given
     with torch.set_grad_enabled(grad is not None):
@@ -58,7 +72,7 @@ def call(function, given, stride, grad=None):
         torch.autograd.grad(output, [x for x in given if x is not None], grad)
 
 
-def best(work, device, repeats):
+def best(work: Callable[[], Any], device: str, repeats: int) -> float:
     """Return the milliseconds of the fastest of ``repeats`` calls, after one warm-up call."""
     times = []
     for _ in range(repeats + 1):
@@ -70,12 +84,12 @@ def best(work, device, repeats):
     return 1e3 * min(times[1:])
 
 
-def synchronize(device):
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def machine(device):
+def machine(device: str) -> tuple[float, dict[torch.dtype, float]]:
     """Measure the GB/s of a copy (read and write) and the GFLOP/s of a matrix product in float32 and bfloat16."""
     buffer = torch.empty(2**27, device=device)
     copied = torch.empty_like(buffer)
@@ -84,22 +98,25 @@ def machine(device):
     flops = {}
     for dtype in (torch.float32, torch.bfloat16):
         a = torch.randn(size, size, device=device, dtype=dtype)
-        flops[dtype] = 2 * size**3 / best(lambda a=a: a @ a, device, 5) / 1e6
+        flops[dtype] = 2 * size**3 / best(lambda: a @ a, device, 5) / 1e6  # noqa: B023
     return gigabytes, flops
 
 
-def work_of(given, grad, backward):
+def work_of(given: list[Tensor | None], grad: Tensor, backward: bool) -> tuple[int, int]:
     """Return the bytes that a call must read and write, and its number of floating-point operations."""
     moved = sum(x.nbytes for x in given if x is not None) + grad.nbytes
-    channels, per_group = given[2].shape[:2]
-    samples = given[0].shape[1] * 9 * grad[:, 0].numel()
+    input, _, weight, _ = given
+    assert input is not None
+    assert weight is not None
+    channels, per_group = weight.shape[:2]
+    samples = input.shape[1] * 9 * grad[:, 0].numel()
     product = 2 * channels * per_group * 9 * grad[:, 0].numel()
     # Sampling takes eight operations per value. The backward pass counts as two forward passes: it computes two
     # products, reads the tensors that forward read, and writes their gradients.
     return (3 * moved, 3 * (product + 8 * samples)) if backward else (moved, product + 8 * samples)
 
 
-def measure_memory(arguments):
+def measure_memory(arguments: argparse.Namespace) -> None:
     """Print the peak memory of each call in bytes, without inputs and outputs, as JSON.
 
     main() runs this in a separate process, so that the peaks are not affected by other measurements.
@@ -107,18 +124,18 @@ def measure_memory(arguments):
     if arguments.device == "cpu":
         ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: return freed memory to the system at once
     peaks = {}
-    for line in shapes(arguments.quick):
+    for case in cases(arguments.quick):
         for name, function, dtype in implementations():
             for backward in (False, True):
-                given, grad = make(*line, arguments.device, dtype)
+                given, grad = make(case, arguments.device, dtype)
                 before = reset_peak(arguments.device)
-                call(function, given, line[2], grad if backward else None)
+                call(function, given, case.stride, grad if backward else None)
                 kept = sum(x.nbytes for x in given if x is not None) if backward else 0
-                peaks[f"{line} {name} {backward}"] = read_peak(arguments.device) - before - grad.nbytes - kept
+                peaks[f"{tuple(case)} {name} {backward}"] = read_peak(arguments.device) - before - grad.nbytes - kept
     print(json.dumps(peaks))
 
 
-def reset_peak(device):
+def reset_peak(device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -127,16 +144,16 @@ def reset_peak(device):
     return status("VmRSS")
 
 
-def read_peak(device):
+def read_peak(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
 
 
-def status(key):
+def status(key: str) -> int:
     with open("/proc/self/status") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
 
 
-def implementations():
+def implementations() -> tuple[tuple[str, Callable[..., Tensor], torch.dtype], ...]:
     return (
         ("torchvision", torchvision.ops.deform_conv2d, torch.float32),
         ("ours", deform_conv2d, torch.float32),
@@ -144,7 +161,7 @@ def implementations():
     )
 
 
-def main(arguments):
+def main(arguments: argparse.Namespace) -> None:
     device = arguments.device
     memory = json.loads(
         subprocess.run(
@@ -163,21 +180,22 @@ def main(arguments):
     columns = ["layer", "N", "stride", "", "pass", "torchvision ms", "ours ms", "ratio", "bf16 ms", "ratio"]
     columns += ["GB/s", "of copy", "GFLOP/s", "of product", "plain conv ms", "memory torchvision", "ours", "bf16"]
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for line in shapes(arguments.quick):
-        layer, batch, stride, masked = line
+    for case in cases(arguments.quick):
+        layer, batch, stride, masked = case
         column = 4 * LAYERS[layer][0] * 9
         for backward in (False, True):
             times = []
             for _, function, dtype in implementations():
-                given, grad = make(*line, device, dtype)
+                given, grad = make(case, device, dtype)
                 repeats = 2 if function is not deform_conv2d and device == "cpu" else 7
                 times.append(best(lambda: call(function, given, stride, grad if backward else None), device, repeats))  # noqa: B023
-            given, grad = make(*line, device, torch.float32)
+            given, grad = make(case, device, torch.float32)
             moved, operations = work_of(given, grad, backward)
             plain = best(lambda: convolve(given, stride, grad if backward else None), device, 5)  # noqa: B023
             theirs, ours, half = times
             shares = [
-                memory[f"{line} {name} {backward}"] / (column * grad[:, 0].numel()) for name, _, _ in implementations()
+                memory[f"{tuple(case)} {name} {backward}"] / (column * grad[:, 0].numel())
+                for name, _, _ in implementations()
             ]
             cells = [layer, batch, stride, "v2" if masked else "v1", "fwd + bwd" if backward else "fwd"]
             cells += [f"{theirs:.1f}", f"{ours:.2f}", f"{theirs / ours:.1f}", f"{half:.2f}", f"{theirs / half:.1f}"]
@@ -187,8 +205,10 @@ def main(arguments):
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
-def convolve(given, stride, grad):
+def convolve(given: list[Tensor | None], stride: int, grad: Tensor | None) -> None:
     input, _, weight, _ = given
+    assert input is not None
+    assert weight is not None
     with torch.set_grad_enabled(grad is not None):
         output = torch.nn.functional.conv2d(input, weight, None, stride, 1, 1, GROUPS)
     if grad is not None:
