@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cpm_rcnn.weights.release import from_release
 
 __all__ = ["Detector", "build_detector", "from_release", "load"]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _MODULES = {
     "Detector": "cpm_rcnn.inference.detector",
