@@ -57,6 +57,9 @@ def check_checkpoint(checkpoint: Any, source: str) -> None:
     for name, kind in _HYPERPARAMETERS.items():
         if not isinstance(arguments[name], kind):
             raise UserError(f"{source}: {name} is of type {type(arguments[name]).__name__}; the file is damaged")
+    categories = arguments["categories"]
+    if not categories or not all(isinstance(item, dict) and {"id", "name"} <= item.keys() for item in categories):
+        raise UserError(f"{source}: its classes do not have an id and a name each; the file is damaged")
     named_tensors(checkpoint["state_dict"], source)
 
 

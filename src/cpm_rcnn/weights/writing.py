@@ -32,6 +32,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], None], advice
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{target}: cannot be written ({reason}){advice}") from error
+    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{target}: cannot be written ({str(error).splitlines()[0]}){advice}") from error
+            temporary.unlink(missing_ok=True)  # it is still there if anything failed
