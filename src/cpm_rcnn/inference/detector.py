@@ -1,4 +1,4 @@
-"""The detector as its users see it: images of any size in, detections in their own pixels out."""
+"""Detection in images of any size, with results in pixels of the original images."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from cpm_rcnn.inference.images import to_image
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector, MultiScaleSettings
 from cpm_rcnn.models.detector import TwoStageDetector
 
-# The options of the data module that say at which size a model is tested.
+# The options of the data module that set the size of images at test.
 SIZE_OPTIONS = ("test_short_side", "test_max_size")
 
 
@@ -53,7 +53,7 @@ class ImageDetections:
 
 
 class Detector:
-    """A model with everything that is needed to use it on images; :func:`cpm_rcnn.load` makes one from a checkpoint.
+    """A model with its classes and test-time image size; :func:`cpm_rcnn.load` makes one from a checkpoint.
 
     Args:
         model: takes uint8 RGB images at network size, returns one dict per image.
@@ -69,7 +69,7 @@ class Detector:
 
     Attributes:
         model: the bare ``nn.Module``: uint8 images at network size in, dicts out.
-        categories: as given.
+        categories: a copy of the argument.
         class_names: names of the classes 1..C.
         convention: the box coordinate convention of the results.
     """

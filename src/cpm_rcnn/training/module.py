@@ -22,10 +22,10 @@ class DetectionModule(EvaluationModule):
     :func:`cpm_rcnn.weights.initialize.initialize`.
 
     Args:
-        model: options of :func:`~cpm_rcnn.models.build.build_detector` but ``num_classes``.
+        model: options of :func:`~cpm_rcnn.models.build.build_detector` except ``num_classes``.
         categories: the classes 1..C: a mapping with ``id`` and ``name`` each.
         schedule: fields of :class:`~cpm_rcnn.training.schedule.Schedule`.
-        data: what evaluates the model: :attr:`CocoDataModule.evaluation_arguments`.
+        data: options of the data that the model is evaluated on: :attr:`CocoDataModule.evaluation_arguments`.
         format: the checkpoint format of these arguments.
 
     Attributes:
@@ -49,7 +49,7 @@ class DetectionModule(EvaluationModule):
         check_format(format, "checkpoint")
         settings = ModelSettings.from_options(**model)
         super().__init__(Detector(build(settings, len(categories)), categories, **size_arguments(data)))
-        # As they were resolved, so that a checkpoint does not depend on the defaults of a later version.
+        # With all defaults filled in, so that a checkpoint does not depend on the defaults of a later version.
         self.schedule = Schedule.from_dict(schedule, "schedule")
         model, schedule = settings.to_options(), self.schedule.to_dict()
         self.save_hyperparameters(

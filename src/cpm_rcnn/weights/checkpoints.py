@@ -14,7 +14,7 @@ from cpm_rcnn.weights.writing import write_atomically
 
 # Increased whenever stored settings or parameter names change their meaning. Version 0.1.0 wrote no number.
 FORMAT = 2
-# What ``DetectionModule`` stores of itself, beside the format.
+# The arguments that ``DetectionModule`` stores, in addition to the format, and their types.
 _HYPERPARAMETERS = {"model": dict, "categories": list, "schedule": dict, "data": dict}
 # The detector's parameters are stored under the name that it has in ``DetectionModule``.
 _PREFIX = "model."
@@ -83,7 +83,7 @@ def write_checkpoint(path: Path, weights: Mapping[str, Tensor], hyper_parameters
     Args:
         path: the file.
         weights: the detector's parameters and buffers by name.
-        hyper_parameters: arguments of ``DetectionModule`` but ``format``.
+        hyper_parameters: arguments of ``DetectionModule`` except ``format``.
 
     Raises:
         UserError: the file cannot be written.

@@ -20,10 +20,10 @@ _log = logging.getLogger(__name__)
 def initialize(detector: TwoStageDetector, class_names: Sequence[str] = (), *, init: str | Path | None = None) -> None:
     """Load the starting weights of a training that does not resume another.
 
-    Without ``init``, the backbone's weights are those that its settings name, if any, and the rest stays random.
+    Without ``init``, the backbone gets the weights that its settings name, if any; all other weights stay random.
 
     Args:
-        detector: as it was built.
+        detector: with the random weights of its construction.
         class_names: names of the detector's classes 1..C; only ``init`` needs them.
         init: a checkpoint of ``train`` or ``convert``. Classification layers are reinitialized if its classes have
             other names; everything else must fit.
@@ -88,7 +88,7 @@ def stored_settings(checkpoint: Mapping[str, Any], source: str, **overrides: Any
 
     Raises:
         ArgumentError: an override is invalid.
-        UserError: the stored settings are.
+        UserError: the stored settings are invalid.
     """
     options = dict(checkpoint["hyper_parameters"]["model"])
     try:
