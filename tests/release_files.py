@@ -1,4 +1,4 @@
-"""Released state dicts for tests: the reference's small ones, and names and shapes of the full-size ones."""
+"""Released state dicts for tests: those of the small reference models, and names and shapes of the full-size ones."""
 
 import importlib.util
 import json
@@ -38,9 +38,9 @@ def case_image(case):
 def release_shapes(
     blocks, groups=1, width=64, *, deformable=False, stages=3, ism=True, rsm=True, fusion=False, **sizes
 ):
-    """Every name and shape of a released model, written down from the pattern of the reference's lists.
+    """Every name and shape of a released model, following the pattern of the reference models.
 
-    Independent of the package: torchvision's ResNet gives the names of the body, the rest is spelt out.
+    Independent of the package: torchvision's ResNet gives the names of the body; all others are listed here.
     """
     fpn, mlp, point, convs = (sizes.get(key, default) for key, default in SIZES.items())
     with torch.device("meta"):
@@ -108,5 +108,5 @@ def merged(shapes):
 
 
 def state_of(shapes):
-    """Tensors of those shapes that take no memory, nor room in a file."""
+    """Tensors of those shapes that share one element, so that they need no memory."""
     return {name: torch.tensor(0.5).expand(shape) for name, shape in shapes.items()}

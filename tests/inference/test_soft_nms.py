@@ -1,3 +1,5 @@
+"""Soft-NMS against its definition."""
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from cpm_rcnn.inference.soft_nms import soft_nms
 
 
 def _one_by_one(boxes, scores, labels, threshold, min_score):
-    """The definition, box by box in Python: (label, score, box) of every pick, sorted."""
+    """The definition, box by box in Python: (label, score, box) of every selected box, sorted."""
 
     def iou(a, b):
         w = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
@@ -31,7 +33,7 @@ def _one_by_one(boxes, scores, labels, threshold, min_score):
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
-def test_all_classes_at_once_equal_the_definition_box_by_box(seed, threshold):
+def test_all_classes_in_parallel_equal_the_definition_box_by_box(seed, threshold):
     rng = torch.Generator().manual_seed(seed)
     count = 60
     corner = torch.rand(count, 2, generator=rng, dtype=torch.float64) * 40
@@ -49,27 +51,27 @@ def test_all_classes_at_once_equal_the_definition_box_by_box(seed, threshold):
     assert (decayed.diff() <= 0).all()
 
 
-def test_an_identical_box_of_the_same_class_goes_and_of_another_class_stays():
+def test_an_identical_box_is_dropped_in_the_same_class_and_kept_in_another():
     boxes = torch.tensor([[0.0, 0, 10, 10]]).repeat(3, 1)
     _, scores, labels = soft_nms(boxes, torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 1, 2]))
     assert scores.tolist() == pytest.approx([0.9, 0.7])
     assert labels.tolist() == [1, 2]
 
 
-def test_a_partial_overlap_keeps_its_box_with_a_linearly_lower_score():
+def test_the_score_of_a_partly_overlapping_box_is_reduced_linearly():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0.0, 0, 10, 8], [50.0, 50, 60, 60]])
     kept, scores, _ = soft_nms(boxes, torch.tensor([0.9, 0.8, 0.3]), torch.tensor([1, 1, 1]))
     assert scores.tolist() == pytest.approx([0.9, 0.3, 0.8 * 0.2])
     assert torch.equal(kept, boxes[[0, 2, 1]])
 
 
-def test_nothing_in_gives_nothing_out():
+def test_no_boxes_give_no_boxes():
     boxes, scores, labels = soft_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     assert boxes.shape == (0, 4)
     assert scores.shape == labels.shape == (0,)
 
 
-def test_empty_boxes_neither_fail_nor_suppress():
+def test_boxes_without_area_do_not_suppress_each_other():
     boxes = torch.tensor([[5.0, 5, 5, 5], [5.0, 5, 5, 5]])
     _, scores, _ = soft_nms(boxes, torch.tensor([0.9, 0.8]), torch.tensor([1, 1]))
     assert scores.tolist() == pytest.approx([0.9, 0.8])

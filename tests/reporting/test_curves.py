@@ -1,3 +1,5 @@
+"""Plots of losses and average precision from metrics.csv."""
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,7 +16,7 @@ def _write(path, *rows, header=HEADER):
     return path
 
 
-def test_a_run_gives_both_pictures(tmp_path):
+def test_a_run_with_losses_and_validations_gives_both_pictures(tmp_path):
     rows = [f"0,{k},{1 / (k + 1)},{0.5 / (k + 1)},,," for k in range(0, 300, 10)]
     rows += ["0,100,,,0.1,0.2,0.05", "1,200,,,0.3,0.5,0.2"]
     written = plot_curves(_write(tmp_path / "metrics.csv", *rows), tmp_path / "new" / "plots")
@@ -29,11 +31,11 @@ def test_a_run_without_validation_has_no_ap_picture(tmp_path):
     assert [p.name for p in plot_curves(path, tmp_path)] == ["loss.png"]
 
 
-def test_a_run_that_logged_nothing_gives_no_picture(tmp_path):
+def test_a_run_without_logged_values_has_no_pictures(tmp_path):
     assert plot_curves(_write(tmp_path / "metrics.csv"), tmp_path) == []
 
 
-def test_sparse_and_unordered_rows_are_read_by_step_and_undefined_values_left_out(tmp_path):
+def test_sparse_and_unordered_rows_are_sorted_by_step_and_undefined_values_are_skipped(tmp_path):
     path = _write(
         tmp_path / "metrics.csv", "0,20,2.0,,,,", "0,10,1.0,nan,,,", "0,30,inf,,-1.0,,", "0,40,,,0.5,,", "0,5"
     )
@@ -45,24 +47,41 @@ def test_sparse_and_unordered_rows_are_read_by_step_and_undefined_values_left_ou
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 500])
-def test_smoothing_keeps_a_constant_and_the_length(count):
+def test_smoothing_does_not_change_a_constant_or_the_length(count):
     assert curves._smoothed(np.full(count, 3.0)) == pytest.approx([3.0] * count)
 
 
-def test_smoothing_quietens_noise():
+def test_smoothing_reduces_noise():
     noise = np.random.default_rng(0).normal(size=1000)
     assert curves._smoothed(noise).std() < 0.3 * noise.std()
 
 
-def test_a_missing_or_foreign_file_is_named(tmp_path):
+def test_a_missing_file_and_a_file_of_another_program_are_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"none\.csv: cannot be read"):
         plot_curves(tmp_path / "none.csv", tmp_path)
     with pytest.raises(UserError, match=r"other\.csv: .*no column 'step'"):
         plot_curves(_write(tmp_path / "other.csv", header="a,b\n"), tmp_path)
 
 
-def test_plotting_leaves_no_global_figure_behind(tmp_path):
+def test_plotting_creates_no_global_figure(tmp_path):
     import matplotlib.pyplot as plt
 
     plot_curves(_write(tmp_path / "metrics.csv", "0,1,0.5,0.2,0.1,0.2,0.3"), tmp_path)
     assert plt.get_fignums() == []
+
+
+def test_the_metrics_of_a_resumed_run_are_joined_and_the_later_part_counts_where_parts_overlap(tmp_path):
+    _write(tmp_path / "metrics.csv", "0,10,4.0,,,,", "0,20,3.0,,,,", "0,30,9.0,,,,")
+    curves.keep_metrics(tmp_path, resuming=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics_001.csv"]
+    _write(tmp_path / "metrics.csv", "0,30,2.0,,,,", "0,40,1.0,,,,")
+    joined = curves._joined([curves._read(tmp_path / name) for name in ("metrics_001.csv", "metrics.csv")])
+    assert [column.tolist() for column in joined["train/loss"]] == [[10, 20, 30, 40], [4, 3, 2, 1]]
+    assert [path.name for path in plot_curves(tmp_path / "metrics.csv", tmp_path)] == ["loss.png"]
+
+
+def test_a_new_run_in_the_same_folder_removes_the_earlier_parts(tmp_path):
+    _write(tmp_path / "metrics_001.csv", "0,10,4.0,,,,")
+    _write(tmp_path / "metrics_of_mine.csv", "0,10,4.0,,,,")
+    curves.keep_metrics(tmp_path, resuming=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics_of_mine.csv"]

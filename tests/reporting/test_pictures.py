@@ -1,3 +1,5 @@
+"""Boxes drawn on images, and sheets of pictures."""
+
 import pytest
 import torch
 from PIL import Image
@@ -21,54 +23,54 @@ def _gray(height, width):
 
 
 def _changed(picture):
-    """Rows and columns (min, max) of what was drawn on a gray image."""
+    """First and last row, first and last column of the pixels that were drawn on a gray image."""
     rows, columns = (picture != 128).any(0).nonzero(as_tuple=True)
     return rows.min().item(), rows.max().item(), columns.min().item(), columns.max().item()
 
 
-def test_a_box_is_drawn_where_it_is():
+def test_a_box_is_drawn_at_its_coordinates():
     picture = draw(_gray(500, 600), _found([[100, 200, 300, 400]], [0.9], [1]), NAMES)
     assert picture.shape == (3, 500, 600)
     assert picture.dtype == torch.uint8
     top, bottom, left, right = _changed(picture)
     assert (bottom, left, right) == (400, 100, 300)
-    assert 170 < top < 200  # the tag stands on the box
+    assert 170 < top < 200  # the tag is above the box
     assert (picture[:, 210:390, 110:290] == 128).all()
 
 
-def test_a_small_image_is_enlarged_and_its_boxes_with_it():
+def test_a_small_image_is_enlarged_together_with_its_boxes():
     picture = draw(_gray(192, 256), _found([[20, 50, 120, 150]], [0.9], [1]), NAMES)
     assert picture.shape == (3, 384, 512)
     assert _changed(picture)[1:] == (300, 40, 240)
 
 
-def test_detections_below_the_least_score_are_left_out():
+def test_detections_with_a_score_below_the_minimum_are_not_drawn():
     image = _gray(500, 500)
     found = _found([[10, 20, 90, 90], [10, 20, 90, 90]], [0.29, 0.1], [1, 2])
     assert torch.equal(draw(image, found, NAMES), image)
     assert not torch.equal(draw(image, found, NAMES, min_score=0.2), image)
 
 
-def test_the_image_given_stays_as_it_is():
+def test_the_given_image_is_not_changed():
     image = _gray(500, 500)
     draw(image, _found([[10, 20, 90, 90]], [0.9], [1]), NAMES)
     assert (image == 128).all()
 
 
-def test_a_class_keeps_its_colour_and_classes_beyond_the_palette_have_one():
+def test_a_class_has_the_same_color_in_every_picture_and_the_palette_repeats():
     names = [str(k) for k in range(1, 101)]
-    colours = [
+    colors = [
         tuple(draw(_gray(480, 480), _found([[99, 99, 300, 300]], [0.9], [k]), names)[:, 300, 200].tolist())
         for k in (1, 2, 1, 100)
     ]
-    assert colours[0] == colours[2] != colours[1]
-    assert colours[3] != (128, 128, 128)
+    assert colors[0] == colors[2] != colors[1]
+    assert colors[3] != (128, 128, 128)
 
 
-def test_tags_stay_inside_the_image_and_apart():
+def test_tags_are_inside_the_image_and_do_not_overlap():
     found = _found([[0, 0, 479, 479], [0, 0, 479, 479], [460, 470, 479, 479]], [0.9, 0.8, 0.7], [2, 1, 2])
     picture = draw(_gray(480, 480), found, NAMES)
-    # A tag cut off at the border would leave its text, black or white, there: count the pixels of three full tags.
+    # The text of a tag is black: count its pixels, which would be fewer if a tag were cut off or covered.
     alone = sum(
         (draw(_gray(480, 480), _found([[100, 200, 400, 300]], [s], [k]), NAMES) == 0).all(0).sum().item()
         for s, k in ((0.9, 2), (0.8, 1), (0.7, 2))
@@ -76,19 +78,21 @@ def test_tags_stay_inside_the_image_and_apart():
     assert (picture == 0).all(0).sum().item() == pytest.approx(alone, abs=3)
 
 
-def test_the_true_boxes_are_dashed_black_and_white():
-    picture = draw(_gray(500, 500), _found([], [], []), NAMES, truth={"boxes": torch.tensor([[50.0, 50, 400, 300]])})
-    edge = {tuple(colour) for colour in picture[:, 50, 50:400].T.tolist()}
+def test_ground_truth_boxes_are_dashed_in_black_and_white():
+    picture = draw(
+        _gray(500, 500), _found([], [], []), NAMES, ground_truth={"boxes": torch.tensor([[50.0, 50, 400, 300]])}
+    )
+    edge = {tuple(color) for color in picture[:, 50, 50:400].T.tolist()}
     assert edge == {(0, 0, 0), (255, 255, 255)}
     assert _changed(picture) == (50, 300, 50, 400)
 
 
-def test_boxes_beyond_the_image_or_inside_out_do_not_fail():
+def test_boxes_beyond_the_image_and_inverted_boxes_can_be_drawn():
     found = _found([[-50, -50, 2000, 2000], [300, 300, 299, 280], [10, 10, 10, 10]], [0.9, 0.8, 0.7], [1, 1, 2])
     assert draw(_gray(500, 400), found, NAMES).shape == (3, 500, 400)
 
 
-def test_a_sheet_holds_pictures_of_different_sizes_whole():
+def test_a_sheet_shows_pictures_of_different_sizes_completely():
     pictures = [torch.full((3, h, w), v, dtype=torch.uint8) for h, w, v in ((40, 60, 201), (80, 30, 202), (9, 9, 203))]
     grid = sheet(pictures, columns=2)
     assert grid.dtype == torch.uint8
@@ -101,7 +105,7 @@ def test_a_sheet_of_few_pictures_has_no_empty_columns():
     assert sheet([_gray(20, 30)], columns=4).shape == (3, 20 + 12, 30 + 12)
 
 
-def test_a_saved_picture_reads_back(tmp_path):
+def test_a_saved_picture_can_be_read_again(tmp_path):
     picture = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
     save(picture, tmp_path / "new" / "a.png")
     with Image.open(tmp_path / "new" / "a.png") as image:
@@ -109,6 +113,6 @@ def test_a_saved_picture_reads_back(tmp_path):
         assert image.getpixel((7, 3)) == tuple(picture[:, 3, 7].tolist())
 
 
-def test_an_unknown_format_is_named(tmp_path):
+def test_an_unknown_file_suffix_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"a\.nonsense: cannot write"):
         save(_gray(5, 5), tmp_path / "a.nonsense")

@@ -1,8 +1,10 @@
+"""The learning rate at each step, and the parameter groups of the optimizer."""
+
 import pytest
 import torch
 from torch import nn
 
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.models.build import build_detector
 from cpm_rcnn.training.schedule import Schedule, parameter_groups
 
@@ -12,20 +14,20 @@ def tiny_detector(**arguments):
     return build_detector("tiny", 3, **sizes | arguments)
 
 
-def test_rate_warms_up_in_a_line_and_drops_at_the_milestones():
+def test_the_learning_rate_warms_up_linearly_and_drops_at_the_milestones():
     schedule = Schedule(max_steps=180_000, milestones=(120_000, 160_000))
     expected = {0: 0.1, 250: 0.55, 499: 0.9982, 500: 1, 119_999: 1, 120_000: 0.1, 159_999: 0.1, 160_000: 0.01}
     assert {step: schedule.rate_factor(step) for step in expected} == pytest.approx(expected)
 
 
-def test_warm_up_may_be_off_and_may_overlap_a_milestone():
+def test_warm_up_can_be_off_and_can_overlap_a_milestone():
     assert Schedule(max_steps=10, milestones=(), warmup_steps=0).rate_factor(0) == 1
     schedule = Schedule(max_steps=10, milestones=(2,), warmup_steps=4, warmup_factor=0.0, gamma=0.5)
     assert [schedule.rate_factor(step) for step in range(5)] == pytest.approx([0, 0.25, 0.25, 0.375, 0.5])
 
 
 @pytest.mark.parametrize(("images", "rate"), [(16, 0.02), (2, 0.0025), (32, 0.04)])
-def test_rate_scales_with_the_images_of_a_step(images, rate):
+def test_the_learning_rate_scales_with_the_number_of_images_per_step(images, rate):
     optimizer = Schedule(max_steps=1, milestones=()).optimizer_for(tiny_detector(), images)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, rate, 2 * rate])
 
@@ -54,20 +56,20 @@ def test_frozen_parameters_are_in_no_group():
     assert not grouped & set(detector.backbone.parameters())
 
 
-def test_layer_norms_get_no_decay_either():
+def test_layer_norms_have_no_weight_decay():
     net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     decays = {p: group["weight_decay"] for group in parameter_groups(net, 0.1, 1e-4, 2.0) for p in group["params"]}
     assert decays[net[1].weight] == 0
     assert decays[net[0].weight] == 1e-4
 
 
-def test_kinds_without_parameters_make_no_group():
+def test_groups_without_parameters_are_left_out():
     groups = parameter_groups(nn.Linear(2, 2, bias=False), 0.1, 1e-4, 2.0)
     assert [len(group["params"]) for group in groups] == [1]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
-def test_optimizer_is_the_one_named_and_takes_a_step(name, kind):
+def test_the_named_optimizer_is_used_and_changes_the_weights(name, kind):
     net = nn.Linear(2, 2)
     optimizer = Schedule(max_steps=1, milestones=(), optimizer=name, momentum=0.8).optimizer_for(net, 16)
     assert type(optimizer) is kind
@@ -96,7 +98,23 @@ def test_optimizer_is_the_one_named_and_takes_a_step(name, kind):
         ("milestones", (-1,)),
     ],
 )
-def test_bad_value_is_the_users_error_and_named(key, value):
+def test_an_invalid_value_is_refused_with_the_name_of_its_argument(key, value):
     arguments = {"max_steps": 10, "milestones": (5,)} | {key: value}
-    with pytest.raises(UserError, match=rf"schedule\.{key}="):
+    with pytest.raises(ArgumentError, match=rf"^{key}="):
         Schedule(**arguments)
+
+
+def test_the_default_is_the_paper_s_2x_schedule():
+    schedule = Schedule()
+    assert (schedule.max_steps, tuple(schedule.milestones), schedule.base_lr) == (180_000, (120_000, 160_000), 0.02)
+    assert (schedule.optimizer, schedule.momentum, schedule.weight_decay) == ("sgd", 0.9, 1e-4)
+    assert (schedule.warmup_steps, schedule.images_per_device) == (500, 2)
+
+
+def test_plain_values_give_the_same_schedule_again():
+    schedule = Schedule(max_steps=7, milestones=[3], optimizer="adamw")
+    again = Schedule.from_dict(schedule.to_dict())
+    assert [again.rate_factor(step) for step in range(7)] == [schedule.rate_factor(step) for step in range(7)]
+    assert again.to_dict() == schedule.to_dict()
+    with pytest.raises(ArgumentError, match=r"^schedule: unknown key steps; allowed: max_steps"):
+        Schedule.from_dict({"steps": 7}, "schedule")

@@ -1,3 +1,5 @@
+"""Training speed and the time spent waiting for data."""
+
 import time
 from types import SimpleNamespace
 
@@ -40,7 +42,7 @@ class _Module(LightningModule):
 
 
 class _Logged(Callback):
-    """Keeps what the logger would get, by step."""
+    """Stores what a logger would receive, by step."""
 
     def __init__(self):
         self.rows = {}
@@ -76,12 +78,12 @@ def _quiet(caplog):
     caplog.set_level("ERROR", logger="pytorch_lightning")
 
 
-def test_the_images_of_all_processes_count_over_the_time_of_the_window(monkeypatch):
+def test_speed_is_the_number_of_images_of_all_processes_divided_by_the_time_of_the_window(monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     trainer = SimpleNamespace(world_size=8, global_step=0, log_every_n_steps=2)
     logged = []
-    module = SimpleNamespace(log_dict=lambda figures, **options: logged.append(figures))
+    module = SimpleNamespace(log_dict=lambda metrics, **options: logged.append(metrics))
     throughput = Throughput()
     throughput.on_train_start(trainer, module)
     for wait, step, images in ((50, 3, 2), (1, 4, 2), (2, 6, 2), (0, 8, 1)):
@@ -96,17 +98,17 @@ def test_the_images_of_all_processes_count_over_the_time_of_the_window(monkeypat
     ]
 
 
-def test_wait_and_speed_are_those_of_the_loader_and_the_step(tmp_path):
+def test_wait_and_speed_match_a_slow_loader_and_a_slow_step(tmp_path):
     rows = _fit(tmp_path, _Module(step_time=0.03), _Images(48, wait=0.005), max_epochs=1, log_every_n_steps=5)
     assert sorted(rows) == [5, 10]
-    for figures in rows.values():
-        # A sleep is never shorter than asked for, but on a busy machine it may be much longer.
-        # The wait for the run's first batch does not count, hence 4 of 5.
-        assert 0.99 * 0.02 * 4 / 5 < figures["train/data_wait_s"] < 0.2
-        assert 10 < figures["train/images_per_s"] < 1.02 * 20 / (5 * 0.03 + 4 * 0.02)
+    for metrics in rows.values():
+        # A sleep is never shorter than requested, but on a busy machine it can be much longer.
+        # The wait for the first batch of the run is excluded, hence 4 of 5.
+        assert 0.99 * 0.02 * 4 / 5 < metrics["train/data_wait_s"] < 0.2
+        assert 10 < metrics["train/images_per_s"] < 1.02 * 20 / (5 * 0.03 + 4 * 0.02)
 
 
-def test_validation_counts_as_neither_work_nor_wait(tmp_path):
+def test_validation_is_excluded_from_speed_and_wait(tmp_path):
     rows = _fit(
         tmp_path,
         _Module(step_time=0.01, validation_time=0.5),
@@ -116,13 +118,13 @@ def test_validation_counts_as_neither_work_nor_wait(tmp_path):
         val_check_interval=3,
         log_every_n_steps=5,
     )
-    for figures in rows.values():
+    for metrics in rows.values():
         # With one pause of 0.5 s in five steps these would be at least 0.1 and at most 40.
-        assert figures["train/data_wait_s"] < 0.09
-        assert figures["train/images_per_s"] > 45
+        assert metrics["train/data_wait_s"] < 0.09
+        assert metrics["train/images_per_s"] > 45
 
 
-def test_accumulated_batches_all_count_and_log_once_per_window(tmp_path):
+def test_all_accumulated_batches_are_counted_and_logged_once_per_window(tmp_path):
     rows = _fit(
         tmp_path,
         _Module(step_time=0.02),
@@ -132,10 +134,10 @@ def test_accumulated_batches_all_count_and_log_once_per_window(tmp_path):
         log_every_n_steps=2,
     )
     assert sorted(rows) == [2, 4]
-    for figures in rows.values():
-        # Were only the batch that steps counted, this would be at most 50.
-        assert 60 < figures["train/images_per_s"] < 1.02 * 4 / 0.02
+    for metrics in rows.values():
+        # If only the last batch of each step were counted, this would be at most 50.
+        assert 60 < metrics["train/images_per_s"] < 1.02 * 4 / 0.02
 
 
-def test_no_logging_asked_for_is_no_logging(tmp_path):
+def test_nothing_is_logged_with_log_every_n_steps_0(tmp_path):
     assert _fit(tmp_path, _Module(), _Images(8), max_epochs=1, log_every_n_steps=0) == {}

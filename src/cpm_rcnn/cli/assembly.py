@@ -74,7 +74,7 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
     """
     checkpoint = read_checkpoint(config.ckpt, "ckpt")
     data = checkpoint["hyper_parameters"]["data"] | non_null(config.data)
-    overrides = non_null(config.detector) | {name: data[name] for name in SIZE_OPTIONS}
+    overrides = non_null(config.detector) | {name: data[name] for name in SIZE_OPTIONS if name in data}
     multi_scale = multi_scale_settings(config)
     with config_keys(config, "detector"):
         detector = detector_from(checkpoint, f"ckpt={config.ckpt}", multi_scale=multi_scale, **overrides)

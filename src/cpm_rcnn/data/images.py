@@ -149,13 +149,22 @@ def _decode(raw: bytes, size: tuple[int, int] | None) -> Tensor:
             raise UserError(_wrong_size(image.size, size))
         if transpose is not None and size in (None, upright_size):
             image = image.transpose(transpose)
-        return pil_to_tensor(_eight_bits(image).convert("RGB"))
+        return rgb_tensor(image)
     except UserError:
         raise
     except Image.DecompressionBombError as error:
         raise UserError(f"is too large to read ({error})") from error
     except Exception as error:  # Pillow's readers raise any type on damaged files
         raise UserError(f"is damaged or not an image in a supported format ({', '.join(_FORMATS)})") from error
+
+
+def rgb_tensor(image: Image.Image) -> Tensor:
+    """A Pillow image of any mode as (3, H, W) uint8 RGB.
+
+    Raises:
+        UserError: the range of its numbers is unknown; the message continues a sentence that starts with its name.
+    """
+    return pil_to_tensor(_eight_bits(image).convert("RGB"))
 
 
 def _wrong_size(found: tuple[int, int], size: tuple[int, int]) -> str:

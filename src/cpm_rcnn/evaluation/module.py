@@ -73,7 +73,9 @@ class EvaluationModule(pl.LightningModule):
 
     def _start(self, split: str) -> None:
         annotations = self.trainer.datamodule.annotations(split)  # type: ignore[attr-defined]
-        self.metric = self.configure_metrics(annotations).to(self.device)
+        metric = self.configure_metrics(annotations).to(self.device)
+        # Not as a submodule: a metric's persistent states and weights do not belong in a model's checkpoint.
+        object.__setattr__(self, "metric", metric)
 
     def _evaluate(self, batch: Batch) -> None:
         images, targets = batch

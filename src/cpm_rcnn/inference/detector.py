@@ -1,4 +1,4 @@
-"""The detector as its users see it: images of any size in, detections in their own pixels out."""
+"""Detection in images of any size, with results in pixels of the original images."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -17,8 +18,13 @@ from cpm_rcnn.inference.images import to_image
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector, MultiScaleSettings
 from cpm_rcnn.models.detector import TwoStageDetector
 
-# The options of the data module that say at which size a model is tested.
+# The options of the data module that set the size of images at test.
 SIZE_OPTIONS = ("test_short_side", "test_max_size")
+
+
+def size_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
+    """``short_side`` and ``max_size`` of :class:`Detector` from the options of a data module, as far as it has them."""
+    return {name.removeprefix("test_"): data[name] for name in SIZE_OPTIONS if name in data}
 
 
 @dataclass(frozen=True)
@@ -47,18 +53,23 @@ class ImageDetections:
 
 
 class Detector:
-    """A model with everything that is needed to use it on images; :func:`cpm_rcnn.load` makes one from a checkpoint.
+    """A model with its classes and test-time image size; :func:`cpm_rcnn.load` makes one from a checkpoint.
 
     Args:
         model: takes uint8 RGB images at network size, returns one dict per image.
         categories: the classes 1..C: a mapping with ``id`` and ``name`` each.
-        short_side: images are resized so that their shorter side has this many pixels.
-        max_size: the most pixels that the longer side may then have; the shorter one gives way.
-        multi_scale: test at several scales instead, and merge the results.
+        short_side: length in pixels to which the shorter side of an image is resized; None keeps the original size.
+        max_size: maximum length in pixels of the longer side; the shorter side becomes smaller if it is exceeded. Not
+            used if ``short_side`` is None.
+        multi_scale: settings of the multi-scale test, which replaces ``short_side`` and ``max_size``.
+
+    Raises:
+        ArgumentError: a length is not a positive integer; named ``test_short_side`` or ``test_max_size``, as in the
+            data module.
 
     Attributes:
         model: the bare ``nn.Module``: uint8 images at network size in, dicts out.
-        categories: as given.
+        categories: a copy of the argument.
         class_names: names of the classes 1..C.
         convention: the box coordinate convention of the results.
     """
@@ -68,11 +79,12 @@ class Detector:
         model: TwoStageDetector,
         categories: Sequence[Mapping[str, Any]],
         *,
-        short_side: int = 800,
+        short_side: int | None = 800,
         max_size: int = 1333,
         multi_scale: MultiScaleSettings | None = None,
     ) -> None:
-        check_count("test_short_side", short_side)
+        if short_side is not None:
+            check_count("test_short_side", short_side)
         check_count("test_max_size", max_size)
         self.model = model
         self.categories = [dict(category) for category in categories]
@@ -109,9 +121,10 @@ class Detector:
         """Detect objects in images of any size.
 
         Args:
-            images: paths, PIL images, uint8 arrays (H, W, 3) or (H, W), or uint8 tensors (3, H, W); RGB.
-            batch_size: images per forward pass. Images of one batch are padded to the same size, which changes the last
-                digits of the results.
+            images: paths, PIL images, uint8 arrays (H, W, 3) or (H, W), or uint8 tensors (3, H, W); RGB. An iterable is
+                read one batch at a time. A single image is accepted too.
+            batch_size: images per forward pass. Images of one batch are padded to the same size, which can change the
+                results slightly.
             score_threshold: detections with a lower score are left out.
 
         Returns:
@@ -122,7 +135,7 @@ class Detector:
         """
         check_count("batch_size", batch_size)
         check_range("score_threshold", score_threshold, 0, 1)
-        if isinstance(images, (str, bytes, Tensor)) or not isinstance(images, Iterable):
+        if isinstance(images, (str, bytes, Tensor, np.ndarray)) or not isinstance(images, Iterable):
             images = [images]
         results: list[ImageDetections] = []
         for batch in _batches(images, batch_size):
@@ -135,7 +148,7 @@ class Detector:
 
     def resize(self, image: Tensor) -> Tensor:
         """An image uint8 (3, H, W) at the size that :meth:`detect_resized` takes."""
-        if self.multi_scale is not None:
+        if self.multi_scale is not None or self.short_side is None:
             return image
         size = network_size(_size(image), self.short_side, self.max_size)
         return F.resize(image, list(size), antialias=True)

@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from cpm_rcnn.data.images import ImageSource
+from cpm_rcnn.data.images import ImageSource, rgb_tensor
 from cpm_rcnn.errors import UserError, check_file
 
 
@@ -17,7 +16,8 @@ def to_image(value: Any, name: str = "image") -> Tensor:
     """An image as a uint8 RGB tensor (3, H, W).
 
     Args:
-        value: a path; a PIL image; a uint8 array (H, W, 3), RGB, or (H, W), gray; or a uint8 RGB tensor (3, H, W).
+        value: a path; a PIL image; a uint8 array (H, W, 3), RGB, or (H, W), gray; or a uint8 RGB tensor (3, H, W). A
+            file is rotated as its EXIF orientation says; a PIL image is used as it is.
         name: what to call the image in messages.
 
     Raises:
@@ -25,14 +25,21 @@ def to_image(value: Any, name: str = "image") -> Tensor:
     """
     if isinstance(value, (str, Path)):
         path = check_file(name, value)
-        return ImageSource(path.parent).read(path.name)
+        try:
+            return ImageSource(path.parent).read(path.name)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error.__cause__
     if isinstance(value, Image.Image):
-        return pil_to_tensor(value.convert("RGB"))
+        if 0 in value.size:
+            raise UserError(f"{name} is a PIL image without pixels {value.size}")
+        try:
+            return rgb_tensor(value)
+        except UserError as error:
+            raise UserError(f"{name} {error}") from None
     if isinstance(value, np.ndarray):
-        if value.dtype == np.uint8 and value.ndim == 2:
-            value = value[:, :, None].repeat(3, axis=2)
-        if value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3 and value.size:
-            return torch.from_numpy(np.ascontiguousarray(value.transpose(2, 0, 1)))
+        pixels = value[:, :, None].repeat(3, axis=2) if value.ndim == 2 else value
+        if pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.size:
+            return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         raise UserError(f"{name} is a {value.dtype} array {value.shape}: must be uint8 (H, W, 3), RGB, or (H, W)")
     if isinstance(value, Tensor):
         if value.dtype == torch.uint8 and value.ndim == 3 and value.shape[0] == 3 and value.numel():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cpm_rcnn.errors import ArgumentError
-from cpm_rcnn.inference.detector import SIZE_OPTIONS, Detector
+from cpm_rcnn.inference.detector import SIZE_OPTIONS, Detector, size_arguments
 from cpm_rcnn.inference.multi_scale import MultiScaleSettings
 from cpm_rcnn.models.build import build
 from cpm_rcnn.models.settings import test_options
@@ -24,7 +24,7 @@ def load(path: str | Path, **overrides: Any) -> Detector:
         path: the checkpoint.
         **overrides: test-time settings that replace the checkpoint's: those of the model (for example
             ``score_threshold=0.05``, ``nms_iou``, ``proposals_test``, ``test_stages``), ``ism=False`` or ``rsm=False``,
-            ``test_short_side`` and ``test_max_size`` in pixels, and ``multi_scale``, a
+            ``test_short_side`` (None keeps the original size) and ``test_max_size`` in pixels, and ``multi_scale``, a
             :class:`~cpm_rcnn.inference.multi_scale.MultiScaleSettings`.
 
     Raises:
@@ -57,7 +57,7 @@ def detector_from(
                 name, f"={overrides[name]}: not a test-time setting; allowed: {', '.join(overrides_of_load())}"
             )
     hyper_parameters = checkpoint["hyper_parameters"]
-    sizes = {name: overrides.pop(name, hyper_parameters["data"].get(name)) for name in SIZE_OPTIONS}
+    sizes = hyper_parameters["data"] | {name: overrides.pop(name) for name in SIZE_OPTIONS if name in overrides}
     settings = stored_settings(checkpoint, source, **overrides)
     model = build(settings, len(hyper_parameters["categories"]))
     state = detector_state(checkpoint)
@@ -66,10 +66,4 @@ def detector_from(
             state = {key: value for key, value in state.items() if not key.startswith(f"head.{name}.")}
     check_names(source, state, {name: value.shape for name, value in model.state_dict().items()})
     model.load_state_dict(state)
-    return Detector(
-        model.eval(),
-        hyper_parameters["categories"],
-        short_side=sizes["test_short_side"],
-        max_size=sizes["test_max_size"],
-        multi_scale=multi_scale,
-    )
+    return Detector(model.eval(), hyper_parameters["categories"], multi_scale=multi_scale, **size_arguments(sizes))

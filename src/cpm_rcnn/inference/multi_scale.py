@@ -23,8 +23,8 @@ class MultiScaleSettings(Settings):
 
     Attributes:
         scales: lengths in pixels to which an image's shorter side is resized.
-        max_size: the most pixels that its longer side may then have; the scale gives way.
-        flip: whether the mirror image is used too.
+        max_size: maximum length in pixels of the longer side; the shorter side becomes smaller if it is exceeded.
+        flip: whether the mirror image is used in addition.
     """
 
     scales: Sequence[int] = testing((400, 500, 600, 700, 800, 900, 1000, 1100, 1200), check=list_of(integer()))
@@ -33,14 +33,14 @@ class MultiScaleSettings(Settings):
 
 
 class MultiScaleDetector(nn.Module):
-    """A detector that sees each image at several scales, with and without a flip.
+    """Runs a detector on each image at several scales, with and without a flip.
 
     The detections of all views are transformed to the image's own pixels and merged with linear soft-NMS per class.
 
     Args:
         detector: maps a list of uint8 (3, H, W) images of any size to one dict per image: ``boxes`` (N, 4) in xyxy
             pixels of the given image, ``scores`` (N,) and ``labels`` (N,).
-        settings: the scales.
+        settings: scales and flip.
         convention: the box coordinate convention of the detector.
     """
 

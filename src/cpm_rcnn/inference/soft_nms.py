@@ -44,11 +44,11 @@ def soft_nms(
     classes = torch.arange(len(counts), device=row.device)
     while True:
         best, place = waiting.max(dim=1)
-        live = best > min_score
-        if not live.any():
+        active = best > min_score
+        if not active.any():
             break
-        # In a class without a live box, this overwrites a score that is too low to be selected later.
-        picked[classes, place] += torch.where(live, best, 0)
+        # In a class without an active box, this overwrites a score that is too low to be selected later.
+        picked[classes, place] += torch.where(active, best, 0)
         waiting[classes, place] = 0
         iou = CONTINUOUS.iou(table[classes, place][:, None], table)
         waiting *= torch.where(iou > iou_threshold, 1 - iou, 1)

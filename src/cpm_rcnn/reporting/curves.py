@@ -32,7 +32,7 @@ def plot_curves(csv_path: str | PathLike[str], out_dir: str | PathLike[str]) -> 
     Args:
         csv_path: the ``metrics.csv`` of Lightning's ``CSVLogger``; earlier parts that :func:`keep_metrics` renamed are
             read too. Empty cells, non-finite values and values of -1 (undefined) are skipped.
-        out_dir: the folder to write to; it is made if it is missing.
+        out_dir: the folder to write to; it is created if it is missing.
 
     Returns:
         The paths of the files written.
@@ -133,12 +133,12 @@ def _loss_figure(losses: dict[str, _Curve]) -> "Figure":
     for k, name in enumerate(sorted(losses)):
         steps, values = losses[name]
         total = name == "train/loss"
-        colour = "black" if total else f"C{k % 10}"
-        axes.plot(steps, values, color=colour, alpha=0.2, linewidth=0.8)
+        color = "black" if total else f"C{k % 10}"
+        axes.plot(steps, values, color=color, alpha=0.2, linewidth=0.8)
         axes.plot(
             steps,
             _smoothed(values),
-            color=colour,
+            color=color,
             linewidth=2.2 if total else 1.4,
             marker="." if len(steps) < 30 else None,
             label=name.removeprefix("train/"),

@@ -98,7 +98,7 @@ def sheet(pictures: Sequence[Tensor], columns: int) -> Tensor:
 
 
 def save(picture: Tensor, path: str | PathLike[str]) -> None:
-    """Write a picture, uint8 (3, H, W), in the format of the file suffix; missing folders are made.
+    """Write a picture, uint8 (3, H, W), in the format of the file suffix; missing folders are created.
 
     Raises:
         UserError: the suffix is unknown, or the file cannot be written.

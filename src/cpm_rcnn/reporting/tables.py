@@ -39,7 +39,7 @@ def print_metrics(metrics: dict[str, Any], console: Console | None = None) -> No
 
 
 def write_metrics(metrics: dict[str, Any], path: str | PathLike[str]) -> None:
-    """Write the metrics, from 0 to 1, as JSON; NaN becomes null. Missing folders are made.
+    """Write the metrics, from 0 to 1, as JSON; NaN becomes null. Missing folders are created.
 
     Raises:
         UserError: the file cannot be written.

@@ -13,7 +13,7 @@ def validation_sheet(detector: Detector, dataset: Dataset, path: Path, count: in
     """Draw detections and ground-truth boxes on images spread evenly over a data set, as one picture.
 
     Args:
-        detector: what to show.
+        detector: its detections are drawn.
         dataset: a :class:`~cpm_rcnn.data.CocoDataset` of the validation split.
         path: the png to write.
         count: maximum number of images.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cpm_rcnn.evaluation.module import Batch, EvaluationModule
-from cpm_rcnn.inference.detector import SIZE_OPTIONS, Detector
+from cpm_rcnn.inference.detector import Detector, size_arguments
 from cpm_rcnn.models.build import build
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.training.schedule import Schedule
@@ -15,17 +15,17 @@ from cpm_rcnn.weights.checkpoints import FORMAT, check_format
 
 
 class DetectionModule(EvaluationModule):
-    """A detector under training.
+    """A detector with its training step and optimizer.
 
     Its arguments are plain values and are stored in every checkpoint, so ``DetectionModule.load_from_checkpoint(PATH)``
     works as for any LightningModule. The constructor reads no file: starting weights are loaded afterwards by
     :func:`cpm_rcnn.weights.initialize.initialize`.
 
     Args:
-        model: options of :func:`~cpm_rcnn.models.build.build_detector` but ``num_classes``.
+        model: options of :func:`~cpm_rcnn.models.build.build_detector` except ``num_classes``.
         categories: the classes 1..C: a mapping with ``id`` and ``name`` each.
         schedule: fields of :class:`~cpm_rcnn.training.schedule.Schedule`.
-        data: what evaluates the model: :attr:`CocoDataModule.evaluation_arguments`.
+        data: options of the data that the model is evaluated on: :attr:`CocoDataModule.evaluation_arguments`.
         format: the checkpoint format of these arguments.
 
     Attributes:
@@ -48,9 +48,8 @@ class DetectionModule(EvaluationModule):
     ) -> None:
         check_format(format, "checkpoint")
         settings = ModelSettings.from_options(**model)
-        sizes = {name.removeprefix("test_"): data[name] for name in SIZE_OPTIONS if data.get(name) is not None}
-        super().__init__(Detector(build(settings, len(categories)), categories, **sizes))
-        # As they were resolved, so that a checkpoint does not depend on the defaults of a later version.
+        super().__init__(Detector(build(settings, len(categories)), categories, **size_arguments(data)))
+        # With all defaults filled in, so that a checkpoint does not depend on the defaults of a later version.
         self.schedule = Schedule.from_dict(schedule, "schedule")
         model, schedule = settings.to_options(), self.schedule.to_dict()
         self.save_hyperparameters(

@@ -14,7 +14,7 @@ from cpm_rcnn.weights.writing import write_atomically
 
 # Increased whenever stored settings or parameter names change their meaning. Version 0.1.0 wrote no number.
 FORMAT = 2
-# What ``DetectionModule`` stores of itself, beside the format.
+# The arguments that ``DetectionModule`` stores, in addition to the format, and their types.
 _HYPERPARAMETERS = {"model": dict, "categories": list, "schedule": dict, "data": dict}
 # The detector's parameters are stored under the name that it has in ``DetectionModule``.
 _PREFIX = "model."
@@ -57,6 +57,9 @@ def check_checkpoint(checkpoint: Any, source: str) -> None:
     for name, kind in _HYPERPARAMETERS.items():
         if not isinstance(arguments[name], kind):
             raise UserError(f"{source}: {name} is of type {type(arguments[name]).__name__}; the file is damaged")
+    categories = arguments["categories"]
+    if not categories or not all(isinstance(item, dict) and {"id", "name"} <= item.keys() for item in categories):
+        raise UserError(f"{source}: its classes do not have an id and a name each; the file is damaged")
     named_tensors(checkpoint["state_dict"], source)
 
 
@@ -80,7 +83,7 @@ def write_checkpoint(path: Path, weights: Mapping[str, Tensor], hyper_parameters
     Args:
         path: the file.
         weights: the detector's parameters and buffers by name.
-        hyper_parameters: arguments of ``DetectionModule`` but ``format``.
+        hyper_parameters: arguments of ``DetectionModule`` except ``format``.
 
     Raises:
         UserError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""ImageNet weights of ResNets from several origins: their names and their pixel range (spec sections 2 and 10)."""
+"""ImageNet weights of ResNets from several programs: their names and their pixel range (spec sections 2 and 10)."""
 
 import re
 from collections.abc import Mapping
@@ -110,10 +110,10 @@ def check_pixel_range(
     """
     norms = weight.float().flatten(1).norm(dim=1)
     spread = variance.float().sqrt() if variance is not None else _TYPICAL_SPREAD / scale.float().abs().clamp(min=1e-12)
-    alive = (norms > 1e-6) & (scale.float().abs() > 1e-6)
-    if not alive.any():
+    active = (norms > 1e-6) & (scale.float().abs() > 1e-6)
+    if not active.any():
         return
-    trained = (spread / norms)[alive].median().item()
+    trained = (spread / norms)[active].median().item()
     given = _STD / input_format.scale / (sum(input_format.std) / len(input_format.std))
     if not 1 / _TOLERANCE < trained / given < _TOLERANCE:
         raise ArgumentError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.models.detector import TwoStageDetector
+from cpm_rcnn.models.heads.classification import Classifier
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.backbone import load_backbone
 from cpm_rcnn.weights.checkpoints import class_names as names_in
@@ -19,10 +20,10 @@ _log = logging.getLogger(__name__)
 def initialize(detector: TwoStageDetector, class_names: Sequence[str] = (), *, init: str | Path | None = None) -> None:
     """Load the starting weights of a training that does not resume another.
 
-    Without ``init``, the backbone's weights are those that its settings name, if any, and the rest stays random.
+    Without ``init``, the backbone gets the weights that its settings name, if any; all other weights stay random.
 
     Args:
-        detector: as it was built.
+        detector: with the random weights of its construction.
         class_names: names of the detector's classes 1..C; only ``init`` needs them.
         init: a checkpoint of ``train`` or ``convert``. Classification layers are reinitialized if its classes have
             other names; everything else must fit.
@@ -42,11 +43,21 @@ def _start_from(detector: TwoStageDetector, class_names: Sequence[str], path: st
     check_same_model(checkpoint, detector.settings, source)
     state, own = detector_state(checkpoint), detector.state_dict()
     if names_in(checkpoint) != list(class_names):
-        reinitialized = [name for name in own if ".predictor." in name and "ism" not in name]
+        reinitialized = _classification_layers(detector)
         _log.warning("%s: has other classes; reinitialized: %s", source, ", ".join(reinitialized))
         state = {name: own[name] if name in reinitialized else value for name, value in state.items()}
     check_names(source, state, {name: value.shape for name, value in own.items()})
     detector.load_state_dict(state)
+
+
+def _classification_layers(detector: TwoStageDetector) -> list[str]:
+    """Names of the parameters whose meaning depends on the classes."""
+    return [
+        f"{name}.predictor.{parameter}"
+        for name, layer in detector.named_modules()
+        if isinstance(layer, Classifier)
+        for parameter in layer.predictor.state_dict()
+    ]
 
 
 def check_same_model(checkpoint: Mapping[str, Any], settings: ModelSettings, source: str) -> None:
@@ -77,7 +88,7 @@ def stored_settings(checkpoint: Mapping[str, Any], source: str, **overrides: Any
 
     Raises:
         ArgumentError: an override is invalid.
-        UserError: the stored settings are.
+        UserError: the stored settings are invalid.
     """
     options = dict(checkpoint["hyper_parameters"]["model"])
     try:

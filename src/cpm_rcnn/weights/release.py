@@ -164,8 +164,8 @@ def convert_state(state: Mapping[str, Tensor], detector: TwoStageDetector, sourc
     for part, names_of in ((head.ism, _ISM), (head.rsm, _RSM)):
         if part is None:
             state = {name: value for name, value in state.items() if not re.match(names_of, name)}
-    if wild := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise UserError(f"{source}: {len(wild)} tensors are not finite: {', '.join(wild[:6])}")
+    if nonfinite := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"{source}: {len(nonfinite)} tensors are not finite: {', '.join(nonfinite[:6])}")
     own = detector.state_dict()
     names = {name: release_names(name, len(head.stages)) for name in own}
     check_names(

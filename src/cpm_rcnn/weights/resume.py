@@ -31,7 +31,7 @@ class ResumePoint:
 
     @property
     def step(self) -> int:
-        """The number of optimizer steps that the run had done."""
+        """The number of optimizer steps of the run so far."""
         return self.checkpoint["global_step"]
 
 
@@ -43,7 +43,7 @@ def find_resume_point(resume: str | None, run_dir: Path) -> ResumePoint | None:
         run_dir: the run's folder.
 
     Raises:
-        UserError: no such file, a damaged one, or one that holds weights but no training state.
+        UserError: no such file, a damaged one, or one that contains weights but no training state.
     """
     if resume is None:
         return None

@@ -12,10 +12,11 @@ from cpm_rcnn.errors import UserError
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], None], advice: str = "") -> None:
     """Write a file under a temporary name, flush it to the disk, and rename it.
 
-    A process that is killed meanwhile leaves the previous file as it was, and perhaps a file that ends in ``.part``.
+    An exception leaves the previous file unchanged and no temporary file. A process that is killed can leave a
+    temporary file, which ends in ``.part``.
 
     Args:
-        path: the file, in a local folder; missing folders are made.
+        path: the file, in a local folder; missing folders are created.
         write: writes the content to an open file.
         advice: what to add to the message of an error.
 
@@ -32,6 +33,8 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], None], advice
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # torch's zip writer raises RuntimeError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{target}: cannot be written ({reason}){advice}") from error
+    finally:
         with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{target}: cannot be written ({str(error).splitlines()[0]}){advice}") from error
+            temporary.unlink(missing_ok=True)  # it is still there if anything failed

@@ -34,7 +34,9 @@ class RoIHead(nn.Module, ABC):
     """Base of all RoI heads.
 
     A head is registered in :data:`cpm_rcnn.models.heads.HEADS` under the name that ``head=NAME`` selects. It is
-    constructed as ``Head(settings, inputs)``.
+    constructed as ``Head(settings, inputs)``. It classifies with a
+    :class:`~cpm_rcnn.models.heads.classification.Classifier`, whose last layer is reinitialized when a training starts
+    from a checkpoint with other classes.
 
     Attributes:
         settings_class: the dataclass of the head's settings.
