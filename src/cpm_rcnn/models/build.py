@@ -20,8 +20,8 @@ def build_detector(
     """A detector with random weights; the defaults are the paper's CPM R-CNN.
 
     Args:
-        backbone: a name (``tiny``, ``resnet18`` .. ``resnext101_64x4d``, or a timm model), or a mapping of the fields of
-            :class:`~cpm_rcnn.models.backbones.BackboneSettings`.
+        backbone: a name (``tiny``, ``resnet18`` .. ``resnext101_64x4d``, or a timm model), or a mapping of the fields
+            of :class:`~cpm_rcnn.models.backbones.BackboneSettings`.
         num_classes: number of foreground classes C; labels are 1..C.
         **options: ``head``, ``convention`` and ``fpn_channels`` (:class:`~cpm_rcnn.models.settings.TrunkSettings`),
             the fields of :class:`~cpm_rcnn.models.rpn.RPNSettings` and those of the head, for ``head="cpm"``
@@ -56,5 +56,5 @@ def build(settings: ModelSettings, num_classes: int) -> TwoStageDetector:
         ImagePreprocessor(settings.backbone.resolved_format, convention),
         FPNBackbone(body, trunk.fpn_channels),
         RegionProposalNetwork(settings.rpn, trunk.fpn_channels, STRIDES, convention),
-        HEADS[trunk.head](settings.head, inputs),  # type: ignore[call-arg]
+        HEADS[trunk.head](settings.head, inputs),
     )

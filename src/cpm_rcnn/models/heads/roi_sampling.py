@@ -71,8 +71,8 @@ def next_stage_rois(
 ) -> tuple[Rois, Match]:
     """The candidates of the next cascade stage: the decoded boxes and the ground-truth boxes, matched again.
 
-    RoIs that are a ground-truth box themselves are dropped: they have no error for the next stage to learn from, and the
-    ground-truth boxes are appended anyway.
+    RoIs that are a ground-truth box themselves are dropped: they have no error for the next stage to learn from, and
+    the ground-truth boxes are appended anyway.
 
     Args:
         rois: R RoIs of the stage.
