@@ -51,7 +51,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            item.metadata["check"](item.name, getattr(self, item.name))
+            value = getattr(self, item.name)
+            item.metadata["check"](item.name, value)
+            # As tuples, so that settings compare equal whether their values come from a default or from a file.
+            if isinstance(value, list):
+                object.__setattr__(self, item.name, tuple(value))
 
     @classmethod
     def names(cls, role: str | None = None) -> list[str]:
@@ -59,19 +63,22 @@ class Settings:
         return [item.name for item in fields(cls) if role in (None, item.metadata["role"])]
 
     @classmethod
-    def from_dict(cls: type[_S], values: Mapping[str, Any], argument: str = "settings") -> _S:
+    def from_dict(cls: type[_S], values: Mapping[str, Any], argument: str | None = None) -> _S:
         """Settings from a mapping of field names to plain values.
 
         Args:
             values: plain values; fields with a default may be missing.
-            argument: what to call the mapping in messages.
+            argument: name of the mapping; errors about a value then name ``argument.field``, and otherwise ``field``.
 
         Raises:
             ArgumentError: a key is unknown or missing, or a value is invalid.
         """
         required = [item.name for item in fields(cls) if item.default is MISSING]
-        check_keys(argument, values, cls.names(), required)
-        return cls(**values)
+        check_keys(argument or "settings", values, cls.names(), required)
+        try:
+            return cls(**values)
+        except ArgumentError as error:
+            raise (error.under(argument) if argument else error) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values (numbers, strings, lists, mappings), as checkpoints store them."""
@@ -172,15 +179,7 @@ def settings_list(kind: type[_S], values: Any, argument: str) -> tuple[_S, ...]:
         ArgumentError: not a list of valid mappings; the error names the item, for example ``stages[1].loss_weight``.
     """
     check_list(argument, values)
-    items = []
-    for k, value in enumerate(values):
-        name = f"{argument}[{k}]"
-        if isinstance(value, kind):
-            items.append(value)
-            continue
-        check_keys(name, value, kind.names(), [item.name for item in fields(kind) if item.default is MISSING])
-        try:
-            items.append(kind(**value))
-        except ArgumentError as error:
-            raise error.under(name) from None
-    return tuple(items)
+    return tuple(
+        value if isinstance(value, kind) else kind.from_dict(value, f"{argument}[{k}]")
+        for k, value in enumerate(values)
+    )

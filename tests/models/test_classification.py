@@ -1,17 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from inputs import head_inputs, random_pyramid, random_rois
 from torchvision.ops import nms
 
 from cpm_rcnn.models.heads.classification import Classifier, classification_loss, probability_of, select_detections
 from cpm_rcnn.models.structures import Rois
-from cpm_rcnn.boxes import CONTINUOUS
-
-
-def random_rois(count, images, generator, size=100.0):
-    corner = torch.rand(count, 2, generator=generator) * size
-    boxes = torch.cat([corner, corner + 5 + torch.rand(count, 2, generator=generator) * size / 2], dim=1)
-    return Rois(boxes, torch.randint(images, (count,), generator=generator))
 
 
 def slow_selection(probabilities, rois, score_threshold, nms_iou):
@@ -26,7 +20,7 @@ def slow_selection(probabilities, rois, score_threshold, nms_iou):
 
 
 @pytest.mark.parametrize("count", [40, 700])
-def test_detections_are_those_of_one_nms_a_class_and_image(count):
+def test_detections_equal_separate_nms_for_each_class_and_image(count):
     generator = torch.Generator().manual_seed(count)
     rois = random_rois(count, 3, generator)
     probabilities = torch.softmax(2 * torch.randn(count, 5, generator=generator), dim=1)
@@ -39,21 +33,30 @@ def test_detections_are_those_of_one_nms_a_class_and_image(count):
     assert torch.equal(scores, scores.sort(descending=True).values)
 
 
-def test_one_roi_may_be_of_several_classes_but_never_background():
+def test_one_roi_can_give_several_classes_but_not_background():
     probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.98, 0.01, 0.01]])
-    rois = Rois(torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10]]), torch.tensor([0, 0]))
+    rois = Rois.of(torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10]]), torch.tensor([0, 0]))
     _, scores, labels = select_detections(probabilities, rois, score_threshold=0.03, nms_iou=0.3)
     assert labels.tolist() == [1, 2]
     assert scores.tolist() == pytest.approx([0.3, 0.2])
 
 
-def test_score_at_the_threshold_is_dropped():
-    rois = Rois(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([0]))
+def test_score_equal_to_the_threshold_is_dropped():
+    rois = Rois.of(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([0]))
     kept, _, _ = select_detections(torch.tensor([[0.75, 0.25]]), rois, score_threshold=0.25, nms_iou=0.3)
-    assert len(kept.boxes) == 0
+    assert len(kept) == 0
 
 
-def test_nothing_above_the_threshold_and_no_rois_give_no_detections():
+def test_invalid_roi_is_not_detected_and_suppresses_no_other():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [50, 50, 60, 60]])
+    rois = Rois(boxes, torch.tensor([0, 0, 0]), torch.tensor([False, True, True]))
+    probabilities = torch.tensor([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7]])
+    kept, scores, _ = select_detections(probabilities, rois, score_threshold=0.03, nms_iou=0.3)
+    assert torch.equal(kept.boxes, boxes[1:])
+    assert torch.equal(scores, probabilities[1:, 1])
+
+
+def test_low_scores_and_an_empty_set_of_rois_give_no_detections():
     for count in (0, 3):
         rois = random_rois(count, 1, torch.Generator().manual_seed(0))
         kept, scores, labels = select_detections(torch.full((count, 4), 0.01), rois, score_threshold=0.03, nms_iou=0.3)
@@ -61,16 +64,16 @@ def test_nothing_above_the_threshold_and_no_rois_give_no_detections():
         assert labels.dtype == torch.int64
 
 
-def test_choice_in_an_image_does_not_depend_on_its_place_in_a_large_batch():
-    # Boxes at fractions of a pixel whose IoU is near the threshold; 16 images of 80 classes at network size.
+def test_detections_of_an_image_do_not_depend_on_its_position_in_a_large_batch():
+    # Boxes with fractional coordinates whose IoU is near the threshold; 16 images, 80 classes, real image size.
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(8, 2, generator=generator) * 1000
     boxes = torch.cat([corner, corner + 30], dim=1)
     shift = 30 * (1 - 0.3) / (1 + 0.3)  # IoU 0.3
     near = boxes + torch.tensor([1.0, 0, 1, 0]) * (shift + torch.linspace(-0.02, 0.02, 8)[:, None])
     one = torch.cat([boxes, near])
-    rois = Rois(one.repeat(16, 1), torch.arange(16).repeat_interleave(len(one)))
-    probabilities = torch.zeros(len(rois.boxes), 81)
+    rois = Rois.of(one.repeat(16, 1), torch.arange(16).repeat_interleave(len(one)))
+    probabilities = torch.zeros(len(rois), 81)
     probabilities[:, 80] = torch.linspace(0.9, 0.5, len(one)).repeat(16)
     kept, _, _ = select_detections(probabilities, rois, score_threshold=0.03, nms_iou=0.3)
     first = kept.boxes[kept.images == 0]
@@ -79,13 +82,13 @@ def test_choice_in_an_image_does_not_depend_on_its_place_in_a_large_batch():
 
 
 def test_loss_is_the_mean_cross_entropy_in_float32():
-    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 0])
-    term = classification_loss(logits, labels)
+    logits, labels, valid = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 0]), torch.ones(6, dtype=torch.bool)
+    term = classification_loss(logits, labels, valid)
     torch.testing.assert_close(term.total / term.count, F.cross_entropy(logits, labels))
-    half = classification_loss(logits.bfloat16(), labels)
+    half = classification_loss(logits.bfloat16(), labels, valid)
     assert half.total.dtype == torch.float32
-    torch.testing.assert_close(half.total, classification_loss(logits.bfloat16().float(), labels).total)
-    assert classification_loss(logits[:0], labels[:0]).total.item() == 0
+    torch.testing.assert_close(half.total, classification_loss(logits.bfloat16().float(), labels, valid).total)
+    assert classification_loss(logits[:0], labels[:0], valid[:0]).total.item() == 0
 
 
 def test_probability_of_a_label_is_its_softmax():
@@ -96,10 +99,9 @@ def test_probability_of_a_label_is_its_softmax():
     assert probability_of(logits[:0], labels[:0]).shape == (0,)
 
 
-def test_classifier_has_a_row_a_roi_and_starts_undecided():
-    classifier = Classifier(8, (4, 8, 16, 32), 16, 5, CONTINUOUS)
-    features = [torch.randn(2, 8, 64 // 2**i, 64 // 2**i) for i in range(4)]
-    logits = classifier(features, random_rois(7, 2, torch.Generator().manual_seed(0)))
+def test_classifier_gives_one_row_per_roi_and_starts_with_small_logits():
+    classifier = Classifier(head_inputs(num_classes=5), 16)
+    logits = classifier(random_pyramid(size=64), random_rois(7, 2, torch.Generator().manual_seed(0)))
     assert logits.shape == (7, 6)
     assert logits.abs().max() < 1
     assert all((layer.bias == 0).all() for layer in (classifier.predictor, classifier.mlp.fc6, classifier.mlp.fc7))

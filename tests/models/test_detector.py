@@ -2,12 +2,13 @@ import itertools
 
 import pytest
 import torch
-from torch.utils.data import default_collate
+from inputs import make_target, random_image
 
-from cpm_rcnn.errors import UserError
-from cpm_rcnn.models.build import CMM_STAGES, build_detector
-from cpm_rcnn.models.heads.grid_stage import GridStage
 from cpm_rcnn.boxes import CONTINUOUS
+from cpm_rcnn.errors import UserError
+from cpm_rcnn.models.build import build_detector
+from cpm_rcnn.models.heads.cpm import CMM_STAGES
+from cpm_rcnn.models.heads.grid_stage import GridStage
 
 SMALL = {
     "fpn_channels": 16,
@@ -20,7 +21,7 @@ SMALL = {
     "proposals_test": 8,
     "samples": 64,
 }
-EVERYTHING = {
+LOSS_NAMES = {
     "loss_rpn_objectness",
     "loss_rpn_box",
     "loss_cls",
@@ -38,7 +39,7 @@ def make_detector(seed=0, **arguments):
 
 
 def make_noisy_detector(**arguments):
-    """One whose untrained layers disagree about everything, so that it detects many boxes with distinct scores."""
+    """A detector whose large random weights give many detections with distinct scores."""
     detector = make_detector(**{"proposals_test": 40, "score_threshold": 0.05} | arguments).eval()
     for name, parameter in detector.named_parameters():
         if "predictor.weight" in name or "cls_logits.weight" in name or ("deconvs" in name and parameter.ndim == 4):
@@ -53,19 +54,11 @@ def two_objects():
     image = torch.full((3, 64, 64), 40, dtype=torch.uint8)
     image[0, 6:40, 4:34] = 230
     image[2, 22:58, 36:60] = 230
-    boxes = torch.tensor([[4.0, 6, 34, 40], [36, 22, 60, 58]])
-    return image, {"boxes": boxes, "labels": torch.tensor([1, 2])}
+    return image, make_target([4, 6, 34, 40], [36, 22, 60, 58])
 
 
 def no_objects(height=64, width=64):
-    return torch.full((3, height, width), 90, dtype=torch.uint8), {
-        "boxes": torch.zeros(0, 4),
-        "labels": torch.zeros(0, dtype=torch.int64),
-    }
-
-
-def random_image(height, width, seed=0):
-    return torch.randint(256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.full((3, height, width), 90, dtype=torch.uint8), make_target()
 
 
 def backward(detector, *samples):
@@ -75,27 +68,41 @@ def backward(detector, *samples):
     return losses
 
 
-def assert_all_learn(detector):
+def assert_all_have_gradients(detector):
     for name, parameter in detector.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
 
 
-MIXES = list(itertools.product((True, False), repeat=3))
+def switches(*combinations):
+    ids = ["+".join(name for name, on in zip(("cmm", "ism", "rsm"), parts) if on) or "none" for parts in combinations]
+    return pytest.mark.parametrize(("cmm", "ism", "rsm"), combinations, ids=ids)
 
 
-@pytest.mark.parametrize(
-    ("cmm", "ism", "rsm"),
-    MIXES,
-    ids=["+".join(n for n, on in zip(("cmm", "ism", "rsm"), mix) if on) or "none" for mix in MIXES],
-)
-def test_one_image_is_learned_to_nearly_no_loss_and_then_detected(cmm, ism, rsm):
+@switches(*itertools.product((True, False), repeat=3))
+def test_every_combination_of_parts_has_its_losses_and_detects(cmm, ism, rsm):
+    detector = make_noisy_detector(stages=CMM_STAGES if cmm else CMM_STAGES[:1], ism=ism, rsm=rsm)
+    losses = backward(detector.train(), two_objects())
+    absent = {"loss_grid1", "loss_grid2"} if not cmm else set()
+    absent |= {"loss_ism"} if not ism else set()
+    absent |= {"loss_rsm"} if not rsm else set()
+    assert set(losses) == LOSS_NAMES - absent
+    assert_all_have_gradients(detector)
+    with torch.no_grad():
+        [found] = detector.eval()([random_image(64, 64)])
+    assert len(found["scores"]) > 0
+    assert found["boxes"].isfinite().all()
+
+
+# Together these cover all four on/off combinations of each pair of parts.
+@switches((True, True, True), (True, False, False), (False, True, False), (False, False, True))
+def test_training_on_one_image_reduces_the_losses_and_detects_its_objects(cmm, ism, rsm):
     # With 16 channels, all of the RPN's ReLUs may die where the objects are.
     detector = make_detector(stages=CMM_STAGES if cmm else CMM_STAGES[:1], ism=ism, rsm=rsm, fpn_channels=48)
     image, target = two_objects()
     history = []
-    # The head ends on proposals that stand still. Else one may slip over IoU 0.5, and so change its label, when the
-    # rate is too low to follow: of ten RoIs, one is a large loss.
+    # At the end only the head is trained, on proposals that no longer change. Otherwise a proposal could cross IoU 0.5
+    # and change its label when the learning rate is too low to adapt; with ten RoIs, one is a large part of the loss.
     for part, steps in ((detector, 100), (detector.head, 60)):
         detector.requires_grad_(False)
         part.requires_grad_(True)
@@ -110,7 +117,7 @@ def test_one_image_is_learned_to_nearly_no_loss_and_then_detected(cmm, ism, rsm)
             history.append({name: loss.item() for name, loss in losses.items()})
     first, last = history[0], history[-1]
     assert sum(last.values()) < 0.1 * sum(first.values())
-    # A cross of 5 of 784 cells is learned slowly: the heatmaps come close, all other losses vanish.
+    # With 5 of 784 cells positive, heatmaps are learned slowly; all other losses become almost zero.
     grid = [name for name in last if "grid" in name]
     assert all(last[name] < 0.35 * first[name] for name in grid)
     assert sum(last[name] for name in set(last) - set(grid)) < 0.02 * sum(first[name] for name in set(last) - set(grid))
@@ -124,28 +131,28 @@ def test_one_image_is_learned_to_nearly_no_loss_and_then_detected(cmm, ism, rsm)
     assert (scores[2:] < 0.5 * scores[1]).all()
 
 
-def test_losses_are_named_positive_scalars_that_every_parameter_learns_from():
+def test_losses_are_positive_scalars_with_a_gradient_for_every_parameter():
     detector = make_detector(fusion=True)
     losses = backward(detector, two_objects())
-    assert set(losses) == EVERYTHING
+    assert set(losses) == LOSS_NAMES
     for loss in losses.values():
         assert (loss.shape, loss.dtype) == ((), torch.float32)
         assert loss > 0
-    assert_all_learn(detector)
+    assert_all_have_gradients(detector)
 
 
 @pytest.mark.parametrize("fusion", [False, True], ids=["plain", "fusion"])
 @pytest.mark.parametrize("others", [0, 1], ids=["alone", "mixed"])
-def test_image_without_objects_trains_and_every_parameter_gets_a_gradient(others, fusion):
+def test_every_parameter_gets_a_gradient_from_images_without_objects(others, fusion):
     detector = make_detector(fusion=fusion)
     losses = backward(detector, *[no_objects()] * 2, *[two_objects()] * others)
     assert all(loss.isfinite() for loss in losses.values())
-    assert_all_learn(detector)
+    assert_all_have_gradients(detector)
     if not others:
         assert losses["loss_grid0"] == losses["loss_grid2"] == losses["loss_ism"] == losses["loss_rpn_box"] == 0
 
 
-def test_losses_of_equal_images_are_a_mean_and_not_a_sum():
+def test_losses_of_several_images_are_means_and_not_sums():
     detector = make_detector(samples=10_000, proposals_train=4)
     with torch.no_grad():
         one = detector(*zip(two_objects()))
@@ -154,9 +161,8 @@ def test_losses_of_equal_images_are_a_mean_and_not_a_sum():
         torch.testing.assert_close(one[name], four[name], rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("pixels", ["continuous", "inclusive"])
-def test_detections_are_a_dict_an_image_best_score_first(pixels):
-    detector = make_noisy_detector(convention=convention)
+def test_detections_are_one_dict_per_image_sorted_by_score(convention):
+    detector = make_noisy_detector(convention=convention.name)
     with torch.no_grad():
         detections = detector([random_image(64, 96), random_image(50, 40, 1), random_image(33, 65, 2)])
     assert len(detections) == 3
@@ -179,50 +185,48 @@ def test_images_without_detections_give_empty_tensors():
         assert (found["boxes"].dtype, found["labels"].dtype) == (torch.float32, torch.int64)
 
 
-def test_no_images_are_refused():
+def test_empty_list_of_images_is_refused():
     with pytest.raises(UserError, match="images is empty"):
         make_detector().eval()([])
 
 
 @pytest.mark.parametrize(
-    "mix", [{}, {"ism": False, "rsm": False}, {"fusion": True, "stages": CMM_STAGES[:1]}], ids=["all", "cmm", "fused"]
+    "options",
+    [{}, {"ism": False, "rsm": False}, {"fusion": True, "stages": CMM_STAGES[:1]}],
+    ids=["all", "cmm", "fused"],
 )
-def test_detections_of_an_image_do_not_depend_on_its_neighbour(mix):
-    detector = make_noisy_detector(**mix)
+def test_detections_of_an_image_do_not_depend_on_the_rest_of_the_batch(options):
+    detector = make_noisy_detector(**options)
     image, other, dark = random_image(64, 60), random_image(50, 64, 1), no_objects(64, 64)[0]
     with torch.no_grad():
         [alone] = detector([image])
-        for batch, place in (([image, other], 0), ([other, image], 1), ([dark, other, image], 2)):
-            found = detector(batch)[place]
+        for batch, position in (([image, other], 0), ([other, image], 1), ([dark, other, image], 2)):
+            found = detector(batch)[position]
             assert torch.equal(found["labels"], alone["labels"])
             torch.testing.assert_close(found["boxes"], alone["boxes"], rtol=0, atol=1e-2)
             torch.testing.assert_close(found["scores"], alone["scores"], rtol=0, atol=1e-4)
     assert len(alone["labels"]) > 3
 
 
-def test_evaluation_is_repeatable_and_changes_nothing():
+def test_detection_is_deterministic_and_changes_neither_model_nor_image():
     detector, image = make_noisy_detector(), random_image(64, 64)
-    kept, state = image.clone(), {k: v.clone() for k, v in detector.state_dict().items()}
+    original, state = image.clone(), {k: v.clone() for k, v in detector.state_dict().items()}
     with torch.no_grad():
         first, second = detector([image])[0], detector([image])[0]
     assert all(torch.equal(first[key], second[key]) for key in first)
-    assert torch.equal(image, kept)
+    assert torch.equal(image, original)
     assert all(torch.equal(value, state[key]) for key, value in detector.state_dict().items())
 
 
-def test_training_leaves_the_callers_targets_alone():
+def test_training_does_not_modify_the_targets():
     image, target = two_objects()
-    kept = {key: value.clone() for key, value in target.items()}
+    original = {key: value.clone() for key, value in target.items()}
     make_detector()([image], [target])
-    assert all(torch.equal(target[key], kept[key]) for key in kept)
+    assert all(torch.equal(target[key], original[key]) for key in original)
 
 
 def test_same_seed_gives_the_same_losses():
-    def again():
-        detector = make_detector()
-        return default_collate([detector([two_objects()[0]], [two_objects()[1]])])
-
-    first, second = again(), again()
+    first, second = (make_detector()(*zip(two_objects())) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -234,33 +238,33 @@ def test_same_seed_gives_the_same_losses():
         torch.zeros(8, 8, dtype=torch.uint8),
         torch.zeros(8, 8, 3, dtype=torch.uint8),
     ],
-    ids=["float", "grey", "flat", "channels last"],
+    ids=["float", "one channel", "two dimensions", "channels last"],
 )
-def test_image_of_the_wrong_kind_is_named_by_its_place(image):
+def test_invalid_image_is_named_by_its_index(image):
     detector = make_detector().eval()
     with pytest.raises(UserError, match=r"images\[1\].*uint8"):
         detector([no_objects()[0], image])
 
 
 @pytest.mark.parametrize("targets", [None, [], [two_objects()[1]] * 2])
-def test_training_needs_a_target_an_image(targets):
+def test_training_requires_one_target_per_image(targets):
     with pytest.raises(UserError, match="one target for each of the 1 images"):
         make_detector()([two_objects()[0]], targets)
 
 
-def test_autocast_to_bfloat16_keeps_losses_and_boxes_in_float32():
+def test_losses_and_boxes_are_float32_under_autocast_to_bfloat16():
     detector = make_detector(fusion=True)
     with torch.autocast("cpu", torch.bfloat16):
         losses = backward(detector, two_objects(), no_objects())
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
-    assert_all_learn(detector)
+    assert_all_have_gradients(detector)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         [found] = make_noisy_detector()([random_image(64, 64)])
     assert len(found["boxes"]) > 0
     assert (found["boxes"].dtype, found["scores"].dtype) == (torch.float32, torch.float32)
 
 
-def test_autocast_losses_are_near_those_of_float32():
+def test_losses_under_autocast_are_close_to_those_in_float32():
     exact = make_detector()([two_objects()[0]], [two_objects()[1]])
     detector = make_detector()
     with torch.autocast("cpu", torch.bfloat16):
@@ -270,18 +274,18 @@ def test_autocast_losses_are_near_those_of_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_whole_model_may_be_of_another_dtype(dtype):
+def test_model_can_be_converted_to_another_dtype(dtype):
     detector = make_detector(fusion=True).to(dtype)
     losses = backward(detector, two_objects(), no_objects())
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
-    assert_all_learn(detector)
+    assert_all_have_gradients(detector)
     with torch.no_grad():
         [found] = make_noisy_detector().to(dtype)([random_image(64, 64)])
     assert found["boxes"].dtype == torch.float32
     assert found["scores"].isfinite().all()
 
 
-def test_state_of_one_detector_makes_another_detect_the_same():
+def test_detector_with_the_state_of_another_gives_the_same_detections():
     detector, other = make_noisy_detector(), make_detector(seed=1, proposals_test=40, score_threshold=0.05).eval()
     other.load_state_dict(detector.state_dict())
     image = random_image(64, 64)
@@ -291,12 +295,12 @@ def test_state_of_one_detector_makes_another_detect_the_same():
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_only_boxes_that_survive_classification_are_mapped_at_test(monkeypatch):
+def test_grid_stages_run_only_on_boxes_that_remain_after_classification_at_test(monkeypatch):
     counts, forward = [], GridStage.forward
     monkeypatch.setattr(
         GridStage,
         "forward",
-        lambda self, features, rois: counts.append(len(rois.boxes)) or forward(self, features, rois),
+        lambda self, features, rois: counts.append(len(rois)) or forward(self, features, rois),
     )
     with torch.no_grad():
         [found] = make_noisy_detector()([random_image(64, 64)])

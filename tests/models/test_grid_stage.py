@@ -1,61 +1,61 @@
 import pytest
 import torch
+from inputs import head_inputs, make_ground_truth, no_rois, random_pyramid
 from torch import nn
 
+from cpm_rcnn.boxes import CONTINUOUS
 from cpm_rcnn.models.heads.grid_stage import GridOutput, GridStage, PointFusion, StageSettings
 from cpm_rcnn.models.heatmaps import grid_loss, grid_targets
-from cpm_rcnn.models.structures import Rois
-from cpm_rcnn.boxes import CONTINUOUS
-
-STRIDES = (4, 8, 16, 32)
+from cpm_rcnn.models.structures import Match, Rois, match_rois
 
 
 def make_stage(fusion=False, point_channels=4, num_convs=2, **settings):
     torch.manual_seed(0)
     settings = StageSettings(**{"positive_iou": 0.5, "mapping_ratio": 1.0, "loss_weight": 1.0} | settings)
-    stage = GridStage(
-        settings, 8, STRIDES, point_channels=point_channels, num_convs=num_convs, fusion=fusion, convention=CONTINUOUS
-    )
+    stage = GridStage(settings, head_inputs(), point_channels=point_channels, num_convs=num_convs, fusion=fusion)
     for deconv in (stage.deconvs[0], stage.deconvs[3]):
-        nn.init.normal_(deconv.weight, std=0.3)  # visible, where the initial weights are not
+        nn.init.normal_(deconv.weight, std=0.3)  # the initial weights are too small to see a difference
     return stage
 
 
 @pytest.fixture(scope="module")
 def features():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(2, 8, 128 // stride, 128 // stride, generator=generator) for stride in STRIDES]
+    return random_pyramid()
 
 
 @pytest.fixture(scope="module")
 def rois():
-    return Rois(torch.tensor([[5.0, 6, 50, 70], [20, 10, 90, 60], [40, 40, 100, 110]]), torch.tensor([0, 1, 1]))
+    return Rois.of(torch.tensor([[5.0, 6, 50, 70], [20, 10, 90, 60], [40, 40, 100, 110]]), torch.tensor([0, 1, 1]))
+
+
+def match_of(rois, boxes):
+    """The match of ``rois`` with the objects ``boxes``, row by row."""
+    return Match(CONTINUOUS.iou(rois.boxes, boxes), boxes, torch.ones(len(boxes), dtype=torch.int64))
 
 
 @pytest.mark.parametrize("fusion", [False, True])
-def test_stage_gives_features_of_7_and_heatmaps_of_28_cells_a_point(features, rois, fusion):
+def test_output_has_7x7_features_and_28x28_heatmaps_per_point(features, rois, fusion):
     output = make_stage(fusion)(features, rois)
-    assert output.point_features.shape == (3, 36, 7, 7)
+    assert output.features.shape == (3, 36, 7, 7)
     assert output.heatmaps.shape == (3, 9, 28, 28)
     assert (output.unfused_heatmaps is not None) == fusion
 
 
 @pytest.mark.parametrize("fusion", [False, True])
-def test_no_rois_give_no_heatmaps_and_every_parameter_a_gradient(features, fusion):
-    stage, none = make_stage(fusion), Rois(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+def test_without_rois_there_are_no_heatmaps_but_every_parameter_gets_a_gradient(features, fusion):
+    stage, none = make_stage(fusion), no_rois()
     output = stage(features, none)
     assert output.heatmaps.shape == (0, 9, 28, 28)
     assert stage.decode(output, none).boxes.shape == (0, 4)
-    term = stage.loss(output, none, none.boxes)
+    term = stage.loss(output, none, match_rois(none, make_ground_truth([]), CONTINUOUS))
     assert (term.total.item(), term.count) == (0, 0)
     term.total.backward()
     assert all(p.grad is not None and (p.grad == 0).all() for p in stage.parameters())
 
 
 def test_layers_are_those_of_the_spec():
-    stage = GridStage(
-        StageSettings(0.5, 1.0, 1.0), 256, STRIDES, point_channels=64, num_convs=8, fusion=False, convention=CONTINUOUS
-    )
+    settings = StageSettings(0.5, 1.0, 1.0)
+    stage = GridStage(settings, head_inputs(channels=256), point_channels=64, num_convs=8, fusion=False)
     convs = [layer for layer in stage.convs if isinstance(layer, nn.Conv2d)]
     norms = [layer for layer in stage.convs if isinstance(layer, nn.GroupNorm)]
     assert [conv.stride for conv in convs] == [(2, 2)] + [(1, 1)] * 7
@@ -69,7 +69,7 @@ def test_layers_are_those_of_the_spec():
 
 
 @pytest.mark.parametrize("point", range(9))
-def test_heatmap_of_a_point_comes_from_its_own_channels_only(point):
+def test_heatmap_of_a_point_depends_only_on_the_channels_of_that_point(point):
     stage = make_stage()
     point_features = torch.randn(2, 36, 7, 7)
     other = point_features.clone()
@@ -79,7 +79,7 @@ def test_heatmap_of_a_point_comes_from_its_own_channels_only(point):
 
 
 def slow_fusion(fusion, point_features):
-    """Two rounds of messages, an edge at a time; neighbours of a point in ascending order."""
+    """Two rounds of messages, one edge at a time; neighbours of a point in ascending order."""
     channels = point_features.shape[1] // 9
     points = list(point_features.split(channels, dim=1))
     neighbours = [[n for n in range(9) if abs(n // 3 - p // 3) + abs(n % 3 - p % 3) == 1] for p in range(9)]
@@ -103,13 +103,13 @@ def slow_fusion(fusion, point_features):
     return torch.cat(passed(fusion.second_order, first), dim=1)
 
 
-def test_fusion_is_the_loop_over_edges_first_order_then_second():
+def test_fusion_equals_a_loop_over_edges_first_order_then_second_order():
     torch.manual_seed(0)
     fusion, point_features = PointFusion(4), torch.randn(3, 36, 7, 7)
     torch.testing.assert_close(fusion(point_features), slow_fusion(fusion, point_features), rtol=1e-4, atol=1e-5)
 
 
-def test_fusion_reaches_points_two_steps_away_and_no_further():
+def test_fusion_reaches_points_at_most_two_edges_away():
     torch.manual_seed(0)
     fusion, point_features = PointFusion(4), torch.randn(1, 36, 7, 7)
     other = point_features.clone()
@@ -118,24 +118,25 @@ def test_fusion_reaches_points_two_steps_away_and_no_further():
     assert change.tolist() == [p // 3 + p % 3 <= 2 for p in range(9)]
 
 
-def test_fused_heatmaps_are_decoded_and_both_are_trained(features, rois):
+def test_fused_heatmaps_are_decoded_and_both_heatmaps_are_trained(features, rois):
     stage = make_stage(fusion=True, loss_weight=0.5)
     output = stage(features, rois)
-    torch.testing.assert_close(output.heatmaps, stage.deconvs(stage.fusion(output.point_features)))
-    torch.testing.assert_close(output.unfused_heatmaps, stage.deconvs(output.point_features))
-    targets = grid_targets(rois.boxes, rois.boxes + 3, 1.0)
-    fused, unfused = (grid_loss(x, targets) for x in (output.heatmaps, output.unfused_heatmaps))
-    term = stage.loss(output, rois, rois.boxes + 3)
+    torch.testing.assert_close(output.heatmaps, stage.deconvs(stage.fusion(output.features)))
+    torch.testing.assert_close(output.unfused_heatmaps, stage.deconvs(output.features))
+    match = match_of(rois, rois.boxes + 3)
+    targets = grid_targets(rois.boxes, match.boxes, 1.0)
+    fused, unfused = (grid_loss(x, targets, rois.valid) for x in (output.heatmaps, output.unfused_heatmaps))
+    term = stage.loss(output, rois, match)
     assert term.count == fused.count
     torch.testing.assert_close(term.total, 0.5 * (fused.total + unfused.total))
 
 
-def test_unfused_heatmaps_are_left_out_at_test(features, rois):
+def test_unfused_heatmaps_are_not_computed_at_test(features, rois):
     assert make_stage(fusion=True).eval()(features, rois).unfused_heatmaps is None
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.25])
-def test_decoded_boxes_stay_in_the_enlarged_roi_in_order_and_without_gradient(features, rois, ratio):
+def test_decoded_boxes_lie_in_the_enlarged_roi_and_have_no_gradient(features, rois, ratio):
     stage = make_stage(mapping_ratio=ratio)
     decoded = stage.decode(stage(features, rois), rois)
     assert not decoded.boxes.requires_grad
@@ -145,9 +146,10 @@ def test_decoded_boxes_stay_in_the_enlarged_roi_in_order_and_without_gradient(fe
     assert (decoded.boxes <= rois.boxes[:, (2, 3, 2, 3)] + size).all()
 
 
-def test_loss_uses_the_stages_own_ratio_and_weight(rois):
+def test_loss_uses_the_mapping_ratio_and_weight_of_the_stage(rois):
     stage = make_stage(mapping_ratio=0.25, loss_weight=0.25)
-    boxes = rois.boxes + 2
+    match = match_of(rois, rois.boxes + 2)
     heatmaps = torch.randn(3, 9, 28, 28)
-    term = stage.loss(GridOutput(torch.zeros(0), heatmaps), rois, boxes)
-    torch.testing.assert_close(term.total, 0.25 * grid_loss(heatmaps, grid_targets(rois.boxes, boxes, 0.25)).total)
+    term = stage.loss(GridOutput(torch.zeros(0), heatmaps), rois, match)
+    expected = grid_loss(heatmaps, grid_targets(rois.boxes, match.boxes, 0.25), rois.valid)
+    torch.testing.assert_close(term.total, 0.25 * expected.total)

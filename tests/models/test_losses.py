@@ -4,11 +4,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from cpm_rcnn.models.losses import LossTerm, resolve
+from cpm_rcnn.models.losses import LossTerm, reduce_losses
 
 
-def test_mean_is_total_over_count_whether_the_count_is_an_int_or_a_tensor():
-    means = resolve(
+def test_mean_is_total_divided_by_an_int_or_tensor_count():
+    means = reduce_losses(
         {
             "a": LossTerm(torch.tensor(6.0), 4),
             "b": LossTerm(torch.tensor(6.0), torch.tensor(3)),
@@ -20,30 +20,30 @@ def test_mean_is_total_over_count_whether_the_count_is_an_int_or_a_tensor():
 
 
 @pytest.mark.parametrize("count", [0, torch.tensor(0)], ids=["int", "tensor"])
-def test_nothing_counted_is_a_zero_that_still_has_a_gradient(count):
+def test_count_of_zero_gives_a_zero_loss_that_has_a_gradient(count):
     values = torch.zeros(0, requires_grad=True)
-    mean = resolve({"loss": LossTerm(values.sum(), count)})["loss"]
+    mean = reduce_losses({"loss": LossTerm(values.sum(), count)})["loss"]
     assert mean.item() == 0
     mean.backward()
     assert values.grad is not None
 
 
-def test_gradient_is_that_of_the_mean():
+def test_gradient_is_the_gradient_of_the_mean():
     values = torch.arange(4.0, requires_grad=True)
-    resolve({"loss": LossTerm(values.square().sum(), 4)})["loss"].backward()
+    reduce_losses({"loss": LossTerm(values.square().sum(), 4)})["loss"].backward()
     torch.testing.assert_close(values.grad, 2 * torch.arange(4.0) / 4)
 
 
-def test_weight_scales_the_total_and_not_the_count():
+def test_weight_multiplies_the_total_but_not_the_count():
     assert LossTerm(torch.tensor(3.0), 7).weighted(0.5) == LossTerm(torch.tensor(1.5), 7)
 
 
-# How many rows each of two images gives a loss: "grid" has none in image 1, "rare" less than one an image, "none" none.
+# Rows that each of two images contributes to a loss: "grid" has none in image 1, "rare" less than one per image.
 ROWS = {"cls": (3, 5), "grid": (4, 0), "rare": (0, 1), "none": (0, 0)}
 
 
 class Toy(nn.Module):
-    """One linear layer and the mean squares of its outputs on the rows of some images."""
+    """A linear layer whose losses are the mean squared outputs for the rows of some images."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ class Toy(nn.Module):
             rows = torch.cat([per_image[image] for image in images])
             count = torch.tensor(len(rows)) if i % 2 else len(rows)
             terms[name] = LossTerm(self.linear(rows).square().sum(), count)
-        return resolve(terms)
+        return reduce_losses(terms)
 
 
 def train_one_image(rank, file, folder):
@@ -69,10 +69,12 @@ def train_one_image(rank, file, folder):
     sum(losses.values()).backward()
     result = {name: loss.item() for name, loss in losses.items()}, model.module.linear.weight.grad
     torch.save(result, f"{folder}/{rank}.pt")
+    # If one process ends while the other is still connected to it, the other can be aborted.
+    dist.barrier()
     dist.destroy_process_group()
 
 
-def test_two_processes_with_an_image_each_get_the_gradient_of_one_with_both(tmp_path):
+def test_two_processes_with_one_image_each_get_the_gradient_of_one_process_with_both(tmp_path):
     whole = Toy()
     losses = whole([0, 1])
     sum(losses.values()).backward()

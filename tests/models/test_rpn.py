@@ -1,64 +1,45 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from inputs import make_ground_truth, random_pyramid
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork as TorchvisionRPN
 from torchvision.ops import box_iou, nms
 
+from cpm_rcnn.boxes import CONTINUOUS, INCLUSIVE
 from cpm_rcnn.models import rpn as rpn_module
+from cpm_rcnn.models.rpn import RATIOS, RegionProposalNetwork, RPNSettings, level_anchors
 from cpm_rcnn.models.structures import GroundTruth
-from cpm_rcnn.models.rpn import RATIOS, RegionProposalNetwork, level_anchors
-from cpm_rcnn.boxes import CONTINUOUS, CONVENTIONS, INCLUSIVE
 
 CPU = torch.device("cpu")
-both = pytest.mark.parametrize("pixels", CONVENTIONS.values(), ids=lambda pixels: pixels.name)
 
 
-def make_rpn(strides=(8, 16), anchor_sizes=(32, 64), *, convention=CONTINUOUS, border=False, train=200, test=100):
+def make_rpn(strides=(8, 16), *, convention=CONTINUOUS, border=False, train=200, test=100):
+    """An RPN on one or two levels with anchors of 32 and 64 pixels."""
     torch.manual_seed(0)
-    return RegionProposalNetwork(
-        4,
-        strides,
-        anchor_sizes=anchor_sizes,
-        ignore_border_anchors=border,
-        proposals_train=train,
-        proposals_test=test,
-        convention=convention,
+    settings = RPNSettings(
+        anchor_sizes=(32, 64, 128, 256, 512), ignore_border_anchors=border, proposals_train=train, proposals_test=test
     )
+    return RegionProposalNetwork(settings, 4, strides, convention)
 
 
-def pyramid(batch=2, size=128, strides=(8, 16)):
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(batch, 4, size // stride, size // stride, generator=generator) for stride in strides]
+def pyramid(batch=2, strides=(8, 16)):
+    return random_pyramid(batch, channels=4, strides=strides)
 
 
-def truth(*boxes_per_image):
-    return GroundTruth.stack(
-        [
-            {
-                "boxes": torch.tensor(b, dtype=torch.float32).reshape(-1, 4),
-                "labels": torch.ones(len(b), dtype=torch.int64),
-            }
-            for b in boxes_per_image
-        ]
-    )
-
-
-@both
-def test_anchors_run_row_by_row_cell_by_cell_ratio_by_ratio(pixels):
+def test_anchors_are_ordered_by_row_then_column_then_ratio(convention):
     anchors = level_anchors(convention, 8, 32, (2, 3), CPU)
     cell = convention.cell_anchors(8, 32, RATIOS)
     expected = [cell[k] + torch.tensor([8 * x, 8 * y] * 2) for y in range(2) for x in range(3) for k in range(3)]
     assert torch.equal(anchors, torch.stack(expected))
 
 
-@both
 @pytest.mark.parametrize(
     ("level", "image", "row", "column", "ratio"), [(0, 0, 3, 5, 0), (0, 1, 9, 2, 2), (1, 1, 4, 6, 1)]
 )
-def test_output_of_the_head_moves_the_anchor_of_its_own_place(convention, level, image, row, column, ratio):
+def test_outputs_of_the_head_are_applied_to_the_anchor_at_their_position(convention, level, image, row, column, ratio):
     rpn = make_rpn(convention=convention, test=3).eval()
     features = pyramid()
     logits = [torch.full((2, 3, *x.shape[-2:]), -9.0) for x in features]
@@ -69,15 +50,14 @@ def test_output_of_the_head_moves_the_anchor_of_its_own_place(convention, level,
     rpn.head.forward = lambda _: (logits, deltas)
     proposals, losses = rpn(features, torch.tensor([[400, 400], [400, 400]]))
     stride = rpn.strides[level]
-    anchor = convention.cell_anchors(stride, rpn.anchor_sizes[level], RATIOS)[ratio]
+    anchor = convention.cell_anchors(stride, rpn.settings.anchor_sizes[level], RATIOS)[ratio]
     anchor = anchor + torch.tensor([column * stride, row * stride] * 2)
     best = proposals.boxes[proposals.images == image][0]
     torch.testing.assert_close(best, convention.decode(moves, anchor))
     assert losses == {}
 
 
-@both
-def test_proposals_are_inside_their_image_limited_apart_and_best_first(pixels):
+def test_proposals_are_clipped_limited_and_sorted_by_score(convention):
     rpn = make_rpn(convention=convention, test=20).eval()
     nn.init.normal_(rpn.head.bbox_pred.weight, std=0.5)
     nn.init.normal_(rpn.head.cls_logits.weight, std=1.0)
@@ -93,18 +73,17 @@ def test_proposals_are_inside_their_image_limited_apart_and_best_first(pixels):
         assert (boxes[:, 2] <= width - convention.extra).all()
         assert (boxes[:, 3] <= height - convention.extra).all()
         assert all((side > 0).all() for side in convention.sizes(boxes))
-        # Best first, an image at a time, is what one NMS a level and one sort give.
         expected = slow_proposals(rpn, [x[image : image + 1] for x in features], sizes[image], 20)
         torch.testing.assert_close(boxes, expected, rtol=0, atol=1e-3)
 
 
 @torch.no_grad()
 def slow_proposals(rpn, features, size, limit):
-    """Proposals of one image, a level at a time."""
+    """Proposals of one image: NMS for each level, then the best of all levels, best first."""
     boxes, scores = [], []
     logits, deltas = rpn.head(features)
-    for stride, anchor_size, level_logits, level_deltas in zip(rpn.strides, rpn.anchor_sizes, logits, deltas):
-        anchors = level_anchors(rpn.pixels, stride, anchor_size, level_logits.shape[-2:], CPU)
+    for stride, anchor_size, level_logits, level_deltas in zip(rpn.strides, rpn.settings.anchor_sizes, logits, deltas):
+        anchors = level_anchors(rpn.convention, stride, anchor_size, level_logits.shape[-2:], CPU)
         score = level_logits[0].permute(1, 2, 0).flatten()
         delta = level_deltas[0].permute(1, 2, 0).reshape(-1, 4)
         best = score.argsort(descending=True)[:limit]
@@ -117,21 +96,21 @@ def slow_proposals(rpn, features, size, limit):
     return torch.cat(boxes)[torch.cat(scores).argsort(descending=True)[:limit]]
 
 
-def test_training_and_testing_have_their_own_limit():
+def test_number_of_proposals_is_limited_separately_in_training_and_at_test():
     rpn = make_rpn(train=30, test=7)
     sizes = torch.tensor([[128, 128]] * 2)
     counts = {mode: rpn.train(mode)(pyramid(), sizes)[0].images.bincount().tolist() for mode in (True, False)}
     assert counts == {True: [30, 30], False: [7, 7]}
 
 
-def test_losses_and_proposals_are_torchvisions_where_nothing_is_drawn_at_random(monkeypatch):
+def test_losses_and_proposals_equal_torchvisions_when_all_anchors_are_sampled(monkeypatch):
     monkeypatch.setattr(rpn_module, "_SAMPLES", 100_000)
-    monkeypatch.setattr(rpn_module, "_POSITIVE_FRACTION", 1.0)  # int(1.0 * n): room for every negative is left
-    ours = make_rpn(strides=(8,), anchor_sizes=(32,), train=50, test=50)
+    monkeypatch.setattr(rpn_module, "_POSITIVE_FRACTION", 1.0)  # with so many samples, all negatives are chosen too
+    ours = make_rpn(strides=(8,), train=50, test=50)
     nn.init.normal_(ours.head.cls_logits.weight, std=0.5)
     nn.init.normal_(ours.head.bbox_pred.weight, std=0.2)
     generator = AnchorGenerator(((32,),), (RATIOS,))
-    # torchvision's anchors stand on the corner of a cell, rounded.
+    # torchvision's own anchors are rounded and centred on the corner of a cell.
     generator.cell_anchors = [CONTINUOUS.cell_anchors(8, 32, RATIOS)]
     limits = {"training": 50, "testing": 50}
     theirs = TorchvisionRPN(generator, ours.head, 0.7, 0.3, 100_000, 1.0, limits, limits, 0.7)
@@ -139,15 +118,14 @@ def test_losses_and_proposals_are_torchvisions_where_nothing_is_drawn_at_random(
     images = ImageList(torch.zeros(2, 3, 128, 128), [(128, 128), (128, 128)])
     targets = [{"boxes": torch.tensor(b, dtype=torch.float32)} for b in boxes]
     expected_proposals, expected = theirs.train()(images, {"0": features[0]}, targets)
-    proposals, losses = ours(features, torch.tensor([[128, 128]] * 2), truth(*boxes))
+    proposals, losses = ours(features, torch.tensor([[128, 128]] * 2), make_ground_truth(*boxes))
     for image in range(2):
         torch.testing.assert_close(proposals.boxes[proposals.images == image], expected_proposals[image])
     for name, theirs_name in (("loss_rpn_objectness", "loss_objectness"), ("loss_rpn_box", "loss_rpn_box_reg")):
         torch.testing.assert_close(losses[name].total / losses[name].count, expected[theirs_name])
 
 
-@both
-def test_overlap_decides_and_the_best_anchor_teaches_even_below_it(pixels):
+def test_anchors_are_labelled_by_iou_and_the_best_of_an_object_is_positive_at_any_iou(convention):
     rpn = make_rpn(convention=convention)
     anchors = torch.tensor(
         [
@@ -159,32 +137,31 @@ def test_overlap_decides_and_the_best_anchor_teaches_even_below_it(pixels):
             [200, 200, 300, 230],
         ]
     )
-    objects = truth([[0, 0, 100, 100], [200, 200, 300, 300]])
+    objects = make_ground_truth([[0, 0, 100, 100], [200, 200, 300, 300]])
     labels, boxes = rpn._assign(anchors, torch.tensor([[400, 400]]), objects)
-    # 1.0 and 0.8: object; 0.5: neither; 0.2: background; 0.4, the second object's best: object; 0.3: not background.
+    # IoU 1.0 and 0.8: object; 0.5: ignored; 0.2: background; 0.4, the best of the second object: object.
     assert labels[0, :5].tolist() == [1, 1, -1, 0, 1]
     assert labels[0, 5] != 1
     assert boxes[0, (0, 1, 4)].tolist() == [[0, 0, 100, 100]] * 2 + [[200, 200, 300, 300]]
 
 
-def test_all_anchors_that_share_an_objects_best_overlap_teach_it():
+def test_all_anchors_with_the_best_iou_of_an_object_are_positive():
     anchors = torch.tensor([[0.0, 0, 40, 100], [60, 0, 100, 100], [0, 0, 100, 31]])
-    labels, _ = make_rpn()._assign(anchors, torch.tensor([[400, 400]]), truth([[0, 0, 100, 100]]))
+    labels, _ = make_rpn()._assign(anchors, torch.tensor([[400, 400]]), make_ground_truth([[0, 0, 100, 100]]))
     assert labels.tolist() == [[1, 1, -1]]
 
 
-def test_object_out_of_every_anchors_reach_has_no_best():
+def test_object_that_overlaps_no_anchor_has_no_positive_anchor():
     anchors = torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]])
-    labels, _ = make_rpn()._assign(anchors, torch.tensor([[400, 400]]), truth([[200, 200, 300, 300]]))
+    labels, _ = make_rpn()._assign(anchors, torch.tensor([[400, 400]]), make_ground_truth([[200, 200, 300, 300]]))
     assert labels.tolist() == [[0, 0]]
 
 
-@both
-def test_anchors_that_cross_the_border_of_their_image_teach_nothing_if_set(pixels):
+def test_anchors_that_cross_the_image_border_are_ignored_if_set(convention):
     last = 100 - convention.extra
     anchors = torch.tensor([[0.0, 0, 50, last], [-1, 0, 50, 50], [0, 0, last + 1, 50], [0, 0, 50, last + 1]])
     sizes = torch.tensor([[100, 100], [200, 200]])
-    objects = truth([[0, 0, 50, 99]], [[0, 0, 50, 99]])
+    objects = make_ground_truth([[0, 0, 50, 99]], [[0, 0, 50, 99]])
     strict, _ = make_rpn(convention=convention, border=True)._assign(anchors, sizes, objects)
     assert (strict == -1).tolist()[0][1:] == [True] * 3
     assert strict[:, 0].tolist() == [1, 1]
@@ -194,39 +171,39 @@ def test_anchors_that_cross_the_border_of_their_image_teach_nothing_if_set(pixel
     assert lenient[0, 3] == 1
 
 
-def test_image_without_objects_is_all_background_and_lends_its_neighbour_no_object():
+def test_image_without_objects_is_all_background_and_its_neighbour_keeps_its_objects():
     anchors = level_anchors(CONTINUOUS, 8, 32, (8, 8), CPU)
     labels, boxes = make_rpn()._assign(
-        anchors, torch.tensor([[64, 64]] * 2), truth([], [[0, 0, 30, 30], [4, 4, 60, 60]])
+        anchors, torch.tensor([[64, 64]] * 2), make_ground_truth([], [[0, 0, 30, 30], [4, 4, 60, 60]])
     )
     assert (labels[0] == 0).all()
     assert (labels[1] == 1).any()
     assert boxes.shape == (2, len(anchors), 4)
 
 
-def test_objects_padding_teaches_nothing():
+def test_padding_of_the_ground_truth_makes_no_anchor_positive():
     anchors = torch.tensor([[0.0, 0, 1, 1], [10, 10, 30, 30]])
-    rpn = make_rpn(convention=INCLUSIVE)  # where a box of zeros has an area
+    rpn = make_rpn(convention=INCLUSIVE)  # in which a box of zeros has an area
     labels, _ = rpn._assign(
-        anchors, torch.tensor([[64, 64]] * 2), truth([[10, 10, 30, 30]], [[0, 0, 9, 9], [3, 3, 5, 5]])
+        anchors, torch.tensor([[64, 64]] * 2), make_ground_truth([[10, 10, 30, 30]], [[0, 0, 9, 9], [3, 3, 5, 5]])
     )
     assert labels[0].tolist() == [0, 1]
 
 
-def test_losses_average_over_the_sampled_anchors_of_the_batch():
+def test_losses_are_means_over_the_sampled_anchors_of_the_batch():
     rpn = make_rpn()
     features, sizes = pyramid(), torch.tensor([[128, 128]] * 2)
-    _, losses = rpn(features, sizes, truth([[10, 10, 50, 40]], []))
-    # 16^2 + 8^2 cells of three anchors are more than the 256 that an image samples.
+    _, losses = rpn(features, sizes, make_ground_truth([[10, 10, 50, 40]], []))
+    # The (16^2 + 8^2) * 3 anchors of an image are more than the 256 that are sampled.
     assert {name: int(term.count) for name, term in losses.items()} == {"loss_rpn_objectness": 512, "loss_rpn_box": 512}
     untrained = losses["loss_rpn_objectness"].total / 512
     torch.testing.assert_close(untrained, torch.tensor(2.0).log(), rtol=0.05, atol=0)
 
 
-def test_box_loss_is_smooth_l1_of_the_positives_only():
-    rpn = make_rpn(strides=(8,), anchor_sizes=(32,))
+def test_box_loss_is_the_smooth_l1_loss_of_positive_anchors():
+    rpn = make_rpn(strides=(8,))
     anchors = level_anchors(CONTINUOUS, 8, 32, (4, 4), CPU)
-    objects = truth([[2, 2, 30, 30]])
+    objects = make_ground_truth([[2, 2, 30, 30]])
     logits, deltas = torch.zeros(1, len(anchors)), torch.randn(1, len(anchors), 4)
     losses = rpn._losses(logits, deltas, anchors, torch.tensor([[32, 32]]), objects)
     iou = box_iou(objects.boxes[0], anchors)[0]
@@ -236,9 +213,42 @@ def test_box_loss_is_smooth_l1_of_the_positives_only():
     torch.testing.assert_close(losses["loss_rpn_box"].total, expected)
 
 
-def test_batch_without_any_object_has_finite_losses_and_gradients():
+def test_ignored_anchors_and_padded_objects_have_no_effect_on_losses_and_gradients():
+    sizes, objects = torch.tensor([[32, 32]]), make_ground_truth([[2, 2, 30, 30]])
+    inside = level_anchors(CONTINUOUS, 8, 8, (4, 4), CPU)
+    crossing = inside + torch.tensor([40.0, 0, 40, 0])
+    # Nothing is random, because there are fewer anchors than samples.
+    rpn = make_rpn(strides=(8,), border=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def losses_and_gradients(anchors, ground_truth, logits, deltas):
+        logits, deltas = logits.clone().requires_grad_(), deltas.clone().requires_grad_()
+        losses = rpn._losses(logits, deltas, anchors, sizes, ground_truth)
+        sum(term.total for term in losses.values()).backward()
+        return losses, logits.grad, deltas.grad
+
+    logits = torch.randn(1, 2 * len(inside), generator=generator)
+    deltas = torch.randn(1, 2 * len(inside), 4, generator=generator)
+    count = len(inside)
+    expected, *gradients = losses_and_gradients(inside, objects, logits[:, :count], deltas[:, :count])
+    padded = GroundTruth(
+        torch.cat([objects.boxes, torch.tensor([[[8.0, 8, 16, 16]]])], dim=1),
+        torch.tensor([[1, 0]]),
+        torch.tensor([[True, False]]),
+    )
+    losses, *with_ignored = losses_and_gradients(torch.cat([inside, crossing]), padded, logits, deltas)
+    assert expected["loss_rpn_box"].total > 0
+    for name, term in expected.items():
+        torch.testing.assert_close(losses[name].total, term.total)
+        assert losses[name].count == term.count
+    for with_both, alone in zip(with_ignored, gradients):
+        torch.testing.assert_close(with_both[:, :count], alone)
+        assert not with_both[:, count:].any()
+
+
+def test_batch_without_objects_has_finite_losses_and_gradients():
     rpn = make_rpn()
-    _, losses = rpn(pyramid(), torch.tensor([[128, 128]] * 2), truth([], []))
+    _, losses = rpn(pyramid(), torch.tensor([[128, 128]] * 2), make_ground_truth([], []))
     assert losses["loss_rpn_box"].total.item() == 0
     sum(term.total / term.count for term in losses.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in rpn.parameters())

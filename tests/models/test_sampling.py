@@ -9,7 +9,7 @@ from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
 
 @settings(deadline=None)
 @given(seed=st.integers(0, 2**31), count=st.integers(0, 60), groups=st.integers(1, 6))
-def test_rank_is_the_place_among_the_own_group(seed, count, groups):
+def test_rank_is_the_position_within_the_group(seed, count, groups):
     random = np.random.default_rng(seed)
     key, group = random.integers(0, 5, count).astype(np.float32), random.integers(0, groups, count)
     expected = [sum(group[j] == group[i] and (key[j], j) < (key[i], i) for j in range(count)) for i in range(count)]
@@ -20,7 +20,7 @@ def test_rank_is_the_place_among_the_own_group(seed, count, groups):
 
 
 def draw(positives, negatives, neither=0, count=8, positive_fraction=0.25, order=None):
-    """Masks and images of a batch whose image i has positives[i], negatives[i] and ``neither`` rows, in any order."""
+    """A sample of a batch; image i has positives[i], negatives[i] and ``neither`` rows, in ``order`` or shuffled."""
     images = len(positives)
     kind = torch.cat([torch.tensor([1] * p + [0] * n + [-1] * neither) for p, n in zip(positives, negatives)])
     image = torch.arange(images).repeat_interleave(torch.tensor(positives) + torch.tensor(negatives) + neither)
@@ -36,7 +36,7 @@ def draw(positives, negatives, neither=0, count=8, positive_fraction=0.25, order
     count=st.integers(1, 16),
     fraction=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
 )
-def test_each_image_gets_its_positives_up_to_the_share_and_negatives_fill_the_rest(sizes, count, fraction):
+def test_positives_are_limited_per_image_and_negatives_fill_the_rest(sizes, count, fraction):
     positives, negatives = zip(*sizes)
     kind, image, sample = draw(positives, negatives, neither=3, count=count, positive_fraction=fraction)
     for i, (has_positive, has_negative) in enumerate(sizes):
@@ -47,13 +47,13 @@ def test_each_image_gets_its_positives_up_to_the_share_and_negatives_fill_the_re
     assert (kind[sample.negative] == 0).all()
 
 
-def test_rank_of_the_chosen_positives_counts_each_images_from_zero():
+def test_chosen_positives_of_each_image_are_ranked_from_zero():
     _, image, sample = draw([9, 1, 0], [5, 5, 5])
     for i, chosen in enumerate((2, 1, 0)):
         assert sorted(sample.rank[sample.positive & (image == i)].tolist()) == list(range(chosen))
 
 
-def test_every_row_is_as_likely_as_the_next_and_the_first_ranks_too():
+def test_all_rows_are_chosen_and_ranked_first_with_equal_probability():
     torch.manual_seed(0)
     order = torch.arange(20)
     chosen, first = torch.zeros(20), torch.zeros(20)
@@ -67,7 +67,7 @@ def test_every_row_is_as_likely_as_the_next_and_the_first_ranks_too():
     assert (first[:10] / draws - 0.1).abs().max() < 5 * (0.09 / draws) ** 0.5
 
 
-def test_images_are_drawn_independently():
+def test_images_are_sampled_independently():
     torch.manual_seed(0)
     order = torch.arange(8)
     same = 0
@@ -85,13 +85,13 @@ def test_same_seed_gives_the_same_sample():
     assert all(torch.equal(a, b) for a, b in zip(again(), again()))
 
 
-def test_nothing_to_choose_from_gives_an_empty_sample():
+def test_sample_of_no_rows_is_empty():
     none = torch.zeros(0, dtype=torch.bool)
     sample = sample_balanced(none, none, torch.zeros(0, dtype=torch.int64), 2, count=8, positive_fraction=0.25)
     assert [len(part) for part in sample] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("count", "fraction", "most"), [(512, 0.25, 128), (256, 0.5, 128), (3, 0.5, 1)])
-def test_share_of_positives_is_rounded_down(count, fraction, most):
+def test_maximum_number_of_positives_is_rounded_down(count, fraction, most):
     _, _, sample = draw([200], [600], count=count, positive_fraction=fraction)
     assert (sample.positive.sum(), sample.negative.sum()) == (most, count - most)

@@ -1,44 +1,143 @@
+from typing import NamedTuple
+
 import pytest
 import torch
+from inputs import head_inputs, make_ground_truth, random_pyramid
+from torch import Tensor, nn
 
-from cpm_rcnn.models.heads.scoring import InstanceScorer, instance_rescale, instance_score_loss, rescore
+from cpm_rcnn.boxes import CONTINUOUS
+from cpm_rcnn.models.heads.cascade import RefinementStage, refine
+from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring, instance_rescale, instance_score_loss, rescore
+from cpm_rcnn.models.losses import LossTerm
+from cpm_rcnn.models.pooling import PyramidRoIAlign
+from cpm_rcnn.models.structures import Rois, match_rois
 
 
-def test_loss_is_the_mean_squared_norm_to_one_minus_iou_and_iou():
+class ShiftOutput(NamedTuple):
+    features: Tensor
+    shift: Tensor
+
+
+class ShiftStage(RefinementStage):
+    """A stage without a grid: moves each RoI by what a linear layer predicts from 2x2 pooled features."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.pool = PyramidRoIAlign(2, inputs.strides, inputs.convention)
+        self.predictor = nn.Linear(4 * inputs.channels, 1)
+
+    def forward(self, features, rois):
+        pooled = self.pool(features, rois)
+        return ShiftOutput(pooled.relu(), self.predictor(pooled.flatten(1)))
+
+    def decode(self, output, rois):
+        return rois.with_boxes(rois.boxes + output.shift.detach())
+
+    def loss(self, output, rois, match):
+        error = (rois.boxes + output.shift - match.boxes).abs().sum(dim=1)
+        return LossTerm(torch.where(rois.valid, error, 0.0).sum(), rois.valid.sum())
+
+
+@pytest.fixture(scope="module")
+def stages():
+    torch.manual_seed(0)
+    return [ShiftStage(head_inputs()), ShiftStage(head_inputs())]
+
+
+@pytest.fixture(scope="module")
+def features():
+    return random_pyramid()
+
+
+@pytest.fixture(scope="module")
+def rois():
+    return Rois.of(torch.tensor([[5.0, 6, 50, 70], [20, 10, 90, 60], [40, 40, 100, 110]]), torch.tensor([0, 1, 1]))
+
+
+@pytest.fixture(scope="module")
+def ground_truth():
+    return make_ground_truth([[5, 5, 50, 70]], [[22, 12, 90, 60], [0, 0, 5, 5]])
+
+
+def test_cascade_passes_the_decoded_boxes_to_the_next_stage(stages, features, rois):
+    refined, outputs = refine(stages, features, rois)
+    torch.testing.assert_close(refined.boxes, (rois.boxes + outputs[0].shift + outputs[1].shift).detach())
+    again = stages[1](features, stages[0].decode(outputs[0], rois))
+    torch.testing.assert_close(outputs[1].shift, again.shift)
+    assert torch.equal(refined.images, rois.images)
+
+
+def test_cascade_without_stages_changes_nothing(features, rois):
+    refined, outputs = refine([], features, rois)
+    assert (refined, outputs) == (rois, [])
+
+
+def test_ism_attaches_to_stages_without_a_grid(stages, features, rois, ground_truth):
+    _, outputs = refine(stages, features, rois)
+    ism = InstanceScoring(in_features=8 * 2 * 2)
+    match = match_rois(rois, ground_truth, CONTINUOUS)
+    term = ism.loss(outputs[-1].features, rois, match)
+    predictions = ism(outputs[-1].features)
+    target = torch.stack([1 - match.iou, match.iou], dim=1)
+    torch.testing.assert_close(term.total, (predictions - target).square().sum())
+    assert term.count == 3
+    term.total.backward()
+    assert all(p.grad.any() for p in ism.parameters())
+    scores = torch.tensor([0.9, 0.5, 0.4])
+    torch.testing.assert_close(ism.rescale(scores, outputs[-1].features), scores * predictions[:, 1].clamp(0, 1))
+
+
+def test_rsm_attaches_to_stages_without_a_grid(stages, features, rois, ground_truth):
+    refined, _ = refine(stages, features, rois)
+    rsm = Rescoring(head_inputs(), mlp_channels=16, samples=32)
+    negatives = Rois.of(torch.tensor([[90.0, 90, 120, 120]]), torch.tensor([0]))
+    term = rsm.loss(features, negatives, rois, ground_truth)
+    # RoIs 0 and 1 are positive, RoI 2 and the negative are background.
+    assert term.count == 4
+    torch.testing.assert_close(term.total / term.count, torch.tensor(4.0).log(), rtol=0.1, atol=0)
+    term.total.backward()
+    assert all(p.grad is not None for p in rsm.parameters())
+    scores, labels = torch.tensor([0.9, 0.5, 0.4]), torch.tensor([1, 2, 3])
+    expected = rescore(scores, rsm(features, refined), labels)
+    torch.testing.assert_close(rsm.rescore(scores, labels, features, refined), expected)
+
+
+def test_ism_loss_is_the_mean_squared_error_to_one_minus_iou_and_iou():
     predictions, iou = torch.tensor([[0.2, 0.9], [0.0, 0.0]]), torch.tensor([0.7, 0.5])
-    term = instance_score_loss(predictions, iou)
+    valid = torch.tensor([True, True])
+    term = instance_score_loss(predictions, iou, valid)
     expected = ((0.2 - 0.3) ** 2 + (0.9 - 0.7) ** 2 + 0.5**2 + 0.5**2) / 2
     assert (term.total / term.count).item() == pytest.approx(expected)
-    assert instance_score_loss(predictions.bfloat16(), iou).total.dtype == torch.float32
-    assert instance_score_loss(torch.stack([1 - iou, iou], dim=1), iou).total.item() == 0
+    assert instance_score_loss(predictions.bfloat16(), iou, valid).total.dtype == torch.float32
+    assert instance_score_loss(torch.stack([1 - iou, iou], dim=1), iou, valid).total.item() == 0
 
 
-def test_score_is_scaled_by_the_predicted_iou_held_within_0_and_1():
+def test_ism_scales_the_score_by_the_predicted_iou_clamped_to_0_and_1():
     scores = torch.tensor([0.8, 0.8, 0.8])
     predictions = torch.tensor([[9.0, 0.5], [9.0, -0.1], [9.0, 1.7]])
     torch.testing.assert_close(instance_rescale(scores, predictions), torch.tensor([0.4, 0.0, 0.8]))
 
 
-def test_rescored_is_the_score_to_the_08_times_the_own_probability_to_the_02():
+def test_rsm_multiplies_the_score_to_the_08_with_the_probability_of_its_label_to_the_02():
     scores, labels = torch.tensor([0.9, 0.5]), torch.tensor([2, 1])
     probabilities = torch.tensor([[0.1, 0.2, 0.7], [0.4, 0.5, 0.1]])
     expected = torch.tensor([0.9**0.8 * 0.7**0.2, 0.5**0.8 * 0.5**0.2])
     torch.testing.assert_close(rescore(scores, probabilities.log(), labels), expected)
 
 
-def test_worthless_box_keeps_a_finite_score_through_both():
+def test_score_stays_finite_when_both_predictions_are_zero():
     scores = instance_rescale(torch.tensor([0.9]), torch.tensor([[1.3, -0.3]]))
     assert rescore(scores, torch.tensor([[0.0, -200.0]]), torch.tensor([1])).item() == 0
 
 
-def test_no_detections_stay_none():
+def test_functions_accept_an_empty_set_of_rois():
     none = torch.zeros(0)
     assert instance_rescale(none, torch.zeros(0, 2)).shape == (0,)
     assert rescore(none, torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)).shape == (0,)
-    assert instance_score_loss(torch.zeros(0, 2), none).total.item() == 0
+    assert instance_score_loss(torch.zeros(0, 2), none, none.bool()).total.item() == 0
 
 
-def test_scorer_predicts_two_numbers_a_roi_from_the_point_features():
-    scorer = InstanceScorer(36 * 49)
-    assert scorer(torch.randn(3, 36, 7, 7)).shape == (3, 2)
-    assert scorer(torch.randn(0, 36, 7, 7)).shape == (0, 2)
+def test_ism_predicts_two_numbers_per_roi_from_the_features_of_a_grid_stage():
+    ism = InstanceScoring(36 * 49)
+    assert ism(torch.randn(3, 36, 7, 7)).shape == (3, 2)
+    assert ism(torch.randn(0, 36, 7, 7)).shape == (0, 2)

@@ -1,57 +1,135 @@
 import pytest
 import torch
+from inputs import make_ground_truth, make_target, no_rois
 
-from cpm_rcnn.models.structures import Rois, GroundTruth, match_rois
-from cpm_rcnn.boxes import CONVENTIONS
-
-both = pytest.mark.parametrize("pixels", CONVENTIONS.values(), ids=lambda pixels: pixels.name)
-
-
-def target(*boxes, labels=None):
-    return {
-        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        "labels": torch.tensor(labels or range(1, len(boxes) + 1), dtype=torch.int64).reshape(-1)[: len(boxes)],
-    }
-
+from cpm_rcnn.boxes import CONTINUOUS
+from cpm_rcnn.models.structures import Detections, GroundTruth, Match, Rois, match_rois
 
 A, B, C = (0, 0, 10, 10), (20, 20, 40, 30), (5, 5, 15, 15)
 
 
-def test_truth_is_padded_to_the_image_with_most_objects():
-    truth = GroundTruth.stack([target(A), target(), target(B, C, labels=[7, 9])])
-    assert truth.boxes.dtype == torch.float32
-    assert truth.boxes.tolist() == [[[*A], [0] * 4], [[0] * 4, [0] * 4], [[*B], [*C]]]
-    assert truth.labels.tolist() == [[1, 0], [0, 0], [7, 9]]
-    assert truth.valid.tolist() == [[True, False], [False, False], [True, True]]
+def make_rois():
+    """Four RoIs, the second of which is invalid."""
+    boxes = torch.tensor([A, B, C, A], dtype=torch.float32)
+    return Rois(boxes, torch.tensor([0, 1, 2, 3]), torch.tensor([True, False, True, True]))
+
+
+def make_match():
+    """The match of :func:`make_rois`; row i has label i + 1."""
+    return Match(torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([C, A, B, B]).float(), torch.tensor([1, 2, 3, 4]))
+
+
+def make_detections():
+    boxes = torch.tensor([A, B, C, A], dtype=torch.float32)
+    return Detections(boxes, torch.tensor([0, 0, 1, 1]), torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 2, 3, 4]))
+
+
+all_rows = pytest.mark.parametrize(
+    "make", [make_rois, make_match, make_detections], ids=["Rois", "Match", "Detections"]
+)
+
+
+def fields_of(rows):
+    return [getattr(rows, name) for name in rows.__dataclass_fields__]
+
+
+@all_rows
+@pytest.mark.parametrize(
+    ("index", "numbers"),
+    [
+        (torch.tensor([False, True, False, True]), [1, 3]),
+        (torch.tensor([2, 0, 2]), [2, 0, 2]),
+        (slice(1, 3), [1, 2]),
+        (torch.zeros(4, dtype=torch.bool), []),
+    ],
+    ids=["mask", "indices", "slice", "empty"],
+)
+def test_indexing_takes_the_same_rows_of_every_field(make, index, numbers):
+    rows = make()
+    chosen = rows[index]
+    assert type(chosen) is type(rows)
+    assert len(chosen) == len(numbers)
+    for before, after in zip(fields_of(rows), fields_of(chosen), strict=True):
+        assert torch.equal(after, before[numbers])
+
+
+@all_rows
+def test_cat_appends_every_field(make):
+    rows = make()
+    both = rows.cat(rows[torch.tensor([1])])
+    assert type(both) is type(rows)
+    assert len(both) == 5
+    for before, after in zip(fields_of(rows), fields_of(both), strict=True):
+        assert torch.equal(after, before[[0, 1, 2, 3, 1]])
+
+
+def test_where_only_makes_rows_invalid():
+    rois = make_rois().where(torch.tensor([True, True, False, True]))
+    assert rois.valid.tolist() == [True, False, False, True]
+    assert torch.equal(rois.boxes, make_rois().boxes)
+    assert torch.equal(rois.images, make_rois().images)
+
+
+def test_with_boxes_keeps_images_and_validity():
+    rois = make_rois().with_boxes(torch.ones(4, 4))
+    assert torch.equal(rois.boxes, torch.ones(4, 4))
+    assert torch.equal(rois.images, make_rois().images)
+    assert torch.equal(rois.valid, make_rois().valid)
+
+
+def test_compact_drops_exactly_the_invalid_rows_and_the_same_rows_of_the_others():
+    rois, match, numbers = make_rois().compact(make_match(), torch.arange(4))
+    assert rois.images.tolist() == [0, 2, 3]
+    assert rois.valid.all()
+    assert match.labels.tolist() == [1, 3, 4]
+    assert match.iou.tolist() == pytest.approx([0.1, 0.3, 0.4])
+    assert numbers.tolist() == [0, 2, 3]
+
+
+def test_compact_of_valid_rows_changes_nothing_and_of_invalid_rows_leaves_none():
+    (same,) = Rois.of(make_rois().boxes, make_rois().images).compact()
+    assert torch.equal(same.boxes, make_rois().boxes)
+    (none,) = make_rois().where(torch.zeros(4, dtype=torch.bool)).compact()
+    assert (none.boxes.shape, none.images.shape, none.valid.shape) == ((0, 4), (0,), (0,))
+
+
+def test_ground_truth_is_padded_to_the_image_with_most_objects():
+    ground_truth = GroundTruth.stack([make_target(A), make_target(), make_target(B, C, labels=[7, 9])])
+    assert ground_truth.boxes.dtype == torch.float32
+    assert ground_truth.boxes.tolist() == [[[*A], [0] * 4], [[0] * 4, [0] * 4], [[*B], [*C]]]
+    assert ground_truth.labels.tolist() == [[1, 0], [0, 0], [7, 9]]
+    assert ground_truth.valid.tolist() == [[True, False], [False, False], [True, True]]
 
 
 @pytest.mark.parametrize("images", [1, 3])
-def test_truth_without_any_object_is_one_row_of_padding_an_image(images):
-    truth = GroundTruth.stack([target()] * images)
-    assert truth.boxes.shape == (images, 1, 4)
-    assert truth.labels.shape == truth.valid.shape == (images, 1)
-    assert not truth.valid.any()
-    assert truth.rois().boxes.shape == (0, 4)
+def test_ground_truth_without_objects_has_one_row_of_padding_per_image(images):
+    ground_truth = GroundTruth.stack([make_target()] * images)
+    assert ground_truth.boxes.shape == (images, 1, 4)
+    assert ground_truth.labels.shape == ground_truth.valid.shape == (images, 1)
+    assert not ground_truth.valid.any()
+    (rois,) = ground_truth.rois().compact()
+    assert rois.boxes.shape == (0, 4)
 
 
-def test_truths_own_rois_are_its_boxes_without_the_padding():
-    rois = GroundTruth.stack([target(A), target(), target(B, C)]).rois()
+def test_rois_of_ground_truth_are_its_boxes_and_padding_is_invalid():
+    rois = make_ground_truth([A], [], [B, C]).rois()
+    assert rois.images.tolist() == [0, 0, 1, 1, 2, 2]
+    (rois,) = rois.compact()
     assert rois.boxes.tolist() == [[*A], [*B], [*C]]
     assert rois.images.tolist() == [0, 2, 2]
 
 
-def test_truth_takes_boxes_of_other_dtypes():
-    odd = {"boxes": torch.tensor([A], dtype=torch.float64), "labels": torch.tensor([3], dtype=torch.int32)}
-    truth = GroundTruth.stack([odd, target(B, C)])
-    assert truth.boxes.dtype == torch.float32
-    assert truth.labels.dtype == torch.int64
+def test_ground_truth_converts_other_dtypes():
+    other = {"boxes": torch.tensor([A], dtype=torch.float64), "labels": torch.tensor([3], dtype=torch.int32)}
+    ground_truth = GroundTruth.stack([other, make_target(B, C)])
+    assert ground_truth.boxes.dtype == torch.float32
+    assert ground_truth.labels.dtype == torch.int64
 
 
-@both
-def test_each_roi_meets_the_best_object_of_its_own_image_only(pixels):
-    truth = GroundTruth.stack([target(A, C, labels=[4, 5]), target(B, labels=[6]), target()])
-    rois = Rois(torch.tensor([[1.0, 1, 10, 10], [6, 6, 15, 15], A, B, B, A]), torch.tensor([0, 0, 1, 1, 0, 2]))
-    match = match_rois(rois, truth, convention)
+def test_each_roi_matches_the_best_object_of_its_own_image(convention):
+    ground_truth = GroundTruth.stack([make_target(A, C, labels=[4, 5]), make_target(B, labels=[6]), make_target()])
+    rois = Rois.of(torch.tensor([[1.0, 1, 10, 10], [6, 6, 15, 15], A, B, B, A]), torch.tensor([0, 0, 1, 1, 0, 2]))
+    match = match_rois(rois, ground_truth, convention)
     assert match.labels.tolist()[:4] == [4, 5, 6, 6]
     assert match.boxes.tolist()[:4] == [[*A], [*C], [*B], [*B]]
     boxes = torch.tensor([A, C, B, B], dtype=torch.float32)
@@ -59,35 +137,21 @@ def test_each_roi_meets_the_best_object_of_its_own_image_only(pixels):
     assert match.iou.tolist()[2:] == [0, 1, 0, -1]
 
 
-@both
-def test_roi_of_an_image_without_objects_matches_nothing(pixels):
-    match = match_rois(
-        Rois(torch.tensor([A, (0, 0, 0, 0)]).float(), torch.tensor([0, 0])), GroundTruth.stack([target()]), pixels
-    )
+def test_roi_of_an_image_without_objects_has_no_match(convention):
+    rois = Rois.of(torch.tensor([A, (0, 0, 0, 0)]).float(), torch.tensor([0, 0]))
+    match = match_rois(rois, make_ground_truth([]), convention)
     assert match.iou.tolist() == [-1, -1]
     assert match.labels.tolist() == [0, 0]
     assert match.boxes.tolist() == [[0] * 4] * 2
 
 
-@both
-def test_padding_is_never_the_match_even_of_a_roi_on_it(pixels):
-    truth = GroundTruth.stack([target(B, labels=[3]), target(A, B, C)])
-    match = match_rois(Rois(torch.zeros(1, 4), torch.tensor([0])), truth, convention)
+def test_padding_is_never_a_match_even_for_a_roi_with_the_same_box(convention):
+    ground_truth = GroundTruth.stack([make_target(B, labels=[3]), make_target(A, B, C)])
+    match = match_rois(Rois.of(torch.zeros(1, 4), torch.tensor([0])), ground_truth, convention)
     assert match.boxes.tolist() == [[*B]]
     assert (match.iou.item(), match.labels.item()) == (0, 3)
 
 
-def test_no_rois_match_nothing():
-    match = match_rois(
-        Rois(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)), GroundTruth.stack([target(A)]), CONVENTIONS["continuous"]
-    )
+def test_no_rois_have_no_match():
+    match = match_rois(no_rois(), make_ground_truth([A]), CONTINUOUS)
     assert (match.iou.shape, match.boxes.shape, match.labels.shape) == ((0,), (0, 4), (0,))
-
-
-def test_keep_takes_masks_and_indices_and_join_appends():
-    rois = Rois(torch.tensor([A, B, C]).float(), torch.tensor([0, 1, 0]))
-    assert rois.keep(torch.tensor([False, True, True])).boxes.tolist() == [[*B], [*C]]
-    assert rois.keep(torch.tensor([2, 0])).boxes.tolist() == [[*C], [*A]]
-    joined = rois.join(rois.keep(torch.tensor([1])))
-    assert joined.boxes.tolist() == [[*A], [*B], [*C], [*B]]
-    assert joined.images.tolist() == [0, 1, 0, 1]

@@ -1,8 +1,8 @@
-"""Grid points between boxes and heatmaps: pure functions on tensors (paper section 3.1, spec section 5).
+"""The mapping between boxes and heatmaps of grid points: pure functions (paper section 3.1, spec section 5).
 
-Nine points j = 0..8 stand on a box at column j // 3 (left, middle, right) and row j % 3 (top, middle, bottom). A
-heatmap of 56 x 56 cells covers the RoI enlarged by ``mapping_ratio``; each point is predicted only on its own 28 x 28
-*sub-region* of that map. Coordinates here are plain: width = x2 - x1, whatever the pixel convention (spec section 9).
+A box has nine grid points j = 0..8 at column j // 3 (left, middle, right) and row j % 3 (top, middle, bottom). A
+heatmap of 56 x 56 cells covers the RoI enlarged by ``mapping_ratio``. Each point is predicted only on its own 28 x 28
+*sub-region* of that map. The width of a box is x2 - x1 here, in both box conventions (spec section 9).
 """
 
 import torch
@@ -16,30 +16,30 @@ MAP_SIZE = 56
 SUB_SIZE = 28
 # The sub-regions of columns (or rows) 0, 1, 2 start at cells 0, 14, 28 of the whole map.
 SUB_STEP = 14
-# The factor of the grid loss (spec section 5): with about 5 of 784 cells positive, a plain mean would be tiny.
+# Factor of the grid loss (spec section 5). Only about 5 of 784 cells are positive, so a plain mean would be tiny.
 GRID_LOSS_FACTOR = 15.0
-# RoIs whose enlarged side is at most this many pixels teach only zeros.
+# RoIs whose enlarged width or height is at most this many pixels have all-zero targets.
 _MIN_SIDE = 3.0
 
 
 def sub_regions() -> Tensor:
-    """The sub-region of each point on the whole map: (9, 4) int64 cells, x1, y1, x2, y2 with x2 and y2 exclusive."""
+    """The sub-region of each point on the whole map: (9, 4) int64 cells, xyxy with x2 and y2 exclusive."""
     starts = _sub_starts(torch.empty(0, dtype=torch.int64))
     return torch.cat([starts, starts + SUB_SIZE], dim=1)
 
 
 def _sub_starts(like: Tensor) -> Tensor:
-    """Where each point's sub-region starts, (9, x or y) cells, in dtype and on device of ``like``; made there."""
+    """The first cell of each point's sub-region, (9, x or y), with the dtype and device of ``like``."""
     start = torch.arange(3, dtype=like.dtype, device=like.device) * SUB_STEP
     return torch.stack([start.repeat_interleave(3), start.repeat(3)], dim=-1)
 
 
 def enlarge(rois: Tensor, mapping_ratio: float) -> tuple[Tensor, Tensor]:
-    """What the heatmaps of ``rois`` cover.
+    """The area that the heatmaps of ``rois`` cover.
 
     Args:
         rois: (R, 4) xyxy pixels.
-        mapping_ratio: how much is added to each side, as a share of it; half of it before, half after.
+        mapping_ratio: how much is added to width and height, as a fraction of them, half on each side.
 
     Returns:
         The top-left corner (R, 2) and the size (R, 2) of the covered area, (x, y) and (width, height) in pixels.
@@ -49,10 +49,10 @@ def enlarge(rois: Tensor, mapping_ratio: float) -> tuple[Tensor, Tensor]:
 
 
 def grid_targets(rois: Tensor, boxes: Tensor, mapping_ratio: float) -> Tensor:
-    """Which heatmap cells should light up for ``rois`` whose objects are ``boxes``.
+    """The target heatmaps of ``rois`` whose objects are ``boxes``.
 
-    The cell that a ground-truth point falls in and its four neighbours are 1, the rest is 0. All is 0 where the
-    enlarged RoI is at most 3 pixels wide or high.
+    The cell that contains a ground-truth point and its four neighbors are True, the others False. All cells are False
+    if the enlarged RoI is at most 3 pixels wide or high.
 
     Args:
         rois: (R, 4) float32 xyxy pixels.
@@ -73,12 +73,12 @@ def grid_targets(rois: Tensor, boxes: Tensor, mapping_ratio: float) -> Tensor:
     distance = (cells[..., None] - axis).abs()  # (R, column or row, x or y, cell)
     dx, dy = distance[:, :, 0], distance[:, :, 1]
     # |dx| + |dy| <= 1 on whole numbers is the same as dx^2 + dy^2 <= 1.
-    lit = dx[:, :, None, None, :] + dy[:, None, :, :, None] <= 1
-    return (lit & usable[:, None, None, None, None]).flatten(1, 2)
+    positive = dx[:, :, None, None, :] + dy[:, None, :, :, None] <= 1
+    return (positive & usable[:, None, None, None, None]).flatten(1, 2)
 
 
 def decode_heatmaps(heatmaps: Tensor, rois: Tensor, mapping_ratio: float) -> Tensor:
-    """The boxes that the heatmaps of ``rois`` point at; not clipped to the image.
+    """The boxes that the heatmaps of ``rois`` predict; they are not clipped to the image.
 
     Each side is the mean of its three points' coordinates, weighted by the points' scores.
 

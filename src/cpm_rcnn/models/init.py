@@ -1,10 +1,10 @@
-"""Initial weights: of FC layers, spec section 8; of the grid heads' convolutions and deconvolutions, Grid R-CNN's."""
+"""Initialization of layers: FC layers as in spec section 8, the grid stages as in Grid R-CNN."""
 
 from torch import nn
 
 
 def init_linear(module: nn.Module) -> None:
-    """FC layers inside ``module``: kaiming-uniform with a = 1, biases 0."""
+    """Initialize all FC layers inside ``module``: kaiming-uniform with a = 1, biases 0."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_uniform_(layer.weight, a=1)
@@ -12,20 +12,20 @@ def init_linear(module: nn.Module) -> None:
 
 
 def init_predictor(layer: nn.Linear) -> None:
-    """A classifier's last layer: N(0, 0.01), bias 0."""
+    """Initialize the last layer of a classifier: N(0, 0.01), bias 0."""
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
 
 
 def init_conv(layer: nn.Conv2d) -> None:
-    """A convolution before a ReLU: kaiming-normal over its outputs, bias 0."""
+    """Initialize a convolution before a ReLU: kaiming-normal (fan out), bias 0."""
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
 def init_deconv(layer: nn.ConvTranspose2d, bias: float) -> None:
-    """A transposed convolution of the grid heads: N(0, 0.001) and a constant bias."""
+    """Initialize a transposed convolution of a grid stage: N(0, 0.001) and a constant bias."""
     nn.init.normal_(layer.weight, std=0.001)
     if layer.bias is not None:
         nn.init.constant_(layer.bias, bias)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpm_rcnn.boxes import CONVENTIONS
-from cpm_rcnn.errors import ArgumentError, check_choice, check_keys
+from cpm_rcnn.errors import check_choice, check_keys
 from cpm_rcnn.models.backbones import BackboneSettings
 from cpm_rcnn.models.heads import HEADS
 from cpm_rcnn.models.rpn import RPNSettings
@@ -59,10 +59,10 @@ class ModelSettings:
         Raises:
             ArgumentError: an option is unknown or its value invalid; one of the backbone is named ``backbone.NAME``.
         """
-        trunk_options = _take(options, TrunkSettings)
-        trunk = TrunkSettings(**trunk_options)
+        trunk = TrunkSettings(**_take(options, TrunkSettings))
         head_class = HEADS[trunk.head].settings_class
-        check_keys(f"head={trunk.head}", options, [*RPNSettings.names(), *head_class.names()])
+        allowed = [*TrunkSettings.names(), *RPNSettings.names(), *head_class.names()]
+        check_keys(f"head={trunk.head}", options, allowed)
         rpn = RPNSettings(**_take(options, RPNSettings))
         return cls(_backbone(backbone), trunk, rpn, head_class(**options))
 
@@ -88,12 +88,7 @@ def test_options() -> list[str]:
 def _backbone(value: str | Mapping[str, Any] | BackboneSettings) -> BackboneSettings:
     if isinstance(value, BackboneSettings):
         return value
-    try:
-        values = {"name": value} if isinstance(value, str) else value
-        check_keys("settings", values, BackboneSettings.names(), ["name"])
-        return BackboneSettings(**values)
-    except ArgumentError as error:
-        raise error.under("backbone") from None
+    return BackboneSettings.from_dict({"name": value} if isinstance(value, str) else value, "backbone")
 
 
 def _take(options: dict[str, Any], kind: type[Settings]) -> dict[str, Any]:

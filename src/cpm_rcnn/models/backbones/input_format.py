@@ -1,5 +1,6 @@
 """The input formats of pretrained backbones: channel order, pixel range, and the stride placement that goes with it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,14 @@ from cpm_rcnn.settings import Settings, architecture, choice, flag, list_of, num
 
 
 def _number(argument: str, value: Any) -> None:
-    number(float("-inf"))(argument, value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ArgumentError(argument, f"={value}: must be a finite number")
 
 
 def _positive(argument: str, value: Any) -> None:
-    number(0)(argument, value)
-    if value == 0:
-        raise ArgumentError(argument, "=0: must be above 0")
+    _number(argument, value)
+    if value <= 0:
+        raise ArgumentError(argument, f"={value}: must be above 0")
 
 
 @dataclass(frozen=True)

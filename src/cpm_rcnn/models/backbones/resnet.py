@@ -85,7 +85,7 @@ class ResNet(nn.Module):
         if stride_in_1x1:
             for block in _blocks(stages):
                 block.conv1.stride, block.conv2.stride = block.conv2.stride, block.conv1.stride
-        for stage in set(deformable_stages):
+        for stage in deformable_stages:
             for block in _blocks([stages[stage - 2]]):
                 block.conv2 = DeformConv2dPack.from_conv(block.conv2)
         self.stem = nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool))

@@ -54,6 +54,8 @@ class BackboneSettings(Settings):
         super().__post_init__()
         if (self.name == "resnet") != (self.layout is not None):
             raise ArgumentError("name", f"={self.name}: layout is required by, and only valid with, name=resnet")
+        # The order has no meaning, and two models that differ only in it can share weights.
+        object.__setattr__(self, "deformable_stages", tuple(sorted(set(self.deformable_stages))))
         if self.layout is not None and not isinstance(self.layout, ResNetLayout):
             object.__setattr__(self, "layout", ResNetLayout.from_dict(self.layout, "layout"))
         if self.is_resnet:

@@ -32,10 +32,7 @@ class TimmBackbone(nn.Module):
     def __init__(self, name: str, *, frozen_stages: int = 0) -> None:
         super().__init__()
         timm = import_timm()
-        if not timm.is_model(name):
-            raise ArgumentError(
-                "name", f"={name}: not 'tiny', not one of {', '.join(RESNETS)}, and not a model of timm"
-            )
+        _pretrained_config(timm, name)  # raises if timm does not know the name
         if frozen_stages > 1:
             raise ArgumentError("frozen_stages", f"={frozen_stages}: must be one of 0, 1 for timm models")
         probe = timm.create_model(name, features_only=True, pretrained=False)
@@ -70,10 +67,20 @@ def timm_input_format(name: str) -> InputFormat:
     Raises:
         ArgumentError: timm is not installed or does not know the name.
     """
-    config = import_timm().get_pretrained_cfg(name)
+    config = _pretrained_config(import_timm(), name)
     if config is None:
         raise ArgumentError("name", f"={name}: timm does not know its input format; give input_format")
     return InputFormat("rgb", 255, tuple(config.mean), tuple(config.std))
+
+
+def _pretrained_config(timm: Any, name: str) -> Any:
+    """The description of the pretrained weights of ``name``; None if there are none."""
+    if not timm.is_model(name):
+        raise ArgumentError("name", f"={name}: not 'tiny', not one of {', '.join(RESNETS)}, and not a model of timm")
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise ArgumentError("name", f"={name}: {error}") from None
 
 
 def import_timm() -> Any:

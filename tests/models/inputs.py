@@ -1,0 +1,46 @@
+"""Small inputs that several tests of the model share."""
+
+import torch
+
+from cpm_rcnn.boxes import CONTINUOUS
+from cpm_rcnn.models.heads import HeadInputs
+from cpm_rcnn.models.structures import GroundTruth, Rois
+
+# Of P2..P5, the levels that heads pool from.
+STRIDES = (4, 8, 16, 32)
+
+
+def random_image(height, width, seed=0):
+    return torch.randint(256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def random_pyramid(batch=2, channels=8, size=128, strides=STRIDES, seed=1):
+    """Feature maps of square images with ``size`` pixels per side."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, channels, size // stride, size // stride, generator=generator) for stride in strides]
+
+
+def random_rois(count, images, generator, size=100.0):
+    corner = torch.rand(count, 2, generator=generator) * size
+    boxes = torch.cat([corner, corner + 5 + torch.rand(count, 2, generator=generator) * size / 2], dim=1)
+    return Rois.of(boxes, torch.randint(images, (count,), generator=generator))
+
+
+def no_rois():
+    return Rois.of(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+
+
+def make_target(*boxes, labels=None):
+    """A target with ``boxes``, labelled 1, 2, ... unless ``labels`` are given."""
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.tensor(list(labels or range(1, len(boxes) + 1)), dtype=torch.int64),
+    }
+
+
+def make_ground_truth(*boxes_per_image):
+    return GroundTruth.stack([make_target(*boxes) for boxes in boxes_per_image])
+
+
+def head_inputs(channels=8, num_classes=3):
+    return HeadInputs(channels, STRIDES, num_classes, CONTINUOUS)
