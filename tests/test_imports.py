@@ -34,7 +34,7 @@ def imports() -> dict[str, set[str]]:
             if isinstance(node, ast.ImportFrom) and node.module:
                 candidates = [f"{node.module}.{alias.name}" for alias in node.names]
                 targets |= {each if each in known else node.module for each in candidates}
-        graph[name] = {target for target in targets if target in known and not target == name}
+        graph[name] = {target for target in targets if target in known and target != name}
     return graph
 
 

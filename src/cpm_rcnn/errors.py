@@ -69,16 +69,26 @@ def check_flag(argument: str, value: Any) -> None:
         raise ArgumentError(argument, f"={value}: must be true or false")
 
 
-def check_keys(argument: str, mapping: Any, allowed: Iterable[str], required: Iterable[str] = ()) -> None:
-    """Raise :class:`ArgumentError` unless ``mapping`` has all ``required`` keys and no key outside ``allowed``."""
+def check_keys(argument: str | None, mapping: Any, allowed: Iterable[str], required: Iterable[str] = ()) -> None:
+    """Raise :class:`ArgumentError` unless ``mapping`` has all ``required`` keys and no key outside ``allowed``.
+
+    Args:
+        argument: name of the mapping; None if its keys are themselves the arguments.
+        mapping: what to check.
+        allowed: the allowed keys.
+        required: those that must be there.
+    """
     allowed = list(allowed)
     if not isinstance(mapping, Mapping):
-        raise ArgumentError(argument, f"={mapping}: must be a mapping with {', '.join(allowed)}")
+        raise ArgumentError(argument or "settings", f"={mapping}: must be a mapping with {', '.join(allowed)}")
     unknown = [name for name in mapping if name not in allowed]
     missing = [name for name in required if name not in mapping]
     for what, names in (("unknown", unknown), ("missing", missing)):
-        if names:
-            raise ArgumentError(argument, f": {what} key {', '.join(map(str, names))}; allowed: {', '.join(allowed)}")
+        if not names:
+            continue
+        if argument is None:
+            raise ArgumentError(str(names[0]), f": {what} option; allowed: {', '.join(allowed)}")
+        raise ArgumentError(argument, f": {what} key {', '.join(map(str, names))}; allowed: {', '.join(allowed)}")
 
 
 def check_path(argument: str, value: Any) -> Path:

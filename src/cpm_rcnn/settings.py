@@ -1,11 +1,11 @@
 """Settings: frozen dataclasses whose fields carry their default, their check and what they affect.
 
 Each part of the project has one such dataclass, and each is mirrored by one node of the config. A field is declared
-with :func:`architecture`, :func:`training` or :func:`testing`, which say what changes when the value changes:
+with :func:`architecture`, :func:`training` or :func:`inference`, which say what changes when the value changes:
 
 - *architecture*: the meaning or the shapes of the weights. Two models that differ here cannot share weights.
 - *training*: how a model is trained. It may differ between a checkpoint and the run that starts from it.
-- *testing*: how a trained model is used. It can be overridden when a checkpoint is loaded.
+- *inference*: how a trained model is used. It can be overridden when a checkpoint is loaded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,9 +36,9 @@ def training(default: Any = MISSING, *, check: Check) -> Any:
     return field(default=default, metadata={"check": check, "role": "training"})
 
 
-def testing(default: Any = MISSING, *, check: Check) -> Any:
+def inference(default: Any = MISSING, *, check: Check) -> Any:
     """A field that decides how a trained model is used."""
-    return field(default=default, metadata={"check": check, "role": "testing"})
+    return field(default=default, metadata={"check": check, "role": "inference"})
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Settings:
             ArgumentError: a key is unknown or missing, or a value is invalid.
         """
         required = [item.name for item in fields(cls) if item.default is MISSING]
-        check_keys(argument or "settings", values, cls.names(), required)
+        check_keys(argument, values, cls.names(), required)
         try:
             return cls(**values)
         except ArgumentError as error:

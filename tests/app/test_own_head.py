@@ -7,7 +7,7 @@ import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 import cpm_rcnn
-from cpm_rcnn import settings as fields  # pytest would take a function named ``testing`` for a test
+from cpm_rcnn import settings as fields
 from cpm_rcnn.data.shapes import CATEGORIES, CLASSES, write_shapes
 from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.evaluation.module import EvaluationModule
@@ -29,8 +29,8 @@ from small_models import SMALL, is_plain, same_values, shapes_data, small_traine
 class ProposalSettings(fields.Settings):
     width: int = fields.architecture(8, check=fields.integer())
     samples: int = fields.training(16, check=fields.integer())
-    score_threshold: float = fields.testing(0.0, check=fields.number(0, 1))
-    overlap: float = fields.testing(0.5, check=fields.number(0, 1))
+    score_threshold: float = fields.inference(0.0, check=fields.number(0, 1))
+    overlap: float = fields.inference(0.5, check=fields.number(0, 1))
 
 
 class ProposalHead(RoIHead):

@@ -241,7 +241,7 @@ def test_value_out_of_range_is_refused_by_its_argument(module, key, value):
 
 
 def test_unknown_option_is_refused_with_the_allowed_ones(module):
-    with pytest.raises(ArgumentError, match=r"^data: unknown key short_side; allowed: root, train_json, .*short_sides"):
+    with pytest.raises(ArgumentError, match=r"^short_side: unknown option; allowed: root, train_json, .*short_sides"):
         module(short_side=800)
 
 
@@ -274,7 +274,7 @@ def test_configs_have_exactly_the_settings_and_the_same_defaults():
     for name in ("coco", "custom"):
         assert set(composed(name).data) - {"_target_"} == set(DataSettings.names())
     assert set(composed("shapes").data) - {"_target_"} == set(ShapesSettings.names()) - paths
-    shared = OmegaConf.to_container(OmegaConf.load(CONF / "data/base.yaml"))
+    shared = OmegaConf.to_container(OmegaConf.load(CONF / "data/shared/options.yaml"))
     assert shared["on_error"] == DataSettings().on_error
     assert shared["flip_probability"] == DataSettings().flip_probability
     shapes, defaults = composed("shapes").data, ShapesSettings()
@@ -330,9 +330,9 @@ def test_evaluation_arguments_make_a_module_of_the_same_evaluation_data(root, ki
     again = CocoDataModule(**arguments, categories=trained.categories, convention="inclusive")
     assert again.root == root
     assert again.convention is INCLUSIVE
-    testing = DataSettings.names("testing")
-    assert set(arguments) == set(testing)
-    for name in set(testing) - {"root"}:
+    names = DataSettings.names("inference")
+    assert set(arguments) == set(names)
+    for name in set(names) - {"root"}:
         assert getattr(again.settings, name) == getattr(trained.settings, name)
     assert all(same(*pair) for pair in zip(again.val_dataloader(), expected, strict=True))
 

@@ -20,7 +20,7 @@ from cpm_rcnn.models.structures import Detections
 class ProposalHeadSettings(settings.Settings):
     width: int = settings.architecture(16, check=settings.integer())
     rois_per_image: int = settings.training(32, check=settings.integer())
-    min_score: float = settings.testing(0.0, check=settings.number(0, 1))
+    min_score: float = settings.inference(0.0, check=settings.number(0, 1))
 
 
 class ProposalHead(RoIHead):

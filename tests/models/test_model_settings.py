@@ -114,7 +114,7 @@ def test_architecture_contains_no_training_or_testing_option(backbone):
     fields = [name.split(".")[-1] for name in settings.architecture()]
     parts = [part for whole in vars(settings).values() for part in all_settings(whole)]
     for part in parts:
-        assert not set(fields) & set(part.names("training") + part.names("testing"))
+        assert not set(fields) & set(part.names("training") + part.names("inference"))
         nested = {name for name in part.names() if list(all_settings(getattr(part, name)))}
         assert set(part.names("architecture")) - nested <= set(fields)
     json.dumps(settings.architecture())
@@ -136,7 +136,7 @@ def test_models_that_differ_in_training_and_testing_have_the_same_architecture()
 
 def test_options_for_testing_are_those_of_the_rpn_and_of_all_heads():
     # Not imported by name, or pytest would collect it.
-    names = settings_module.test_options()
+    names = settings_module.inference_options()
     assert {"proposals_test", "score_threshold", "nms_iou", "test_stages"} <= set(names)
     assert len(names) == len(set(names))
     assert not {"samples", "stages", "proposals_train", "loss_weight"} & set(names)

@@ -112,7 +112,7 @@ def test_losses_and_proposals_equal_torchvisions_when_all_anchors_are_sampled(mo
     generator = AnchorGenerator(((32,),), (RATIOS,))
     # torchvision's own anchors are rounded and centred on the corner of a cell.
     generator.cell_anchors = [CONTINUOUS.cell_anchors(8, 32, RATIOS)]
-    limits = {"training": 50, "testing": 50}
+    limits = {"training": 50, "inference": 50}
     theirs = TorchvisionRPN(generator, ours.head, 0.7, 0.3, 100_000, 1.0, limits, limits, 0.7)
     features, boxes = pyramid(strides=(8,)), [[[10, 10, 50, 40], [60, 60, 90, 110]], [[30, 20, 70, 60]]]
     images = ImageList(torch.zeros(2, 3, 128, 128), [(128, 128), (128, 128)])

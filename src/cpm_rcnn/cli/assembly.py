@@ -25,7 +25,7 @@ def schedule_settings(config: DictConfig) -> Schedule:
     """
     values = to_dict(config.schedule)
     with config_keys(config, "schedule"):
-        return Schedule.from_dict({name: values[name] for name in Schedule.names()}, "schedule")
+        return Schedule.from_dict({name: values[name] for name in Schedule.names()})
 
 
 def build_datamodule(config: DictConfig) -> CocoDataModule:
@@ -87,7 +87,7 @@ def multi_scale_settings(config: DictConfig) -> MultiScaleSettings | None:
     if not values.pop("enabled"):
         return None
     with config_keys(config, "multi_scale"):
-        return MultiScaleSettings.from_dict(values, "multi_scale")
+        return MultiScaleSettings.from_dict(values)
 
 
 def evaluation_data(config: DictConfig, detector: Detector, data: dict[str, Any]) -> CocoDataModule:

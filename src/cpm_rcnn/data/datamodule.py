@@ -67,7 +67,7 @@ class CocoDataModule(pl.LightningDataModule):
             check_count("max_steps", max_steps)
         check_range("seed", seed, 0, 2**32 - 1)
         check_choice("convention", convention, CONVENTIONS)
-        self.settings = self.settings_class.from_dict(settings, "data")
+        self.settings = self.settings_class.from_dict(settings)
         self.root = Path(self.settings.root or "").expanduser()
         self.batch_size = batch_size
         self.max_steps = max_steps
@@ -92,7 +92,7 @@ class CocoDataModule(pl.LightningDataModule):
         data. ``root`` is absolute, since evaluation may run in another folder.
         """
         values = self.settings.to_dict()
-        return {name: values[name] for name in DataSettings.names("testing")} | {"root": str(self.root.absolute())}
+        return {name: values[name] for name in DataSettings.names("inference")} | {"root": str(self.root.absolute())}
 
     @property
     def categories(self) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cpm_rcnn.settings import Settings, choice, integer, list_of, number, optional, testing, text, training
+from cpm_rcnn.settings import Settings, choice, inference, integer, list_of, number, optional, text, training
 
 OnError = Literal["raise", "skip"]
 
@@ -35,21 +35,21 @@ class DataSettings(Settings):
             <cpm_rcnn.data.CocoAnnotations.load>` and :class:`~cpm_rcnn.data.CocoDataset`).
     """
 
-    root: str | None = testing(None, check=optional(text))
+    root: str | None = inference(None, check=optional(text))
     train_json: str | None = training(None, check=optional(text))
     train_images: str | None = training(None, check=optional(text))
-    val_json: str | None = testing(None, check=optional(text))
-    val_images: str | None = testing(None, check=optional(text))
-    test_json: str | None = testing(None, check=optional(text))
-    test_images: str | None = testing(None, check=optional(text))
-    eval_batch_size: int = testing(1, check=integer())
-    num_workers: int = testing(2, check=integer(0))
+    val_json: str | None = inference(None, check=optional(text))
+    val_images: str | None = inference(None, check=optional(text))
+    test_json: str | None = inference(None, check=optional(text))
+    test_images: str | None = inference(None, check=optional(text))
+    eval_batch_size: int = inference(1, check=integer())
+    num_workers: int = inference(2, check=integer(0))
     short_sides: Sequence[int] = training((800,), check=list_of(integer()))
     max_size: int = training(1333, check=integer())
-    test_short_side: int | None = testing(800, check=optional(integer()))
-    test_max_size: int = testing(1333, check=integer())
+    test_short_side: int | None = inference(800, check=optional(integer()))
+    test_max_size: int = inference(1333, check=integer())
     flip_probability: float = training(0.5, check=number(0, 1))
-    on_error: Literal["raise", "skip"] = testing("raise", check=choice("raise", "skip"))
+    on_error: Literal["raise", "skip"] = inference("raise", check=choice("raise", "skip"))
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,6 @@ class ShapesSettings(DataSettings):
         val_count: number of validation images.
     """
 
-    root: str = testing("data/shapes", check=text)
+    root: str = inference("data/shapes", check=text)
     train_count: int = training(600, check=integer())
     val_count: int = training(100, check=integer())

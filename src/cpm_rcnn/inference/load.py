@@ -8,7 +8,7 @@ from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.inference.detector import SIZE_OPTIONS, Detector, size_arguments
 from cpm_rcnn.inference.multi_scale import MultiScaleSettings
 from cpm_rcnn.models.build import build
-from cpm_rcnn.models.settings import test_options
+from cpm_rcnn.models.settings import inference_options
 from cpm_rcnn.weights.checkpoints import detector_state, read_checkpoint
 from cpm_rcnn.weights.initialize import stored_settings
 from cpm_rcnn.weights.reading import check_names
@@ -37,7 +37,7 @@ def load(path: str | Path, **overrides: Any) -> Detector:
 
 def overrides_of_load() -> list[str]:
     """Names of the settings that :func:`load` can override, over all heads, without ``multi_scale``."""
-    return [*test_options(), *OPTIONAL_PARTS, *SIZE_OPTIONS]
+    return [*inference_options(), *OPTIONAL_PARTS, *SIZE_OPTIONS]
 
 
 def detector_from(

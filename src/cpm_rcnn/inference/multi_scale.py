@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as F
 from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.data.transforms import network_size
 from cpm_rcnn.inference.soft_nms import soft_nms
-from cpm_rcnn.settings import Settings, flag, integer, list_of, testing
+from cpm_rcnn.settings import Settings, flag, inference, integer, list_of
 
 # Spec section 8.
 _SOFT_NMS_IOU = 0.5
@@ -27,9 +27,9 @@ class MultiScaleSettings(Settings):
         flip: whether the mirror image is used in addition.
     """
 
-    scales: Sequence[int] = testing((400, 500, 600, 700, 800, 900, 1000, 1100, 1200), check=list_of(integer()))
-    max_size: int = testing(2000, check=integer())
-    flip: bool = testing(True, check=flag)
+    scales: Sequence[int] = inference((400, 500, 600, 700, 800, 900, 1000, 1100, 1200), check=list_of(integer()))
+    max_size: int = inference(2000, check=integer())
+    flip: bool = inference(True, check=flag)
 
 
 class MultiScaleDetector(nn.Module):

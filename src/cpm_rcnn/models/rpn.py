@@ -13,7 +13,7 @@ from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
 from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
 from cpm_rcnn.models.structures import GroundTruth, Rois
-from cpm_rcnn.settings import Settings, architecture, flag, integer, list_of, number, testing, training
+from cpm_rcnn.settings import Settings, architecture, flag, inference, integer, list_of, number, training
 
 RATIOS = (0.5, 1.0, 2.0)
 _POSITIVE_IOU, _NEGATIVE_IOU = 0.7, 0.3
@@ -37,7 +37,7 @@ class RPNSettings(Settings):
     anchor_sizes: Sequence[float] = architecture((32, 64, 128, 256, 512), check=list_of(number(1), 5))
     ignore_border_anchors: bool = training(True, check=flag)
     proposals_train: int = training(2000, check=integer())
-    proposals_test: int = testing(1000, check=integer())
+    proposals_test: int = inference(1000, check=integer())
 
 
 class RegionProposalNetwork(nn.Module):

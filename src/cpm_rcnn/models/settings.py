@@ -77,11 +77,11 @@ class ModelSettings:
         return found | self.trunk.architecture() | self.rpn.architecture() | self.head.architecture()
 
 
-def test_options() -> list[str]:
+def inference_options() -> list[str]:
     """Names of the options that can be overridden when a checkpoint is loaded, over all heads."""
-    names = RPNSettings.names("testing")
+    names = RPNSettings.names("inference")
     for head in HEADS.values():
-        names += [name for name in head.settings_class.names("testing") if name not in names]
+        names += [name for name in head.settings_class.names("inference") if name not in names]
     return names
 
 

@@ -65,7 +65,7 @@ def check_same_model(checkpoint: Mapping[str, Any], settings: ModelSettings, sou
 
     Args:
         checkpoint: of ``train`` or ``convert``.
-        settings: of the model to load into; settings of training and testing may differ from the checkpoint's.
+        settings: of the model to load into; settings of training and inference may differ from the checkpoint's.
         source: the argument and file, for messages.
     """
     theirs, ours = stored_settings(checkpoint, source).architecture(), settings.architecture()

@@ -17,7 +17,17 @@ from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring
 from cpm_rcnn.models.heatmaps import NUM_POINTS
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.structures import Detections, GroundTruth, Rois
-from cpm_rcnn.settings import Settings, architecture, flag, integer, number, optional, settings_list, testing, training
+from cpm_rcnn.settings import (
+    Settings,
+    architecture,
+    flag,
+    inference,
+    integer,
+    number,
+    optional,
+    settings_list,
+    training,
+)
 
 # The cascades of the paper (spec section 5): CMM's three stages, and the two equal stages that isolate ISM or RSM.
 CMM_STAGES = (StageSettings(0.5, 1.0, 1.0), StageSettings(0.6, 0.5, 0.5), StageSettings(0.7, 0.25, 0.25))
@@ -64,9 +74,9 @@ class CPMSettings(Settings):
     grid_convs: int = architecture(8, check=integer())
     samples: int = training(512, check=integer())
     max_grid_rois: int = training(96, check=integer())
-    score_threshold: float = testing(0.03, check=number(0, 1))
-    nms_iou: float = testing(0.3, check=number(0, 1))
-    test_stages: int | None = testing(None, check=optional(integer()))
+    score_threshold: float = inference(0.03, check=number(0, 1))
+    nms_iou: float = inference(0.3, check=number(0, 1))
+    test_stages: int | None = inference(None, check=optional(integer()))
 
     def __post_init__(self) -> None:
         super().__post_init__()
