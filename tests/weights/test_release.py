@@ -209,7 +209,7 @@ DAMAGES = {
     "no outputs": (lambda s: reshaped(s, "Conv_Body_FPN.p5_in.weight", 0, 2048, 1, 1), ["fpn_channels=0"]),
     "not finite": (
         lambda s: dict(s) | {"RPN.head.conv.bias": NAN.expand(64)},
-        ["1 tensors are not finite: RPN.head.conv.bias"],
+        ["tensors have non-finite values: RPN.head.conv.bias"],
     ),
     "complex numbers": (lambda s: dict(s) | {"RPN.head.conv.bias": torch.zeros(64) * 1j}, ["RPN.head.conv.bias"]),
     "no data": (lambda s: dict(s) | {"RPN.head.conv.bias": torch.zeros(64, device="meta")}, ["RPN.head.conv.bias"]),

@@ -165,7 +165,8 @@ def convert_state(state: Mapping[str, Tensor], detector: TwoStageDetector, sourc
         if part is None:
             state = {name: value for name, value in state.items() if not re.match(names_of, name)}
     if nonfinite := [name for name, value in state.items() if not value.isfinite().all()]:
-        raise UserError(f"{source}: {len(nonfinite)} of {len(state)} tensors have non-finite values: {', '.join(nonfinite[:6])}")
+        listed = ", ".join(nonfinite[:6])
+        raise UserError(f"{source}: {len(nonfinite)} of {len(state)} tensors have non-finite values: {listed}")
     own = detector.state_dict()
     names = {name: release_names(name, len(head.stages)) for name in own}
     check_names(
