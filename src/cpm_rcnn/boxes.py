@@ -2,8 +2,8 @@
 
 A box is ``(x1, y1, x2, y2)`` in pixels. In the *continuous* convention, x2 and y2 are the coordinates where the box
 ends, so its width is ``x2 - x1``. In the *inclusive* convention of the CPM R-CNN release, they are the last pixel
-inside the box, so its width is ``x2 - x1 + 1`` (spec section 9). Every rule that differs between the two is a method or
-a property here; no other code checks which of the two is used.
+inside the box, so its width is ``x2 - x1 + 1`` (docs/method.md section 9). Every rule that differs between the two is
+a method or a property here; no other code checks which of the two is used.
 """
 
 from collections.abc import Sequence
@@ -47,11 +47,11 @@ class BoxConvention:
     def cell_anchors(self, stride: int, size: float, ratios: Sequence[float]) -> Tensor:
         """The anchors of the first cell of a feature map.
 
-        Continuous anchors are centred on the cell. Inclusive anchors are those of the release: their shape is rounded
+        Continuous anchors are centered on the cell. Inclusive anchors are those of the release: their shape is rounded
         at the size of the cell and then scaled, for example ``[-22, -10, 25, 13]`` for stride 4, size 32, ratio 0.5.
 
         Args:
-            stride: distance of two cells in pixels.
+            stride: distance between two cells in pixels.
             size: square root of the anchors' area, in pixels.
             ratios: aspect ratios, height / width.
 
@@ -65,9 +65,9 @@ class BoxConvention:
             width, height = width * (size / stride), height * (size / stride)
         else:
             width, height = size / ratio.sqrt(), size * ratio.sqrt()
-        centre = 0.5 * (stride - self.extra)
+        center = 0.5 * (stride - self.extra)
         half_w, half_h = 0.5 * (width - self.extra), 0.5 * (height - self.extra)
-        return torch.stack([centre - half_w, centre - half_h, centre + half_w, centre + half_h], dim=1).float()
+        return torch.stack([center - half_w, center - half_h, center + half_w, center + half_h], dim=1).float()
 
     def area(self, boxes: Tensor) -> Tensor:
         """Areas (...) in square pixels of boxes (..., 4)."""
@@ -104,7 +104,7 @@ class BoxConvention:
         return torch.stack([dx, dy, torch.log(width / anchor_w), torch.log(height / anchor_h)], dim=-1)
 
     def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
-        """Boxes (..., 4) from ``deltas`` (..., 4) to ``anchors`` (..., 4); the inverse of :meth:`encode`."""
+        """Boxes (..., 4) from ``deltas`` (..., 4) relative to ``anchors`` (..., 4); the inverse of :meth:`encode`."""
         anchor_w, anchor_h = self.sizes(anchors)
         x = deltas[..., 0] * anchor_w + anchors[..., 0] + 0.5 * anchor_w
         y = deltas[..., 1] * anchor_h + anchors[..., 1] + 0.5 * anchor_h

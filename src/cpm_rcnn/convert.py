@@ -1,4 +1,4 @@
-"""``python -m cpm_rcnn.convert src=FILE dst=FILE.ckpt``: released weights as a checkpoint of this project."""
+"""``python -m cpm_rcnn.convert src=FILE dst=FILE.ckpt``: convert released weights to a checkpoint of this project."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cpm_rcnn.weights.release import convert_state, release_settings
 
 
 def convert(config: DictConfig) -> None:
-    """Read ``src`` and write ``dst``. Nothing is written if anything is wrong."""
+    """Convert ``src`` to ``dst``. If there is an error, nothing is written."""
     target = check_path("dst", config.dst)
     if target.is_dir():
         raise UserError(f"dst={target}: is a folder; give a file in it")
@@ -73,7 +73,6 @@ def _categories(json: str | None, num_classes: int, source: str) -> list[dict[st
 
 
 def main() -> None:
-    """The command."""
     run(convert, "convert")
 
 

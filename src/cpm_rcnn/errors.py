@@ -15,8 +15,7 @@ class UserError(ValueError):
 class ArgumentError(UserError):
     """An invalid value of a named argument.
 
-    Code that knows where the argument came from adds that to its name with :meth:`under`: commands add the config
-    node, a container adds the name of the part.
+    Code that knows which part or config node the argument belongs to adds that name as a prefix with :meth:`under`.
 
     Args:
         argument: name of the argument, for example ``nms_iou`` or ``stages[0].mapping_ratio``.
@@ -76,7 +75,7 @@ def check_keys(argument: str | None, mapping: Any, allowed: Iterable[str], requi
         argument: name of the mapping; None if its keys are themselves the arguments.
         mapping: what to check.
         allowed: the allowed keys.
-        required: those that must be there.
+        required: the keys that must not be missing.
     """
     allowed = list(allowed)
     if not isinstance(mapping, Mapping):
@@ -115,7 +114,7 @@ def check_file(argument: str, value: Any, allowed: str = "") -> Path:
     Args:
         argument: name of the argument, for messages.
         value: the path.
-        allowed: what else could have been given, for messages.
+        allowed: the other values that the argument accepts, for messages.
 
     Raises:
         ArgumentError: ``value`` is not a path, or there is no such file.

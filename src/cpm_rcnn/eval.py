@@ -17,7 +17,7 @@ from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 
 
 def evaluate(config: DictConfig) -> None:
-    """One evaluation into Hydra's output folder."""
+    """Run one evaluation; its results are written to Hydra's output folder."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
     detector, data = load_detector(config)
@@ -37,7 +37,6 @@ def evaluate(config: DictConfig) -> None:
 
 
 def main() -> None:
-    """The command."""
     run(evaluate, "eval")
 
 

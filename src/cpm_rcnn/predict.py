@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def predict(config: DictConfig) -> None:
-    """Detect in every image of ``source``; write ``images/`` and ``detections.json`` to Hydra's output folder."""
+    """Detect objects in every image of ``source``; write ``images/`` and ``detections.json`` to the output folder."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
     check_range("min_score", config.min_score, 0, 1)
@@ -70,7 +70,7 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; ``auto`` is a CUDA device if there is one, otherwise the CPU.
 
     Raises:
-        UserError: no such device.
+        UserError: there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +83,6 @@ def choose_device(name: str) -> torch.device:
 
 
 def main() -> None:
-    """The command."""
     run(predict, "predict")
 
 

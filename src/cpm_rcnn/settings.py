@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses whose fields carry their default, their check and what they affect.
+"""Settings: frozen dataclasses whose fields declare their default, a check of their value, and what they affect.
 
 Each part of the project has one such dataclass, and each is mirrored by one node of the config. A field is declared
 with :func:`architecture`, :func:`training` or :func:`inference`, which say what changes when the value changes:
@@ -53,7 +53,7 @@ class Settings:
         for item in fields(self):
             value = getattr(self, item.name)
             item.metadata["check"](item.name, value)
-            # As tuples, so that settings compare equal whether their values come from a default or from a file.
+            # Lists become tuples, so that settings from a file compare equal to the defaults.
             if isinstance(value, list):
                 object.__setattr__(self, item.name, tuple(value))
 
@@ -68,7 +68,7 @@ class Settings:
 
         Args:
             values: plain values; fields with a default may be missing.
-            argument: name of the mapping; errors about a value then name ``argument.field``, and otherwise ``field``.
+            argument: name of the mapping. Errors about a value name ``argument.field``, or ``field`` if it is None.
 
         Raises:
             ArgumentError: a key is unknown or missing, or a value is invalid.
@@ -85,7 +85,10 @@ class Settings:
         return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
 
     def architecture(self) -> dict[str, Any]:
-        """The values that decide the meaning or the shapes of the weights, nested settings as ``name.0.inner``."""
+        """The values that decide the meaning or the shapes of the weights.
+
+        Values of nested settings have dotted names, for example ``stages.0.mapping_ratio``.
+        """
         found: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -139,7 +142,7 @@ def flag(argument: str, value: Any) -> None:
 def text(argument: str, value: Any) -> None:
     """A string that is not empty."""
     if not isinstance(value, str) or not value:
-        raise ArgumentError(argument, f"={value}: must be a string")
+        raise ArgumentError(argument, f"={value}: must be a string that is not empty")
 
 
 def optional(check: Check) -> Check:
@@ -148,12 +151,12 @@ def optional(check: Check) -> Check:
 
 
 def list_of(check: Check, length: int | None = None) -> Check:
-    """A list whose items ``check`` accepts: ``length`` of them, or at least one."""
+    """A list whose items ``check`` accepts, with ``length`` items, or at least one if ``length`` is None."""
 
     def check_all(argument: str, value: Any) -> None:
         check_list(argument, value)
         if length is not None and len(value) != length:
-            raise ArgumentError(argument, f"={list(value)}: must be a list of {length}")
+            raise ArgumentError(argument, f"={list(value)}: must be a list of {length} values")
         if not len(value):
             raise ArgumentError(argument, "=[]: must not be empty")
         for item in value:

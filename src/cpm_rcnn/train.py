@@ -1,4 +1,4 @@
-"""``python -m cpm_rcnn.train``: train a model, evaluate its best checkpoint, write pictures and tables."""
+"""``python -m cpm_rcnn.train``: train a model, evaluate its best checkpoint, write plots and tables."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ from cpm_rcnn.weights.resume import ResumePoint, check_same_run, find_resume_poi
 
 
 def train(config: DictConfig) -> None:
-    """One training run into Hydra's output folder."""
+    """Run one training; its results are written to Hydra's output folder."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return _run_in_subprocess(run_dir)
@@ -94,16 +94,16 @@ def _report(
 
 
 def _best_or_last(run_dir: Path) -> Path:
-    """The checkpoint that the final metrics are of: the best, or the last if no validation has chosen a best."""
+    """The checkpoint for the final metrics: the best, or the last if there is no best checkpoint."""
     best = run_dir / "checkpoints" / "best.ckpt"
     return best if best.exists() else best.with_name("last.ckpt")
 
 
 def _run_in_subprocess(run_dir: Path) -> None:
-    """Run a job of a multirun as a command of its own, so that no process group, logger or memory outlives it.
+    """Run a job of a multirun in its own process, so that no process group, logger or memory remains after it.
 
     Raises:
-        UserError: the job failed; it has printed why.
+        UserError: the job failed; it has printed the reason.
     """
     overrides = HydraConfig.get().overrides.task
     job = [sys.executable, "-m", "cpm_rcnn.train", *overrides, f"hydra.run.dir='{run_dir}'"]
@@ -112,7 +112,6 @@ def _run_in_subprocess(run_dir: Path) -> None:
 
 
 def main() -> None:
-    """The command."""
     run(train, "train")
 
 

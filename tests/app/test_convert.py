@@ -170,9 +170,12 @@ def test_training_starts_from_a_converted_checkpoint_with_other_classes(command,
 
 def test_starting_from_another_model_and_resuming_without_a_run_are_refused(command, converted):
     line = refused(command("train", "experiment=release_r50", f"init={converted}", *SAME_MODEL[2:], *FINE_TUNING))
-    assert "backbone.layout.blocks is [1, 1, 1, 1] there and None here" in line
+    assert "backbone.layout.blocks is [1, 1, 1, 1] in the checkpoint and None in this model" in line
     line = refused(command("train", *SMALL, f"init={converted}"))
-    for difference in ("convention is inclusive there and continuous here", "fpn_channels is 64 there and 16 here"):
+    for difference in (
+        "convention is inclusive in the checkpoint and continuous in this model",
+        "fpn_channels is 64 in the checkpoint and 16 in this model",
+    ):
         assert difference in line
     assert "init=" in refused(command("train", *SMALL, f"resume={converted}"))
     assert "init and resume" in refused(command("train", *SMALL, f"resume={converted}", f"init={converted}"))

@@ -181,7 +181,7 @@ def test_it_starts_from_a_checkpoint_with_other_classes(trained, root):
     for name, value in model.state_dict().items():
         source = before if name.startswith("head.classifier.predictor.") else stored
         assert torch.equal(value, source[name]), name
-    with pytest.raises(UserError, match="width is 8 there and 12 here"):
+    with pytest.raises(UserError, match="width is 8 in the checkpoint and 12 in this model"):
         initialize(make_module(shapes_data(root), width=12).model, CLASSES, init=path)
 
 

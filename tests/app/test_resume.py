@@ -122,7 +122,7 @@ def test_resume_auto_starts_at_step_0_without_a_checkpoint(command, whole):
 def test_a_run_of_another_model_is_not_resumed(command, trained):
     last = trained.folder / "checkpoints/last.ckpt"
     line = refused(command("train", *SMALL, "detector.mlp_channels=24", f"resume={last}"))
-    assert "mlp_channels is 16 there and 24 here" in line
+    assert "mlp_channels is 16 in the checkpoint and 24 in this model" in line
 
 
 def test_checkpoints_are_written_at_their_interval(command):

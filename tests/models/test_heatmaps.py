@@ -57,7 +57,7 @@ def test_loss_equals_that_of_the_release(components, stage, ratio):
 
 
 def slow_targets(roi, box, ratio):
-    """Spec section 5, one cell at a time, in float32 like the coordinates of the heatmap."""
+    """docs/method.md section 5, one cell at a time, in float32 like the coordinates of the heatmap."""
     real = np.float32
     (x1, y1, x2, y2), (bx1, by1, bx2, by2) = [[real(v) for v in b] for b in (roi, box)]
     left, top = x1 - real(ratio / 2) * (x2 - x1), y1 - real(ratio / 2) * (y2 - y1)
@@ -222,7 +222,7 @@ def test_enlarged_area_keeps_its_centre_and_grows_by_the_ratio(ratio):
 
 @pytest.mark.parametrize(("ratio", "reach"), [(1.0, 0.4), (0.5, 0.6), (0.25, 0.7)])
 def test_objects_that_train_a_stage_have_targets_on_its_map(ratio, reach):
-    # Spec section 5 pairs IoU thresholds and mapping ratios for this reason. The boxes are shifted RoIs.
+    # docs/method.md section 5 pairs IoU thresholds and mapping ratios for this reason. The boxes are shifted RoIs.
     rois = torch.tensor([[0.0, 0, 100, 100]])
     shift = torch.arange(0, 60.0)[:, None]
     boxes = rois + torch.cat([shift, 0 * shift, shift, 0 * shift], dim=1)

@@ -150,5 +150,5 @@ def test_hyperparameters_contain_the_resolved_settings(trained):
 
 def test_weights_without_training_state_cannot_be_resumed(written):
     path, _ = written
-    with pytest.raises(UserError, match=r"^resume=.*: holds weights, but no training state; start .* with init="):
+    with pytest.raises(UserError, match=r"^resume=.*: contains weights, but no training state; start .* with init="):
         find_resume_point(str(path), path.parent)

@@ -47,15 +47,18 @@ def test_other_class_names_reinitialize_exactly_the_classification_layers(traine
 def test_another_architecture_is_refused_with_both_values(trained):
     path, _ = trained
     for options, difference in [
-        ({"mlp_channels": 24}, "mlp_channels is 16 there and 24 here"),
-        ({"convention": "inclusive"}, "convention is continuous there and inclusive here"),
-        ({"ism": False}, "ism is True there and False here"),
-        ({"backbone": {"name": "resnet18"}}, "backbone.name is tiny there and resnet18 here"),
-        ({"anchor_sizes": [16, 32, 64, 128, 256]}, "anchor_sizes is [32, 64, 128, 256, 512] there and [16, 32, 64"),
+        ({"mlp_channels": 24}, "mlp_channels is 16 in the checkpoint and 24 in this model"),
+        ({"convention": "inclusive"}, "convention is continuous in the checkpoint and inclusive in this model"),
+        ({"ism": False}, "ism is True in the checkpoint and False in this model"),
+        ({"backbone": {"name": "resnet18"}}, "backbone.name is tiny in the checkpoint and resnet18 in this model"),
+        (
+            {"anchor_sizes": [16, 32, 64, 128, 256]},
+            "anchor_sizes is [32, 64, 128, 256, 512] in the checkpoint and [16, 32, 64",
+        ),
     ]:
         model = small_module(**options).model
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        with pytest.raises(UserError, match=r"^init=.*last\.ckpt: of another model; ") as caught:
+        with pytest.raises(UserError, match=r"^init=.*last\.ckpt: is a checkpoint of another model; ") as caught:
             initialize(model, ["cat", "dog"], init=path)
         assert difference in str(caught.value)
         assert same_values(model.state_dict(), before)
@@ -63,7 +66,10 @@ def test_another_architecture_is_refused_with_both_values(trained):
 
 def test_all_differences_are_listed_together(trained):
     path, _ = trained
-    with pytest.raises(UserError, match="mlp_channels is 16 there and 24 here; rsm is True there and False here"):
+    with pytest.raises(
+        UserError,
+        match="mlp_channels is 16 in the checkpoint and 24 in this model; rsm is True in the checkpoint and False in this model",
+    ):
         initialize(small_module(mlp_channels=24, rsm=False).model, ["cat", "dog"], init=path)
 
 
@@ -80,7 +86,7 @@ def test_other_settings_of_training_and_testing_are_accepted(trained):
 def test_a_mapping_ratio_belongs_to_the_architecture(trained):
     path, _ = trained
     stages = [{"positive_iou": 0.5, "mapping_ratio": 1.0, "loss_weight": 1.0}] * 3
-    with pytest.raises(UserError, match=r"stages\.1\.mapping_ratio is 0\.5 there and 1\.0 here"):
+    with pytest.raises(UserError, match=r"stages\.1\.mapping_ratio is 0\.5 in the checkpoint and 1\.0 in this model"):
         initialize(small_module(stages=stages).model, ["cat", "dog"], init=path)
 
 

@@ -110,7 +110,7 @@ def test_a_named_file_that_is_damaged_is_an_error(run_dir):
 
 def test_a_run_of_another_model_or_other_classes_is_refused(run_dir):
     point = find_resume_point("auto", run_dir)
-    with pytest.raises(UserError, match=r"^resume=.*mlp_channels is 16 there and 24 here"):
+    with pytest.raises(UserError, match=r"^resume=.*mlp_channels is 16 in the checkpoint and 24 in this model"):
         check_same_run(point, small_module(mlp_channels=24).model.settings, CATEGORIES)
     with pytest.raises(UserError, match=r"^resume=.*its classes differ"):
         check_same_run(point, small_module().model.settings, CATEGORIES[::-1])

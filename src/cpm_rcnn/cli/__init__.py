@@ -1,1 +1,1 @@
-"""The command line: Hydra around a task, one-line messages for user errors, and objects from a config."""
+"""The command line: the Hydra entry point, one-line error messages, and construction of objects from a config."""

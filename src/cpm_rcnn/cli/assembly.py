@@ -1,4 +1,4 @@
-"""From a config to a data module, a model and a detector."""
+"""Construction of data modules, models and detectors from a config."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from cpm_rcnn.weights.checkpoints import read_checkpoint
 
 
 def schedule_settings(config: DictConfig) -> Schedule:
-    """The settings of ``schedule``; the image sizes in that node belong to the data module.
+    """The settings of ``schedule``; the image sizes in that node are settings of the data module.
 
     Raises:
         UserError: a value is invalid.
@@ -29,7 +29,7 @@ def schedule_settings(config: DictConfig) -> Schedule:
 
 
 def build_datamodule(config: DictConfig) -> CocoDataModule:
-    """The data module of a training run; files that it can generate are generated.
+    """The data module of a training run; a data set that it generates is generated now.
 
     Raises:
         UserError: a value is invalid, or a file is missing.
@@ -44,7 +44,7 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
             seed=config.seed,
             convention=config.detector.convention,
         )
-        # Lightning calls it when the run starts, but the model needs the classes earlier.
+        # Lightning would call it when the run starts, but the classes are needed earlier, to build the model.
         datamodule.prepare_data()
     return datamodule
 
@@ -70,7 +70,8 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
     """The detector of ``ckpt``, and the arguments of its data module, with the overrides of ``detector`` and ``data``.
 
     Raises:
-        UserError: no such file, a damaged one, a checkpoint of another program or format, or an invalid value.
+        UserError: the file does not exist, is damaged, or is a checkpoint of another program or format, or a value is
+            invalid.
     """
     checkpoint = read_checkpoint(config.ckpt, "ckpt")
     data = checkpoint["hyper_parameters"]["data"] | non_null(config.data)
@@ -82,7 +83,7 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
 
 
 def multi_scale_settings(config: DictConfig) -> MultiScaleSettings | None:
-    """The settings of ``multi_scale``; None where it is off or the command has no such node."""
+    """The settings of ``multi_scale``; None if it is off or the command has no such node."""
     values = to_dict(config.multi_scale) if "multi_scale" in config else {"enabled": False}
     if not values.pop("enabled"):
         return None
@@ -94,12 +95,13 @@ def evaluation_data(config: DictConfig, detector: Detector, data: dict[str, Any]
     """The data on which a detector is evaluated.
 
     Args:
-        config: ``split`` (val, test, or a COCO-style json with ``images``, which becomes the test split).
-        detector: knows its classes and box convention.
-        data: from :func:`load_detector`.
+        config: the config of ``eval``. ``split`` is val, test, or a COCO-style json that becomes the test split, with
+            its images in ``images``.
+        detector: the detector, which defines the classes and the box convention.
+        data: the second value that :func:`load_detector` returns.
 
     Raises:
-        UserError: no such split, or an invalid value.
+        UserError: there is no such split, or a value is invalid.
     """
     if config.split not in ("val", "test"):
         if config.images is None:

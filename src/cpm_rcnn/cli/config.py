@@ -1,4 +1,4 @@
-"""Values of a config, and its keys in messages."""
+"""Plain values of a config, and config keys in error messages."""
 
 import re
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def non_null(node: DictConfig) -> dict[str, Any]:
 
 @contextmanager
 def config_keys(config: DictConfig, node: str) -> Iterator[None]:
-    """Name the config key in errors about arguments that come from ``node``."""
+    """Replace argument names by config keys in errors about arguments that come from ``node``."""
     try:
         yield
     except ArgumentError as error:
@@ -35,7 +35,7 @@ def config_key(config: DictConfig, node: str, argument: str) -> str:
     Args:
         config: the config.
         node: name of the node whose entries were the arguments.
-        argument: for example ``nms_iou``, ``stages[0].loss_weight``, or ``backbone.name``, which has a node of its own.
+        argument: for example ``nms_iou``, ``stages[0].loss_weight``, or ``backbone.name``, whose node is ``backbone``.
 
     Returns:
         For example ``detector.nms_iou``; ``cmm.stages[0].loss_weight``, because ``detector.stages`` refers to

@@ -1,4 +1,4 @@
-"""From an exception to one line for the user."""
+"""Conversion of an exception to one line for the user."""
 
 import difflib
 import errno
@@ -25,7 +25,7 @@ def one_line(error: BaseException) -> str | None:
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.parent_node is not None:
             return _unknown_key(cause)
     if isinstance(error, InstantiationException):
-        # Lightning's Trainer or a logger refuses its arguments; its own message is the most precise.
+        # Lightning's Trainer or a logger rejected its arguments; its own message is the most precise.
         reason = error.__cause__
         theirs = (TypeError, ValueError, ImportError, MisconfigurationException)
         return _join(str(reason)) if isinstance(reason, theirs) else None

@@ -1,4 +1,4 @@
-"""Instantiate classes that a config names, from a list of allowed ones."""
+"""Instantiation of classes that a config names, if they are in a list of allowed classes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,10 +21,10 @@ ALLOWED = (
 
 
 def instantiate_allowed(node: DictConfig, **arguments: Any) -> Any:
-    """An instance of the class that a config node names.
+    """An instance of the class that a config node names as ``_target_``.
 
     Args:
-        node: ``_target_``, one of :data:`ALLOWED`, and the arguments, plain values.
+        node: ``_target_``, which is one of :data:`ALLOWED`, and the arguments, which are plain values.
         **arguments: further arguments.
 
     Raises:
@@ -34,7 +34,7 @@ def instantiate_allowed(node: DictConfig, **arguments: Any) -> Any:
     for target in targets:
         check_choice("_target_", target, ALLOWED)
     if len(targets) != 1 or node.get("_target_") is None:
-        raise UserError(f"_target_={targets}: exactly one is needed, and none inside the arguments")
+        raise UserError(f"_target_={targets}: there must be exactly one, and none inside the arguments")
     try:
         return instantiate(node, **arguments, _convert_="all")
     except InstantiationException as error:

@@ -14,7 +14,9 @@ from cpm_rcnn.cli.overrides import register_overrides
 
 
 def run(task: Callable[[DictConfig], None], config_name: str) -> None:
-    """Compose ``conf/<config_name>.yaml`` with the command line and call ``task`` with it, once or (``-m``) many times.
+    """Compose ``conf/<config_name>.yaml`` with the command line and call ``task`` with the result.
+
+    With ``-m`` (multirun), ``task`` is called once per combination of values.
 
     An error caused by user input ends the program with status 2 and one line on standard error. Any other exception is
     a defect of the program and keeps its traceback.

@@ -1,4 +1,4 @@
-"""What ``eval``, ``predict`` and ``convert`` can override of a checkpoint, derived from the settings dataclasses.
+"""The settings that ``eval``, ``predict`` and ``convert`` can override, derived from the settings dataclasses.
 
 These commands' configs have nodes ``detector`` and ``data`` in which every option is null, which means "as in the
 checkpoint". The nodes are generated here, so that no option is listed by hand.

@@ -1,4 +1,4 @@
-"""From a config to Lightning's Trainer."""
+"""Construction of Lightning's Trainer from a config."""
 
 import shutil
 from pathlib import Path
@@ -24,9 +24,9 @@ def build_trainer(config: DictConfig, run_dir: Path, resume_point: ResumePoint |
     """The Trainer of a training run; it writes checkpoints and logs under ``run_dir``.
 
     Args:
-        config: of ``train``.
+        config: the config of ``train``.
         run_dir: the run's folder.
-        resume_point: the checkpoint that the run resumes from; it is not read again.
+        resume_point: the checkpoint that the run resumes from; its file is not read again.
 
     Raises:
         UserError: a value is invalid.
@@ -49,7 +49,7 @@ def build_trainer(config: DictConfig, run_dir: Path, resume_point: ResumePoint |
         interval = config.checkpoint_interval
         callbacks += [
             ModelCheckpoint(folder, filename="best", monitor="val/AP", mode="max", enable_version_counter=False),
-            # Without a monitor it is written after every validation; ``save_last`` would follow a new best only.
+            # Without a monitor it is written after every validation; with ``save_last``, only after a new best.
             ModelCheckpoint(folder, filename="last", enable_version_counter=False),
             ModelCheckpoint(folder, filename="last", every_n_train_steps=interval, enable_version_counter=False),
             LearningRateMonitor("step"),
@@ -59,7 +59,7 @@ def build_trainer(config: DictConfig, run_dir: Path, resume_point: ResumePoint |
         config.trainer,
         max_steps=steps,
         max_epochs=-1,
-        # Lightning counts batches here.
+        # Lightning counts this interval in batches, not in optimizer steps.
         val_check_interval=min(config.schedule.val_interval, steps) * config.trainer.accumulate_grad_batches,
         callbacks=callbacks,
         logger=[
@@ -88,13 +88,13 @@ def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
 
 
 def check_disk_space(run_dir: Path, module: DetectionModule) -> None:
-    """Refuse to start a run whose checkpoints will not fit on its disk.
+    """Raise an error if the checkpoints of a run will not fit on its disk.
 
     Raises:
-        UserError: free space is less than the best checkpoint, the last one, and one that is being written.
+        UserError: there is not enough space for three checkpoints: the best, the last, and one that is being written.
     """
     weights = sum(value.numel() * value.element_size() for value in module.state_dict().values())
-    per_weight = 3 if module.schedule.optimizer == "adamw" else 2  # the weight and the optimizer's state of it
+    per_weight = 3 if module.schedule.optimizer == "adamw" else 2  # the weight and its optimizer state
     needed, free = 3 * per_weight * weights, shutil.disk_usage(run_dir).free
     if free < needed:
         raise UserError(

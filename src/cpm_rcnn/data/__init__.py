@@ -1,4 +1,4 @@
-"""From annotation and image files to batches of uint8 images and targets; nothing about models."""
+"""From annotation and image files to batches of uint8 images and targets. It does not depend on models."""
 
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.datamodule import CocoDataModule, ShapesDataModule

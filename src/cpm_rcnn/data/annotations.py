@@ -1,4 +1,4 @@
-"""COCO-style annotations: a json file read and checked once, then held as arrays."""
+"""COCO-style annotations: a json file is read and checked once, and its content is stored in arrays."""
 
 import logging
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ _log = logging.getLogger(__name__)
 class CocoAnnotations:
     """The annotations of one split, in flat arrays sorted by image.
 
-    It holds what training and evaluation need of the file, which therefore is parsed only once. Segmentation masks are
-    not kept: they take most of the memory and only their areas are used.
+    It contains everything that training and evaluation need, so the file is parsed only once. Segmentation masks are
+    not kept, because they take most of the memory and only their areas are used.
 
-    I images, A objects, C categories. Everything that grows with the split is a numpy array, which forked DataLoader
-    workers share instead of copying.
+    I, A and C are the numbers of images, objects and categories. Everything that grows with the split is a numpy array,
+    which forked DataLoader workers share instead of copying.
 
     Attributes:
         path: the json file.
@@ -40,7 +40,7 @@ class CocoAnnotations:
         labels: (A,) int64, 1..C.
         xywh: (A, 4) float64, COCO's x, y, width, height in pixels, exactly as in the file.
         areas: (A,) float64 square pixels, exactly as in the file; the area of the box if the file has none.
-        crowds: (A,) bool, COCO's ``iscrowd``.
+        crowds: (A,) bool, ``iscrowd`` in COCO's format.
         usable: (A,) bool, the objects used in training: not crowds, and partly inside their image. Evaluation uses all.
     """
 
@@ -70,7 +70,7 @@ class CocoAnnotations:
 
     @property
     def portrait(self) -> np.ndarray:
-        """(I,) bool, the images that are higher than wide."""
+        """(I,) bool, the images whose height exceeds their width."""
         return self.heights > self.widths
 
     @property
@@ -93,7 +93,7 @@ class CocoAnnotations:
 
         Args:
             path: the json file.
-            categories: the categories that a model already knows, each with ``id`` and ``name``. They decide the
+            categories: the categories of an existing model, each with ``id`` and ``name``. They decide the
                 labels, and the file may not have others. None takes the categories of the file.
             on_error: ``raise``, or ``skip``: skip invalid images and annotations and log a warning with their number.
                 Of several entries with the same id, the first is kept.

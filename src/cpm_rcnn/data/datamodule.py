@@ -1,4 +1,4 @@
-"""The data of a run: which files, how they become batches, and in which order."""
+"""The data modules: which files are read, and how they become batches, in which order."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +25,9 @@ Split = Literal["train", "val", "test"]
 class CocoDataModule(pl.LightningDataModule):
     """A COCO-style data set on disk.
 
-    Its loaders shard by rank themselves, so the Trainer needs ``use_distributed_sampler=False``. They yield batches of
-    :class:`~cpm_rcnn.data.CocoDataset` as :func:`~cpm_rcnn.data.samplers.collate` builds them. No file is read before
-    it is needed.
+    Its loaders distribute the samples over the ranks themselves, so the Trainer needs
+    ``use_distributed_sampler=False``. They yield batches of :class:`~cpm_rcnn.data.CocoDataset` as
+    :func:`~cpm_rcnn.data.samplers.collate` builds them. No file is read before it is needed.
 
     Args:
         categories: the categories of the labels, each with ``id`` and ``name``. None takes them from ``train_json``, or
@@ -41,8 +41,9 @@ class CocoDataModule(pl.LightningDataModule):
     Attributes:
         settings: the settings.
         root: ``settings.root`` as a path, with ``~`` expanded.
-        train_augmentations: the list that is applied in training. Change it before the loader is built to add your own.
-        eval_augmentations: the list that is applied in validation and test; it may only resize.
+        train_augmentations: augmentations that are applied in training. To add your own, change this list before the
+            loader is built.
+        eval_augmentations: augmentations that are applied in validation and test; they may only resize.
         start_step: first step that the training loader yields; a resumed run sets it.
 
     Raises:
@@ -86,10 +87,10 @@ class CocoDataModule(pl.LightningDataModule):
 
     @property
     def evaluation_arguments(self) -> dict[str, Any]:
-        """The settings, as plain values, that evaluation depends on; a checkpoint stores them.
+        """The settings that evaluation depends on, as plain values; a checkpoint stores them.
 
-        With ``categories`` and ``convention``, they make a :class:`CocoDataModule` of the same validation and test
-        data. ``root`` is absolute, since evaluation may run in another folder.
+        Together with ``categories`` and ``convention``, they are the arguments of a :class:`CocoDataModule` with the
+        same validation and test data. ``root`` is absolute, since evaluation may run in another folder.
         """
         values = self.settings.to_dict()
         return {name: values[name] for name in DataSettings.names("inference")} | {"root": str(self.root.absolute())}
@@ -190,10 +191,10 @@ class CocoDataModule(pl.LightningDataModule):
         return "train" if self.settings.train_json else "val"
 
     def _path(self, split: Split, kind: Literal["json", "images"]) -> Path:
-        """The path of a setting, which exists; images may be a folder or its .zip.
+        """The existing path that a setting refers to; images may be a folder or its .zip.
 
         Raises:
-            ArgumentError: the setting is None or nothing is there.
+            ArgumentError: the setting is None, or the path does not exist.
         """
         argument = f"{split}_{kind}"
         name = getattr(self.settings, argument)
@@ -205,7 +206,7 @@ class CocoDataModule(pl.LightningDataModule):
         raise ArgumentError(argument, f"={path}: no such file or folder; {self._expected_files()}")
 
     def _expected_files(self) -> str:
-        """What should be in ``root``, for messages."""
+        """The files that should be in ``root``, for messages."""
         names = []
         for split in ("train", "val", "test"):
             json, images = (getattr(self.settings, f"{split}_{kind}") for kind in ("json", "images"))
@@ -220,7 +221,7 @@ class CocoDataModule(pl.LightningDataModule):
 
 
 class ShapesDataModule(CocoDataModule):
-    """The built-in data set of drawn shapes, rendered into ``root`` on first use.
+    """The built-in data set of synthetic shapes, rendered into ``root`` on first use.
 
     Args:
         **arguments: arguments of :class:`CocoDataModule` except ``categories`` and the paths of the splits, and

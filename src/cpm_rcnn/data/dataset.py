@@ -24,25 +24,25 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     """Images and targets of one split, augmented.
 
     An integer index i returns row i of the annotations, so any sampler works. The training order indexes with a
-    :class:`~cpm_rcnn.data.samplers.Sample`, which also carries the number of the sample in the run; for an integer,
+    :class:`~cpm_rcnn.data.samplers.Sample`, which also contains the number of the sample in the run; for an integer,
     this number is the row.
 
-    Each item is the image, (3, h, w) uint8 RGB, and its target: ``boxes`` (N, 4) float32 xyxy in pixels of that image,
+    Each item is the image (3, h, w), uint8 RGB, and its target: ``boxes`` (N, 4) float32 xyxy in pixels of that image,
     ``labels`` (N,) int64, ``image_id`` (int), ``original_size`` (height, width) in the json, ``readable`` (bool), and
     whatever the augmentations added. Targets hold the usable objects only, clipped to the image.
 
     Args:
         annotations: annotations of the split.
-        images: where its image files are.
+        images: reads the image files of the split.
         augmentations: applied in order, see :class:`~cpm_rcnn.data.transforms.Augmentation`. In evaluation, they may
             only resize: detections are scaled back by the ratio of ``original_size`` to the size of the image.
-        convention: convention of the boxes.
-        seed: random seed of the run; with the sample number, it decides what the augmentations draw.
-        on_error: what to do with an image that cannot be read. ``raise`` stops. ``skip`` logs a warning, once per
-            file, and in training returns the next readable image of ``replacements``, the same one at every visit; in
-            evaluation a black image with ``readable`` False, for which no detection may be counted.
-        replacements: ascending rows of the images that may replace an unreadable one: those used in training. None in
-            evaluation.
+        convention: box coordinate convention of the targets.
+        seed: random seed of the run; with the sample number, it determines the random numbers of the augmentations.
+        on_error: what to do with an image that cannot be read. ``raise`` raises an error. ``skip`` logs a warning once
+            per file; in training, it returns the next readable image of ``replacements``, always the same one; in
+            evaluation, it returns a black image with ``readable`` False, whose detections must be discarded.
+        replacements: ascending rows of the images that may replace an unreadable one, which are the images used in
+            training. None in evaluation.
     """
 
     def __init__(
@@ -109,13 +109,13 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         boxes = self.convention.clip(self.convention.from_xywh(xywh), torch.tensor(size))
         labels = torch.from_numpy(annotations.labels[objects][usable])
         image, target = self._augment(image, {"boxes": boxes, "labels": labels}, sample)
-        # In the inclusive convention, the size of a box less than one pixel wide can become negative by scaling.
+        # In the inclusive convention, scaling can make the size of a box of less than one pixel negative.
         width, height = self.convention.sizes(target["boxes"])
         target = select_objects(target, (width > 0) & (height > 0))
         return image, self._described(target, row, readable=True)
 
     def _blank(self, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
-        """A black image without objects for one that cannot be read; of moderate size, whatever the json claims."""
+        """A small black image without objects, which takes the place of an image that cannot be read."""
         image = torch.zeros(3, 64, 64, dtype=torch.uint8)
         nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
         image, target = self._augment(image, nothing, sample)

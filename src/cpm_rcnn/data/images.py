@@ -1,4 +1,4 @@
-"""Reading images from a folder or from a zip archive that stays packed."""
+"""Reading images from a folder or from a zip archive, which is not unpacked."""
 
 import io
 import os
@@ -49,7 +49,7 @@ class ImageSource:
         return {**self.__dict__, "_archive": None}
 
     def read(self, file_name: str, size: tuple[int, int] | None = None) -> Tensor:
-        """Decode one image; the first frame of an animation.
+        """Decode one image. Of an animation, the first frame is used.
 
         The image is rotated as its EXIF orientation says, as viewers and most annotation tools do, unless only the
         stored pixels have the expected ``size``.
@@ -59,7 +59,7 @@ class ImageSource:
             size: (height, width) in pixels that the image must have; None accepts any size.
 
         Returns:
-            (3, H, W) uint8 RGB. Transparency is dropped, 16-bit grey is divided by 256.
+            (3, H, W) uint8 RGB. Transparency is dropped, 16-bit gray is divided by 256.
 
         Raises:
             UserError: the image is missing, has another size, exceeds Pillow's limit of 179 million pixels, is
@@ -162,7 +162,7 @@ def rgb_tensor(image: Image.Image) -> Tensor:
     """A Pillow image of any mode as (3, H, W) uint8 RGB.
 
     Raises:
-        UserError: the range of its numbers is unknown; the message continues a sentence that starts with its name.
+        UserError: the range of its pixel values is unknown; the message continues a sentence that starts with its name.
     """
     return pil_to_tensor(_eight_bits(image).convert("RGB"))
 
@@ -172,7 +172,7 @@ def _wrong_size(found: tuple[int, int], size: tuple[int, int]) -> str:
 
 
 def _exif_transpose(image: Image.Image) -> Image.Transpose | None:
-    """How to show the image upright; None if its EXIF orientation is missing, invalid or already upright."""
+    """The transformation that makes the image upright; None if the EXIF orientation is missing, invalid or upright."""
     try:
         return _TRANSPOSE.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # the pixels are usable even if the EXIF data are damaged
@@ -180,10 +180,10 @@ def _exif_transpose(image: Image.Image) -> Image.Transpose | None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image with 8 bits per channel. Pillow's own conversion would clip 16-bit grey instead of scaling it.
+    """The image with 8 bits per channel. Pillow's own conversion would clip 16-bit gray instead of scaling it.
 
     Raises:
-        UserError: the range of its numbers is unknown.
+        UserError: the range of its pixel values is unknown.
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image

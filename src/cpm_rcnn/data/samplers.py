@@ -1,7 +1,7 @@
-"""The order of a run: which images are in which batch.
+"""The order of the samples of a run: which images are in which batch.
 
 A run counts steps, not epochs. The samples of a step are a function of (seed, step) that can be evaluated at any step
-directly, so a run may stop, resume and change its number of workers and still get the same batches.
+directly, so a run that stops and resumes, or changes its number of workers, gets the same batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ class Sample(NamedTuple):
 
     Attributes:
         image: row of the image in its annotations.
-        number: number of samples before it in the run, over all ranks; seeds its augmentations.
+        number: number of earlier samples of the run, over all ranks; it seeds the augmentations of this sample.
     """
 
     image: int
@@ -34,7 +34,7 @@ class TrainOrder:
 
     Args:
         images: rows of the images to train on.
-        portrait: for each of them, whether it is higher than wide.
+        portrait: for each of them, whether its height exceeds its width.
         seed: random seed of the run, at least 0.
         batch_size: images per step and rank.
         world_size: number of ranks.
@@ -55,7 +55,7 @@ class TrainOrder:
         self._streams = (_Stream(rows[~portrait], seed, 0), _Stream(rows[portrait], seed, 1))
         self._images = len(rows)
         self._portraits = int(portrait.sum())
-        # Where in the cycle of the two streams the run starts; integer arithmetic is exact at any step.
+        # The random start position in the alternation of the two streams; integer arithmetic is exact at any step.
         self._phase = int(Philox(key=[seed, 2], counter=_ORDER).random_raw()) % self._images
 
     def global_batch(self, step: int) -> list[Sample]:
@@ -109,7 +109,7 @@ class TrainBatchSampler(Sampler[list[Sample]]):
 
     Args:
         order: order of the run.
-        rank: which part of each global batch to yield.
+        rank: rank of this process, which determines its part of each global batch.
         start: first step.
         stop: one past the last step.
     """
@@ -133,7 +133,7 @@ class EvalSampler(Sampler[int]):
     """Every ``world_size``-th row, starting at ``rank``.
 
     All ranks yield the same number of rows, as collective operations need. If the images run out in the last round,
-    it repeats the first ones; whoever collects the results must drop these duplicates by image id.
+    it repeats the first ones; code that collects the results must drop these duplicates by image id.
 
     Args:
         count: number of images.

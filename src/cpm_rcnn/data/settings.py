@@ -16,7 +16,7 @@ class DataSettings(Settings):
     Relative paths start from ``root``. A split can only be used if its two paths are set.
 
     Attributes:
-        root: folder of the data set; None is the working directory.
+        root: folder of the data set; None is the current working directory.
         train_json: COCO-style annotations of the training split.
         train_images: folder or .zip file with its images.
         val_json: COCO-style annotations of the validation split.

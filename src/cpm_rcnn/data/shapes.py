@@ -1,9 +1,9 @@
-"""The built-in data set: drawn shapes on textured backgrounds, written to disk in COCO's format.
+"""The built-in data set: synthetic shapes on textured backgrounds, written to disk in COCO's format.
 
-It replaces COCO where a small detector should learn something within minutes. Shapes of five classes, each with its
-own range of colours, have COCO's small, medium and large areas and are rotated, overlapping and cut off at the image
-border. Some images contain a crowd (a cluster of tiny shapes under one ``iscrowd`` box), some contain nothing. Boxes
-and areas are those of the visible pixels.
+A small detector can be trained on it within minutes. Shapes of five classes, each with its own range of colors, have
+COCO's small, medium and large areas and are rotated, overlapping and cut off at the image border. Some images contain a
+crowd (a cluster of tiny shapes under one ``iscrowd`` box), some contain nothing. Boxes and areas are those of the
+visible pixels.
 """
 
 import colorsys
@@ -23,7 +23,7 @@ from cpm_rcnn.errors import ArgumentError
 CLASSES = ("circle", "square", "triangle", "star", "cross")
 CATEGORIES: list[dict[str, Any]] = [{"id": number + 1, "name": name} for number, name in enumerate(CLASSES)]
 
-# Part of the marker file: increase it whenever the same arguments would render other images.
+# Stored in the marker file. Increase it whenever the same arguments render different images.
 _VERSION = 1
 _MARKER = "shapes.json"
 # Shapes are drawn at this multiple of the image's resolution and averaged, which smooths their edges.
@@ -106,7 +106,7 @@ class _Canvas:
         for _ in range(10):
             coverage, edge, full = self._place(rng, kind, sizes)
             mask = coverage >= 0.5
-            # Most of it must be inside the image, and the objects that it covers must stay recognisable.
+            # Most of it must be inside the image, and the objects that it covers must stay recognizable.
             if mask.sum() >= 0.6 * full and self._leaves_others_visible(mask):
                 break
         else:
@@ -191,10 +191,10 @@ def _crowd_sizes(rng: np.random.Generator) -> list[float]:
 
 
 def _contrasting_color(rng: np.random.Generator, kind: int, background: np.ndarray) -> np.ndarray:
-    """A saturated colour (3,) in 0..255 from the range of its class, in contrast to the mean colour of the background.
+    """A saturated color (3,) in 0..255 from the range of its class, in contrast to the mean color of the background.
 
-    The classes' ranges are a fifth of the colour circle apart and do not overlap, because a small network needs long to
-    learn to distinguish the classes by their outlines alone.
+    The classes' ranges are a fifth of the color circle apart and do not overlap, because a small network needs a long
+    time to learn to distinguish the classes by their outlines alone.
     """
     for contrast in range(180, -1, -10):  # lower if the range allows no more, for example on a shape of the same class
         hue = (kind + rng.uniform(-0.45, 0.45)) / len(CLASSES)

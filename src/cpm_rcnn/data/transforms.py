@@ -1,4 +1,4 @@
-"""Augmentations: the way from an image as stored to an image as the network sees it, together with its objects.
+"""Augmentations: transforms from a stored image and its objects to the input of the network.
 
 An augmentation is any callable ``(image, target, rng) -> (image, target)``, see :class:`Augmentation`. A data set
 applies a list of them in order.
@@ -29,11 +29,11 @@ class Augmentation(Protocol):
 
         Args:
             image: (3, H, W) uint8 RGB.
-            target: one entry per property of the N objects, in the same order: ``boxes`` (N, 4) float32 xyxy in
-                pixels of ``image``, ``labels`` (N,) int64, and whatever earlier augmentations added. Whoever removes
-                objects removes them from all entries (:func:`select_objects`).
-            rng: the only source of randomness. Numbers are drawn in the order of the list, so an augmentation that
-                draws changes what the ones after it draw.
+            target: one entry per property of the N objects, in the same order: ``boxes`` (N, 4) float32 xyxy in pixels
+                of ``image``, ``labels`` (N,) int64, and entries that earlier augmentations added. An augmentation that
+                removes objects must remove them from all entries (:func:`select_objects`).
+            rng: the only source of randomness. It is shared by all augmentations of the list, so an augmentation
+                that draws numbers changes the numbers that later ones draw.
 
         Returns:
             The new image (3, h, w) uint8 and its target.
@@ -41,7 +41,7 @@ class Augmentation(Protocol):
 
 
 def sample_rng(seed: int, sample_number: int) -> Generator:
-    """The random numbers of one sample of a run.
+    """The random number generator of one sample of a run.
 
     Philox is counter-based: the generator of any sample is available in any process without drawing the earlier ones.
 
@@ -59,10 +59,10 @@ def select_objects(target: Target, keep: Tensor) -> Target:
 
 @dataclass(frozen=True)
 class RandomResize:
-    """Resize to a shorter side drawn from a list, with equal probabilities.
+    """Resize to a random length of the shorter side from a list, with equal probabilities.
 
     Attributes:
-        short_sides: lengths of the shorter side in pixels to draw from.
+        short_sides: lengths of the shorter side in pixels, of which one is drawn.
         max_size: maximum length of the longer side in pixels.
     """
 
@@ -70,7 +70,7 @@ class RandomResize:
     max_size: int
 
     def draw(self, rng: Generator) -> int:
-        """The shorter side in pixels."""
+        """A random length of the shorter side in pixels."""
         # _uniform can return 1.0, which would be one past the end.
         index = min(int(_uniform(rng) * len(self.short_sides)), len(self.short_sides) - 1)
         return self.short_sides[index]
@@ -82,18 +82,18 @@ class RandomResize:
 
 @dataclass(frozen=True)
 class RandomFlip:
-    """Horizontal flip.
+    """Random horizontal flip.
 
     Attributes:
         probability: probability of a flip, 0 to 1.
-        convention: convention of the boxes.
+        convention: box coordinate convention.
     """
 
     probability: float
     convention: BoxConvention
 
     def draw(self, rng: Generator) -> bool:
-        """Whether to flip."""
+        """A random decision whether to flip."""
         return _uniform(rng) < self.probability
 
     def __call__(self, image: Tensor, target: Target, rng: Generator) -> tuple[Tensor, Target]:
@@ -106,7 +106,7 @@ class RandomFlip:
 
 @dataclass(frozen=True)
 class Resize:
-    """Resize to one shorter side; nothing is drawn.
+    """Resize to a fixed length of the shorter side.
 
     Attributes:
         short_side: length of the shorter side in pixels; None keeps the size of every image.
@@ -164,7 +164,7 @@ def _resize(image: Tensor, target: Target, short_side: int, max_size: int) -> tu
 
 
 def _uniform(rng: Generator) -> float:
-    """The next number of ``rng``, 0 to 1, both possible.
+    """A random number from 0 to 1, both inclusive.
 
     Drawn from the raw output of the bit generator: numpy does not promise that the methods of ``Generator`` return the
     same numbers in all versions.

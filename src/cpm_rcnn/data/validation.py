@@ -1,4 +1,4 @@
-"""Checks of a COCO-style json file: finds all its errors, by kind and id, before anything is built from it."""
+"""Checks of a COCO-style json file, which report all its errors by kind and id."""
 
 import json
 import reprlib
@@ -22,7 +22,7 @@ _LONGEST_NAME = 1000
 
 @dataclass(frozen=True, eq=False)
 class CheckedJson:
-    """The columns of a json's images (I) and annotations (A), and which entries are valid.
+    """The columns of a json's I images and A annotations, and which entries are valid.
 
     Rows are positions in the json's lists. The values of invalid entries are placeholders.
 
@@ -41,7 +41,7 @@ class CheckedJson:
         good_objects: (A,) bool; their images may be invalid.
         flat: a phrase about valid boxes without area inside their image; "" if there are none.
         faults: one phrase per kind of error in images and annotations, with its count and first ids.
-        fatal: the same for errors of the file as a whole, which skipping entries cannot correct.
+        fatal: the same for errors of the whole file, which cannot be corrected by skipping entries.
     """
 
     image_ids: np.ndarray
@@ -95,7 +95,7 @@ def check_json(content: dict[str, Any], known: Sequence[dict[str, Any]] | None =
     """Check every entry of a json.
 
     Args:
-        content: from :func:`read_json`.
+        content: the return value of :func:`read_json`.
         known: the only categories that the json may have, each with ``id`` and ``name``; None allows any.
     """
     categories = _Entries("categories", "category", content.get("categories", []))
@@ -140,7 +140,7 @@ def check_json(content: dict[str, Any], known: Sequence[dict[str, Any]] | None =
     areas = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
     values, _ = objects.column("iscrowd", _is_flag, "iscrowd is neither 0 nor 1", 0, optional=True)
 
-    # Boxes without area, or that touch the image from outside.
+    # Boxes that have no area or only touch the image from outside.
     flat = objects.good & comparable & (np.minimum(ends, limits) <= np.maximum(boxes[:, :2], 0)).any(axis=1)
     return CheckedJson(
         image_ids=image_ids,
@@ -191,7 +191,7 @@ def _flat_boxes(objects: "_Entries", flat: np.ndarray) -> str:
 def _corner_boxes(boxes: np.ndarray, limits: np.ndarray) -> list[str]:
     """One phrase if ``boxes`` (N, 4) fit into images of ``limits`` (N, 2), each (width, height), only as xyxy.
 
-    Tolerates boxes drawn by hand that extend a little beyond the image, and a few that are invalid as xyxy too.
+    Boxes may extend a little beyond the image, as hand-drawn boxes do, and a few may be invalid as xyxy too.
     """
     beyond = (boxes[:, :2] + boxes[:, 2:] > limits + 1).any(axis=1)
     corners = ((boxes[:, :2] <= boxes[:, 2:]) & (boxes[:, 2:] <= limits + 1)).all(axis=1)
@@ -235,7 +235,8 @@ class _Entries:
         """The field ``key`` of all entries; missing fields are a fault unless ``optional``.
 
         Returns:
-            The N values, with ``placeholder`` where they are missing or invalid; and (N,) bool, which are neither.
+            The N values, with ``placeholder`` where they are missing or invalid; and (N,) bool, which of them are
+            valid.
         """
         values = [entry.get(key, _ABSENT) for entry in self._entries]
         present = np.fromiter((value is not _ABSENT for value in values), bool, len(values))
@@ -248,9 +249,9 @@ class _Entries:
         return values, accepted
 
     def ids(self, optional: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (N,) int64, and (N,) bool, which of them are valid; of several equal ids, the first is no fault.
+        """Ids (N,) int64, and (N,) bool, which of them are integers. Repeated ids, except the first, are a fault.
 
-        If they are ``optional``, either all entries have an id or none has; without, they are numbered from 1.
+        If ``optional``, either all entries must have an id or none; if none has, they are numbered from 1.
         """
         if optional and not any("id" in entry for entry in self._entries):
             return np.arange(1, len(self._entries) + 1), np.ones(len(self._entries), dtype=bool)

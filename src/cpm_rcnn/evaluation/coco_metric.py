@@ -26,12 +26,13 @@ class CocoMetric(Metric):
     """Average precision and recall exactly as pycocotools computes them.
 
     Crowds and areas (those of masks, if the file has masks) count as COCO defines, and objects that training ignores
-    count too. Only images passed to :meth:`update` are evaluated. An image that was passed more than once, for example
-    because a distributed sampler repeats images to fill the last batch, counts once: the first one, in order of rank.
+    count too. Only images passed to :meth:`update` are evaluated. If an image was passed more than once, for
+    example because a distributed sampler repeats images to fill the last batch, only the first occurrence counts, in
+    the order of the ranks.
 
     Call ``update`` for each batch and ``compute`` at the end, in all processes: ``compute`` gathers the detections of
-    all processes, so that its return value, and that of ``results`` afterwards, is complete in each. Log the numbers,
-    not the metric object (a nested dict cannot be logged), then call ``reset``.
+    all processes, so that its return value, and that of ``results`` afterwards, is complete in each. Log the numbers
+    instead of the metric object, because a nested dict cannot be logged, and then call ``reset``.
 
     Your own metric can replace this one if it is a ``torchmetrics.Metric`` with these three methods:
 
@@ -40,11 +41,11 @@ class CocoMetric(Metric):
     - ``results()`` returns the gathered detections in COCO's results format after ``compute``.
 
     Args:
-        annotations: the ground truth. Without objects (``has_annotations`` is False, as for COCO's test-dev), there are
-            results but all metrics are NaN.
+        annotations: the ground truth. If it only lists images (``has_annotations`` is False, as for COCO's test-dev),
+            there are results but all metrics are NaN.
         categories: the category of each label, with ``id`` and ``name``: label l means ``categories[l - 1]``. If
             several have the same name, ``per_class`` appends their ids.
-        convention: convention of the boxes of the detections.
+        convention: box coordinate convention of the detections.
     """
 
     full_state_update = False
@@ -130,7 +131,7 @@ class CocoMetric(Metric):
         return _metrics(stats.tolist(), per_class)
 
     def results(self) -> list[dict[str, Any]]:
-        """The detections behind the last metrics, in COCO's results format.
+        """The detections from which the last metrics were computed, in COCO's results format.
 
         Returns:
             Dicts of ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels) and ``score``, from all

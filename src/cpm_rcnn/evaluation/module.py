@@ -20,12 +20,12 @@ class EvaluationModule(pl.LightningModule):
     To use another metric, override :meth:`configure_metrics`.
 
     Args:
-        detector: what to evaluate.
+        detector: the detector to evaluate.
 
     Attributes:
         model: the detector's ``nn.Module``.
         metric: the metric of the current or last evaluation.
-        metrics: what it computed at the end of the last evaluation.
+        metrics: the result of the last evaluation.
     """
 
     metric: Metric
@@ -41,12 +41,12 @@ class EvaluationModule(pl.LightningModule):
         """The metric for a split.
 
         Args:
-            annotations: of the split.
+            annotations: annotations of the split.
 
         Returns:
             A torchmetrics ``Metric`` with ``update(image_ids, detections)`` and ``compute()``, as
             :class:`~cpm_rcnn.evaluation.coco_metric.CocoMetric` has them. Every float that ``compute`` returns is
-            logged as ``val/NAME`` or ``test/NAME``; the best checkpoint of a training is chosen by ``val/AP``.
+            logged as ``val/NAME`` or ``test/NAME``; the best checkpoint of a training run is chosen by ``val/AP``.
         """
         return CocoMetric(annotations, self.detector.categories, self.detector.convention)
 
@@ -80,7 +80,7 @@ class EvaluationModule(pl.LightningModule):
     def _evaluate(self, batch: Batch) -> None:
         images, targets = batch
         found = self.detector.detect_resized(images, [target["original_size"] for target in targets])
-        # An image that could not be read was replaced by a black one, on which nothing counts as found.
+        # An image that could not be read was replaced by a black one, whose detections are discarded.
         found = [
             detections if target["readable"] else {name: value[:0] for name, value in detections.items()}
             for detections, target in zip(found, targets)

@@ -1,4 +1,4 @@
-"""From a checkpoint and images to detections in the images' own pixels."""
+"""Detection in images of any size with a trained model: :func:`load` and :class:`Detector`."""
 
 from cpm_rcnn.inference.detector import Detector, ImageDetections
 from cpm_rcnn.inference.load import load

@@ -23,7 +23,7 @@ SIZE_OPTIONS = ("test_short_side", "test_max_size")
 
 
 def size_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
-    """``short_side`` and ``max_size`` of :class:`Detector` from the options of a data module, as far as it has them."""
+    """``short_side`` and ``max_size`` of :class:`Detector` from the options of a data module that are present."""
     return {name.removeprefix("test_"): data[name] for name in SIZE_OPTIONS if name in data}
 
 
@@ -56,11 +56,11 @@ class Detector:
     """A model with its classes and test-time image size; :func:`cpm_rcnn.load` makes one from a checkpoint.
 
     Args:
-        model: takes uint8 RGB images at network size, returns one dict per image.
-        categories: the classes 1..C: a mapping with ``id`` and ``name`` each.
+        model: the model.
+        categories: the classes 1..C, each a mapping with ``id`` and ``name``.
         short_side: length in pixels to which the shorter side of an image is resized; None keeps the original size.
-        max_size: maximum length in pixels of the longer side; the shorter side becomes smaller if it is exceeded. Not
-            used if ``short_side`` is None.
+        max_size: maximum length in pixels of the longer side; it takes precedence over ``short_side``. Not used
+            if ``short_side`` is None.
         multi_scale: settings of the multi-scale test, which replaces ``short_side`` and ``max_size``.
 
     Raises:
@@ -68,7 +68,7 @@ class Detector:
             data module.
 
     Attributes:
-        model: the bare ``nn.Module``: uint8 images at network size in, dicts out.
+        model: the bare ``nn.Module``, which takes resized uint8 images and returns one dict per image.
         categories: a copy of the argument.
         class_names: names of the classes 1..C.
         convention: the box coordinate convention of the results.
@@ -131,7 +131,7 @@ class Detector:
             One :class:`ImageDetections` per image, on the CPU.
 
         Raises:
-            UserError: an image cannot be read or has another type, dtype or shape; the message says which.
+            UserError: an image cannot be read or has another type, dtype or shape; the message names the image.
         """
         check_count("batch_size", batch_size)
         check_range("score_threshold", score_threshold, 0, 1)
@@ -147,7 +147,7 @@ class Detector:
         return results
 
     def resize(self, image: Tensor) -> Tensor:
-        """An image uint8 (3, H, W) at the size that :meth:`detect_resized` takes."""
+        """Resize an image, uint8 (3, H, W), to the size that :meth:`detect_resized` expects."""
         if self.multi_scale is not None or self.short_side is None:
             return image
         size = network_size(_size(image), self.short_side, self.max_size)
@@ -156,7 +156,7 @@ class Detector:
     def detect_resized(
         self, images: Sequence[Tensor], original_sizes: Sequence[Sequence[int]]
     ) -> list[dict[str, Tensor]]:
-        """Detect in images that were resized already, as a data loader does in its workers.
+        """Detect objects in images that were resized already, for example by a data loader.
 
         Args:
             images: uint8 (3, h, w), resized as by :meth:`resize`, on the model's device.
@@ -195,7 +195,7 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 @contextmanager
 def _eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards the mode that the model was in."""
+    """Set eval mode, and restore the previous mode afterwards."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Images in any form that a user has, as uint8 tensors."""
+"""Conversion of paths, PIL images, arrays and tensors to uint8 image tensors."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ def to_image(value: Any, name: str = "image") -> Tensor:
     Args:
         value: a path; a PIL image; a uint8 array (H, W, 3), RGB, or (H, W), gray; or a uint8 RGB tensor (3, H, W). A
             file is rotated as its EXIF orientation says; a PIL image is used as it is.
-        name: what to call the image in messages.
+        name: name of the image in messages.
 
     Raises:
         UserError: the file cannot be read, or ``value`` has another type, dtype or shape.

@@ -13,7 +13,7 @@ from cpm_rcnn.weights.checkpoints import detector_state, read_checkpoint
 from cpm_rcnn.weights.initialize import stored_settings
 from cpm_rcnn.weights.reading import check_names
 
-# Parts of a head that can be left out at test.
+# Parts of a head that can be turned off at test.
 OPTIONAL_PARTS = ("ism", "rsm")
 
 
@@ -29,7 +29,7 @@ def load(path: str | Path, **overrides: Any) -> Detector:
 
     Raises:
         ArgumentError: an override is unknown or its value invalid.
-        UserError: no such file, a damaged one, a checkpoint of another program or of another format.
+        UserError: the file does not exist, is damaged, or is a checkpoint of another program or format.
     """
     checkpoint = read_checkpoint(path, "path")
     return detector_from(checkpoint, f"path={path}", **overrides)
@@ -43,13 +43,13 @@ def overrides_of_load() -> list[str]:
 def detector_from(
     checkpoint: Mapping[str, Any], source: str, *, multi_scale: MultiScaleSettings | None = None, **overrides: Any
 ) -> Detector:
-    """The detector of a checkpoint's content; see :func:`load`.
+    """The detector in a checkpoint that has been read; see :func:`load`.
 
     Args:
-        checkpoint: as :func:`~cpm_rcnn.weights.checkpoints.read_checkpoint` returns it.
+        checkpoint: content of the checkpoint, as :func:`~cpm_rcnn.weights.checkpoints.read_checkpoint` returns it.
         source: the argument and file, for messages.
-        multi_scale: test at several scales.
-        **overrides: other settings to replace.
+        multi_scale: settings of the multi-scale test; None tests at one scale.
+        **overrides: test-time settings that replace the checkpoint's.
     """
     for name in overrides:
         if name not in overrides_of_load():

@@ -1,4 +1,4 @@
-"""The multi-scale test: detect at many sizes and in the mirror image, then merge."""
+"""The multi-scale test: detect at several sizes, with and without a flip, and merge the detections."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +12,19 @@ from cpm_rcnn.data.transforms import network_size
 from cpm_rcnn.inference.soft_nms import soft_nms
 from cpm_rcnn.settings import Settings, flag, inference, integer, list_of
 
-# Spec section 8.
+# docs/method.md section 8.
 _SOFT_NMS_IOU = 0.5
 _MAX_DETECTIONS = 100
 
 
 @dataclass(frozen=True)
 class MultiScaleSettings(Settings):
-    """Settings of the multi-scale test (spec section 8).
+    """Settings of the multi-scale test (docs/method.md section 8).
 
     Attributes:
         scales: lengths in pixels to which an image's shorter side is resized.
-        max_size: maximum length in pixels of the longer side; the shorter side becomes smaller if it is exceeded.
-        flip: whether the mirror image is used in addition.
+        max_size: maximum length in pixels of the longer side; it takes precedence over ``scales``.
+        flip: whether the horizontally flipped images are used in addition.
     """
 
     scales: Sequence[int] = inference((400, 500, 600, 700, 800, 900, 1000, 1100, 1200), check=list_of(integer()))
@@ -35,7 +35,8 @@ class MultiScaleSettings(Settings):
 class MultiScaleDetector(nn.Module):
     """Runs a detector on each image at several scales, with and without a flip.
 
-    The detections of all views are transformed to the image's own pixels and merged with linear soft-NMS per class.
+    The detections of all views are transformed to pixels of the original image and merged with linear soft-NMS per
+    class.
 
     Args:
         detector: maps a list of uint8 (3, H, W) images of any size to one dict per image: ``boxes`` (N, 4) in xyxy
@@ -51,13 +52,14 @@ class MultiScaleDetector(nn.Module):
         self.convention = convention
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Detect in images at their original size.
+        """Detect objects in images of their original size.
 
         Args:
             images: uint8 (3, H, W), on the detector's device.
 
         Returns:
-            One dict per image, best score first: ``boxes`` (N, 4) in its own pixels, ``scores`` (N,), ``labels`` (N,).
+            One dict per image, best score first: ``boxes`` (N, 4) in pixels of that image, ``scores`` (N,) and
+            ``labels`` (N,).
         """
         views: list[list[dict[str, Tensor]]] = []
         for scale in self.settings.scales:

@@ -12,11 +12,12 @@ def soft_nms(
     """Linear soft-NMS per class (Bodla et al., ICCV 2017, equation 2).
 
     The box with the highest score is selected, and every other box of its class whose IoU with it exceeds the threshold
-    has its score multiplied by 1 - IoU. This repeats with the remaining boxes. All classes proceed in parallel, one box
-    per class and round, until no class has a score above ``min_score`` left.
+    has its score multiplied by 1 - IoU. This repeats with the remaining boxes. All classes are processed in
+    parallel, one box per class and round, until no class has a score above ``min_score`` left.
 
     Args:
-        boxes: (N, 4) float, xyxy pixels; areas are plain in both box conventions (spec section 9).
+        boxes: (N, 4) float, xyxy pixels; widths are x2 - x1 in both box conventions
+            (docs/method.md section 9).
         scores: (N,) float, at least 0.
         labels: (N,) int64.
         iou_threshold: boxes that overlap by no more than this keep their scores.

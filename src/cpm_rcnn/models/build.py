@@ -37,11 +37,12 @@ def build(settings: ModelSettings, num_classes: int) -> TwoStageDetector:
     """The detector that ``settings`` describe, with random weights.
 
     Args:
-        settings: of backbone, trunk, RPN and head.
-        num_classes: number of foreground classes.
+        settings: settings of backbone, trunk, RPN and head.
+        num_classes: number of foreground classes C; labels are 1..C.
 
     Raises:
-        ArgumentError: the number of classes is not positive, or timm lacks the backbone.
+        ArgumentError: ``num_classes`` is not a positive integer, or timm is not installed or does not provide the
+            backbone.
     """
     check_count("num_classes", num_classes)
     trunk = settings.trunk

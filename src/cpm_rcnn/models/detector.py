@@ -20,11 +20,11 @@ class TwoStageDetector(nn.Module):
     """The model of this project; :func:`~cpm_rcnn.models.build.build_detector` constructs it from plain arguments.
 
     Args:
-        settings: what the parts were built from.
-        preprocessor: uint8 images to a normalized batch.
-        backbone: that batch to the pyramid P2..P6.
-        rpn: the pyramid to proposals.
-        head: proposals to detections.
+        settings: the settings that the other arguments were built from.
+        preprocessor: converts uint8 images to a normalized batch.
+        backbone: computes the feature pyramid P2..P6 of the batch.
+        rpn: predicts proposals from the pyramid.
+        head: predicts detections from the pyramid and the proposals.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class TwoStageDetector(nn.Module):
         super().__init__()
         self.settings = settings
         self.preprocessor = preprocessor
-        # Convolutions are fastest in channels_last. The heads stay contiguous, since GroupNorm would copy there.
+        # Convolutions are fastest in channels_last. The head stays contiguous, because GroupNorm would copy its input.
         self.backbone = backbone.to(memory_format=torch.channels_last)
         self.rpn = rpn
         self.head = head
@@ -46,17 +46,17 @@ class TwoStageDetector(nn.Module):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
-        """Detections in eval mode, losses in train mode; inputs and outputs as of torchvision's detectors.
+        """Detections in eval mode, losses in train mode, with the interface of torchvision's detectors.
 
         Args:
-            images: uint8 RGB tensors (3, H, W) at network size; nothing is resized here.
+            images: uint8 RGB tensors (3, H, W), already resized to the size that the network should see.
             targets: required in train mode: one dict per image with ``boxes`` (N, 4) in xyxy pixels and ``labels``
                 (N,) int64 in 1..C; N may be 0.
 
         Returns:
-            In eval mode one dict per image, best score first: ``boxes`` (N, 4) float32 in xyxy pixels of the given
-            image, which may extend beyond it since grid points do; ``scores`` (N,) float32 in 0..1; ``labels`` (N,)
-            int64 in 1..C. In train mode a dict of () float32 losses, whose sum is to be minimized.
+            In eval mode, one dict per image, best score first: ``boxes`` (N, 4) float32 in xyxy pixels of the given
+            image, which may extend beyond the image; ``scores`` (N,) float32 in 0..1; ``labels`` (N,) int64 in 1..C.
+            In train mode, a dict of scalar float32 losses, whose sum is to be minimized.
 
         Raises:
             UserError: an image is not uint8 (3, H, W), or there is not one target per image in train mode.

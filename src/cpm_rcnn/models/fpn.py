@@ -1,4 +1,4 @@
-"""A backbone with a feature pyramid on top (spec section 2)."""
+"""A backbone with a feature pyramid on top (docs/method.md section 2)."""
 
 from collections import OrderedDict
 
@@ -14,8 +14,8 @@ class FPNBackbone(nn.Module):
     """A backbone and its feature pyramid.
 
     Args:
-        body: a backbone: images (B, 3, H, W) to C2..C5, with their channels as ``body.channels``.
-        out_channels: channels of the pyramid.
+        body: maps images (B, 3, H, W) to the list C2..C5; ``body.channels`` are their numbers of channels.
+        out_channels: number of channels of each pyramid level.
     """
 
     def __init__(self, body: nn.Module, out_channels: int) -> None:

@@ -1,8 +1,8 @@
-"""The mapping between boxes and heatmaps of grid points: pure functions (paper section 3.1, spec section 5).
+"""The mapping between boxes and heatmaps of grid points: pure functions (paper section 3.1, docs/method.md section 5).
 
 A box has nine grid points j = 0..8 at column j // 3 (left, middle, right) and row j % 3 (top, middle, bottom). A
 heatmap of 56 x 56 cells covers the RoI enlarged by ``mapping_ratio``. Each point is predicted only on its own 28 x 28
-*sub-region* of that map. The width of a box is x2 - x1 here, in both box conventions (spec section 9).
+*sub-region* of that map. The width of a box is x2 - x1 here, in both box conventions (docs/method.md section 9).
 """
 
 import torch
@@ -16,7 +16,8 @@ MAP_SIZE = 56
 SUB_SIZE = 28
 # The sub-regions of columns (or rows) 0, 1, 2 start at cells 0, 14, 28 of the whole map.
 SUB_STEP = 14
-# Factor of the grid loss (spec section 5). Only about 5 of 784 cells are positive, so a plain mean would be tiny.
+# Factor of the grid loss (docs/method.md section 5). Without it, the mean would be tiny, because only about 5 of 784
+# cells are positive.
 GRID_LOSS_FACTOR = 15.0
 # RoIs whose enlarged width or height is at most this many pixels have all-zero targets.
 _MIN_SIDE = 3.0
@@ -39,7 +40,7 @@ def enlarge(rois: Tensor, mapping_ratio: float) -> tuple[Tensor, Tensor]:
 
     Args:
         rois: (R, 4) xyxy pixels.
-        mapping_ratio: how much is added to width and height, as a fraction of them, half on each side.
+        mapping_ratio: fraction of the width and height that is added to them, half of it on each side.
 
     Returns:
         The top-left corner (R, 2) and the size (R, 2) of the covered area, (x, y) and (width, height) in pixels.

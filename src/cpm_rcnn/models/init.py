@@ -1,4 +1,4 @@
-"""Initialization of layers: FC layers as in spec section 8, the grid stages as in Grid R-CNN."""
+"""Initialization of layers: FC layers as in docs/method.md section 8, the grid stages as in Grid R-CNN."""
 
 from torch import nn
 

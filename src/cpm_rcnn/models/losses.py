@@ -1,4 +1,4 @@
-"""Losses as a sum and a count, so that a mean is over the RoIs of all processes and not a mean of means."""
+"""Losses as a sum and a count, so that means are taken over the RoIs of all processes."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class LossTerm:
 
     Attributes:
         total: () float32, the weighted sum over valid RoIs (or cells, or anchors).
-        count: how many were summed: an int, or a () tensor where only the device knows the number.
+        count: the number of summed items: an int, or a () tensor if the number is only known on the device.
     """
 
     total: Tensor
@@ -25,7 +25,7 @@ class LossTerm:
 
 
 def reduce_losses(terms: dict[str, LossTerm]) -> dict[str, Tensor]:
-    """Means by name: total / count, and 0 where the count is 0.
+    """The mean of each term by name: total / count, or 0 if the count is 0.
 
     Under ``torch.distributed`` each count is replaced by its mean over the processes, with one all-reduce for all
     terms. DDP averages gradients over the processes, so the result is the gradient of the mean over all RoIs, as if one

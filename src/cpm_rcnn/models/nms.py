@@ -6,7 +6,7 @@ from torchvision.ops import batched_nms
 
 
 def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
-    """Non-maximum suppression within each group; areas are plain, without the inclusive convention's extra pixel.
+    """Non-maximum suppression within each group. Widths are x2 - x1 in both box conventions.
 
     Args:
         boxes: (R, 4) xyxy pixels.

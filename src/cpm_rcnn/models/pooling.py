@@ -10,17 +10,17 @@ from torchvision.ops import roi_align
 from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.models.structures import Rois
 
-# Spec section 4.
+# docs/method.md section 4.
 _SAMPLING_RATIO = 2
 
 
 def pyramid_levels(boxes: Tensor, num_levels: int, convention: BoxConvention) -> Tensor:
-    """Which level each box is pooled from: floor(4 + log2(sqrt(area) / 224 + 1e-6)), spec section 4.
+    """The level that each box is pooled from: floor(4 + log2(sqrt(area) / 224 + 1e-6)), docs/method.md section 4.
 
     Args:
         boxes: (R, 4) xyxy pixels.
-        num_levels: levels there are, from P2 on.
-        convention: whose area.
+        num_levels: number of levels to pool from, P2 first.
+        convention: the box coordinate convention, which defines the area.
 
     Returns:
         (R,) int64, 0 = P2.
@@ -37,11 +37,11 @@ def pooling_format(features: Sequence[Tensor]) -> list[Tensor]:
 
 
 class PyramidRoIAlign(nn.Module):
-    """Pools each RoI from the pyramid level of its size, with sampling ratio 2, as ``torchvision.ops.roi_align`` does.
+    """Pools each RoI from the pyramid level that fits its size, as ``torchvision.ops.roi_align`` with sampling ratio 2.
 
     torchvision's CPU operator recomputes every sample's weights for each channel and runs its backward pass in one
-    thread. On a CPU the same sums are therefore computed as one ``embedding_bag`` over all levels, whose bags are the
-    bins (``benchmarks/roi_align.py``).
+    thread. On a CPU the same sums are therefore computed as one ``embedding_bag`` over all levels, with one bag per
+    bin (``benchmarks/roi_align.py``).
 
     Args:
         output_size: number of bins per side.
@@ -71,7 +71,7 @@ class PyramidRoIAlign(nn.Module):
 
     def _pool_levels(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
         boxes = torch.cat([rois.images.to(rois.boxes.dtype)[:, None], rois.boxes], dim=1)
-        # Sorted by level, so that the device is waited for once, for the counts, and not once per level.
+        # Sorted by level, so that the host waits for the GPU only once, for the counts.
         order = levels.argsort(stable=True)
         counts = torch.bincount(levels, minlength=len(features)).tolist()
         parts = [
@@ -119,7 +119,7 @@ class PyramidRoIAlign(nn.Module):
         samples = self.output_size * _SAMPLING_RATIO
         positions = start[:, None] + length[:, None] * ((torch.arange(samples) + 0.5) / samples)
         last = (size - 1)[:, None]
-        # A sample more than one cell outside the map is zero; nearer ones read the border cell.
+        # Samples more than one cell outside the map are zero; those less far outside read the border cell.
         inside = (positions >= -1) & (positions <= size[:, None])
         positions = positions.clamp(min=0)
         low = torch.minimum(positions.long(), last)

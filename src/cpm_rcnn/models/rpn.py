@@ -1,4 +1,4 @@
-"""Region proposal network on a feature pyramid (spec section 3)."""
+"""Region proposal network on a feature pyramid (docs/method.md section 3)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class RPNSettings(Settings):
     Attributes:
         anchor_sizes: one anchor size for each of P2..P6: the square root of the anchor's area in pixels.
         ignore_border_anchors: whether anchors that cross the image border are ignored in training, as in the release.
-            If images are hardly larger than their objects, that leaves almost no anchors: turn it off there.
+            If images are hardly larger than their objects, almost no anchors remain, and this should be False.
         proposals_train: proposals kept per level before NMS and per image after NMS, in training.
         proposals_test: the same at test.
     """
@@ -44,9 +44,9 @@ class RegionProposalNetwork(nn.Module):
     """Predicts objectness and box deltas on anchors, and selects proposals.
 
     Args:
-        settings: anchors and number of proposals.
-        in_channels: channels of the pyramid.
-        strides: strides of its levels in pixels.
+        settings: anchor sizes and numbers of proposals.
+        in_channels: number of channels of each pyramid level.
+        strides: strides of the levels P2..P6 in pixels.
         convention: the box coordinate convention.
     """
 
@@ -67,11 +67,11 @@ class RegionProposalNetwork(nn.Module):
         Args:
             features: P2..P6, each (B, C, H, W).
             image_sizes: (B, 2) height and width in pixels, without padding.
-            ground_truth: of the batch; required in training.
+            ground_truth: ground truth of the batch; required for the losses.
 
         Returns:
-            The proposals, without gradient, and ``loss_rpn_objectness`` and ``loss_rpn_box`` (an empty dict without
-            ``ground_truth``).
+            The proposals, detached, and a dict with ``loss_rpn_objectness`` and ``loss_rpn_box``. The dict is empty
+            without ``ground_truth``.
         """
         logits_per_level, deltas_per_level = self.head(list(features))
         # (B, A, H, W) -> (B, H * W * A), the order of the anchors.
@@ -156,7 +156,7 @@ def level_anchors(
 
     Args:
         convention: the box coordinate convention.
-        stride: pixels between cells.
+        stride: distance between two cells in pixels.
         size: square root of the anchors' area in pixels.
         shape: height and width of the level in cells.
         device: device of the result.

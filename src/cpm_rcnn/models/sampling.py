@@ -10,9 +10,9 @@ class BalancedSample(NamedTuple):
     """A random subset of a batch's RoIs or anchors.
 
     Attributes:
-        positive: (N,) bool, True for the chosen positives.
-        negative: (N,) bool, True for the chosen negatives.
-        rank: (N,) int64, a random order 0, 1, ... of the chosen positives of each image, so that ``rank < k`` chooses k
+        positive: (N,) bool, True for the sampled positives.
+        negative: (N,) bool, True for the sampled negatives.
+        rank: (N,) int64, a random order 0, 1, ... of the positives of each image, so that ``rank < k`` selects k
             of them at random. Undefined for other rows.
     """
 
@@ -30,13 +30,13 @@ def sample_balanced(
     count: int,
     positive_fraction: float,
 ) -> BalancedSample:
-    """Choose rows of each image at random: up to ``count``, at most ``positive_fraction`` of them positive.
+    """Sample up to ``count`` rows of each image at random, at most ``count * positive_fraction`` of them positive.
 
-    Negatives fill what the positives leave. Nothing here waits for the device.
+    Negatives fill the places that positives leave free. No operation synchronizes with the device.
 
     Args:
-        positive: (N,) bool.
-        negative: (N,) bool, disjoint from ``positive``; rows that are neither are never chosen.
+        positive: (N,) bool, the rows that are positive.
+        negative: (N,) bool, disjoint from ``positive``; rows that are neither are never sampled.
         images: (N,) int64 in 0..num_images - 1, the image of each row.
         num_images: number of images in the batch.
         count: maximum number of rows per image.
@@ -47,8 +47,8 @@ def sample_balanced(
     rank, sizes = rank_in_group(key, group, 2 * num_images + 1)
     most_positives = int(count * positive_fraction)
     chosen_positive = positive & (rank < most_positives)
-    room = count - sizes[:num_images].clamp(max=most_positives)
-    chosen_negative = negative & (rank < room[images])
+    max_negatives = count - sizes[:num_images].clamp(max=most_positives)
+    chosen_negative = negative & (rank < max_negatives[images])
     return BalancedSample(chosen_positive, chosen_negative, rank)
 
 

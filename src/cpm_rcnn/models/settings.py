@@ -1,7 +1,7 @@
 """Settings of a whole model, as checkpoints store them and as :func:`~cpm_rcnn.models.build.build_detector` takes them.
 
-To its users a model has one flat list of options beside the backbone's: those of the trunk, of the RPN and of the head.
-Each belongs to exactly one dataclass; this module distributes them.
+A model is configured by the backbone's settings and one flat list of options, which contains those of the trunk, of the
+RPN and of the head. Each option is a field of exactly one dataclass; this module assigns them.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from cpm_rcnn.settings import Settings, architecture, choice, integer
 
 @dataclass(frozen=True)
 class TrunkSettings(Settings):
-    """Settings that the RPN and the head share.
+    """Settings that concern the whole model: choice of the head, box convention and feature pyramid.
 
     Attributes:
         head: name of the RoI head, a key of :data:`~cpm_rcnn.models.heads.HEADS`.
-        convention: the box coordinate convention: ``continuous``, or ``inclusive`` for the released weights.
-        fpn_channels: channels of the feature pyramid.
+        convention: box coordinate convention: ``continuous``, or ``inclusive`` for the released weights.
+        fpn_channels: number of channels of each level of the feature pyramid.
     """
 
     head: str = architecture("cpm", check=lambda argument, value: check_choice(argument, value, tuple(HEADS)))
@@ -33,13 +33,13 @@ class TrunkSettings(Settings):
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Settings of a whole model but the number of classes.
+    """All settings of a model except the number of classes.
 
     Attributes:
-        backbone: the backbone's.
-        trunk: head name, convention and pyramid.
-        rpn: the region proposal network's.
-        head: an instance of the head's ``settings_class``.
+        backbone: settings of the backbone.
+        trunk: name of the head, box convention and width of the feature pyramid.
+        rpn: settings of the region proposal network.
+        head: settings of the head, an instance of its ``settings_class``.
     """
 
     backbone: BackboneSettings
@@ -52,12 +52,13 @@ class ModelSettings:
         """Settings from the backbone and the flat options of trunk, RPN and head.
 
         Args:
-            backbone: a backbone name, or a mapping of the fields of :class:`BackboneSettings`.
+            backbone: a backbone name, a mapping of the fields of :class:`BackboneSettings`, or an instance of it.
             **options: fields of :class:`TrunkSettings`, :class:`~cpm_rcnn.models.rpn.RPNSettings` and the head's
                 settings.
 
         Raises:
-            ArgumentError: an option is unknown or its value invalid; one of the backbone is named ``backbone.NAME``.
+            ArgumentError: an option is unknown or its value is invalid. Errors about fields of a ``backbone`` mapping
+                name them ``backbone.NAME``.
         """
         trunk = TrunkSettings(**_take(options, TrunkSettings))
         head_class = HEADS[trunk.head].settings_class
@@ -67,7 +68,7 @@ class ModelSettings:
         return cls(_backbone(backbone), trunk, rpn, head_class(**options))
 
     def to_options(self) -> dict[str, Any]:
-        """Plain arguments of :meth:`from_options` that give the same settings."""
+        """The same settings as arguments of :meth:`from_options`, plain values only."""
         flat = self.trunk.to_dict() | self.rpn.to_dict() | self.head.to_dict()
         return {"backbone": self.backbone.to_dict(), **flat}
 

@@ -1,8 +1,10 @@
-"""Tensors that describe a whole batch: RoIs, ground truth, the match of the two, and detections.
+"""Tensors that describe a whole batch: RoIs, ground truth, the match between the two, and detections.
 
-RoIs of all images are stored in one flat tensor. Each row has a ``valid`` flag, so that a subset can be chosen without
-changing a shape: code that runs on a GPU can then proceed without waiting for a count. On a CPU, where counting is
-free, :meth:`Rois.compact` drops the invalid rows before expensive layers.
+RoIs of all images are stored in one flat tensor. Each row has a ``valid`` flag, so that a subset can be selected
+without changing a shape, which would make the host wait for the GPU. :meth:`Rois.compact` drops the invalid rows before
+expensive layers, and does wait for the GPU.
+
+"Pixels at network size" are pixels of the resized images that the network receives.
 """
 
 from collections.abc import Sequence
@@ -26,11 +28,11 @@ class Rows:
         return len(self._tensors()[0])
 
     def __getitem__(self: _R, index: Tensor | slice) -> _R:
-        """The rows at ``index``: a bool mask (R,), int64 indices (K,) or a slice."""
+        """The rows at ``index``, which is a bool mask (R,), int64 indices (K,) or a slice."""
         return type(self)(*(tensor[index] for tensor in self._tensors()))
 
     def cat(self: _R, other: _R) -> _R:
-        """The rows of both, those of ``other`` last."""
+        """Concatenate the rows of both, those of ``other`` last."""
         return type(self)(*(torch.cat(pair) for pair in zip(self._tensors(), other._tensors())))
 
     def _tensors(self) -> list[Tensor]:
@@ -53,7 +55,7 @@ class Rois(Rows):
 
     @classmethod
     def of(cls, boxes: Tensor, images: Tensor) -> "Rois":
-        """RoIs that are all valid."""
+        """RoIs from ``boxes`` (R, 4) and ``images`` (R,), all of them valid."""
         return cls(boxes, images, torch.ones_like(images, dtype=torch.bool))
 
     def where(self, mask: Tensor) -> "Rois":
@@ -65,7 +67,11 @@ class Rois(Rows):
         return Rois(boxes, self.images, self.valid)
 
     def compact(self, *others: Any) -> tuple[Any, ...]:
-        """These RoIs and ``others``, whose rows belong to them, without the invalid rows."""
+        """Drop the invalid rows of these RoIs and the same rows of ``others``, which have one row per RoI.
+
+        Returns:
+            The valid RoIs, followed by the remaining rows of each of ``others``.
+        """
         rows = self.valid.nonzero().squeeze(1)
         return (self[rows], *(other[rows] for other in others))
 
@@ -117,7 +123,7 @@ class GroundTruth(NamedTuple):
         return cls(boxes, labels, valid)
 
     def rois(self) -> Rois:
-        """The ground-truth boxes as B * G RoIs, image by image; padding is invalid."""
+        """The ground-truth boxes as B * G RoIs in the order of the images; padded rows are invalid."""
         images = torch.arange(len(self.boxes), device=self.boxes.device).repeat_interleave(self.boxes.shape[1])
         return Rois(self.boxes.flatten(0, 1), images, self.valid.flatten())
 
@@ -140,7 +146,7 @@ class Detections(Rows):
 
 
 def match_rois(rois: Rois, ground_truth: GroundTruth, convention: BoxConvention) -> Match:
-    """Match every RoI with the ground-truth box of its own image that it overlaps most."""
+    """Match every RoI with the ground-truth box of its image that has the highest IoU with it."""
     iou = convention.iou(rois.boxes[:, None], ground_truth.boxes[rois.images])
     best, index = iou.masked_fill(~ground_truth.valid[rois.images], -1.0).max(dim=1)
     return Match(best, ground_truth.boxes[rois.images, index], ground_truth.labels[rois.images, index])

@@ -63,7 +63,7 @@ def deform_conv2d(
 
 
 class DeformConv2d(torchvision.ops.DeformConv2d):
-    """``torchvision.ops.DeformConv2d``, computed by :func:`deform_conv2d`. The caller gives offsets and mask."""
+    """``torchvision.ops.DeformConv2d``, computed by :func:`deform_conv2d`. The caller provides offsets and mask."""
 
     def forward(self, input: Tensor, offset: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compute (N, C_out, H_out, W_out) from ``input`` (N, C_in, H, W).
@@ -77,7 +77,7 @@ class DeformConv2dPack(DeformConv2d):
     """A deformable convolution that predicts its own offsets, and optionally its mask, from its input.
 
     The convolution that predicts them is initialized to zero. The layer therefore starts as a plain convolution
-    (docs/method.md, item 2). If modulated, its output starts at half that value, because every mask factor is
+    (docs/method.md section 2). If modulated, its output starts at half that value, because every mask factor is
     sigmoid(0) = 0.5.
 
     Args:

@@ -1,1 +1,1 @@
-"""Pictures, curves and tables of a run."""
+"""Images, plots and tables of the results of a run."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _AP_COLUMNS = ("val/AP", "val/AP50", "val/AP75")
-# Window of the moving average as a fraction of the run.
+# Width of the moving average's window as a fraction of the run.
 _SMOOTHED_OVER = 1 / 30
 
 _Curve = tuple[np.ndarray, np.ndarray]
@@ -27,7 +27,7 @@ def plot_curves(csv_path: str | PathLike[str], out_dir: str | PathLike[str]) -> 
 
     ``loss.png`` shows the total loss and each named one (the columns that begin with ``train/loss``) on a logarithmic
     axis: logged values faint, moving averages solid. ``ap.png`` shows AP, AP50 and AP75 of every validation
-    (``val/AP``, ...) in percent. A picture without content is not written.
+    (``val/AP``, ...) in percent. A plot without content is not written.
 
     Args:
         csv_path: the ``metrics.csv`` of Lightning's ``CSVLogger``; earlier parts that :func:`keep_metrics` renamed are
@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, _Curve]:
 
 
 def _number(cell: str | None) -> float:
-    """The number in a cell; NaN if there is none, as in the incomplete last line of a killed run."""
+    """The number in a cell; NaN if there is none, for example in the incomplete last line of a killed run."""
     try:
         return float(cell or "nan")
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Boxes drawn on images."""
+"""Drawing of boxes on images."""
 
 from collections.abc import Sequence
 from os import PathLike
@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 
 from cpm_rcnn.errors import UserError
 
-# A class has the same color in every picture: label l has entry l - 1, repeating after the last.
+# A class has the same color in every picture: label l has entry l - 1, modulo the number of entries.
 _PALETTE = (
     *("#ff595e", "#1e96fc", "#ffca3a", "#52d273", "#c77dff", "#ff924c", "#00d5d5", "#ff70c5"),
     *("#b8e04f", "#8d99ff", "#d4a373", "#2ec4a0", "#e63c9b", "#f7ef81", "#6fa8dc", "#ffb3a7"),

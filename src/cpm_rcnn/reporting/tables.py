@@ -13,7 +13,7 @@ from rich.table import Table
 
 from cpm_rcnn.errors import UserError
 
-# Pairs of name and value per row: the twelve metrics fall into AP, AP by size, AR, AR by size.
+# Number of metrics per row, which gives the rows AP, AP by size, AR, and AR by size.
 _PAIRS = 3
 
 
@@ -21,7 +21,7 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     """The twelve COCO metrics and the AP of each class, in percent.
 
     Args:
-        metrics: what ``CocoMetric.compute`` returns. Undefined values (-1 or NaN) are shown as a dash.
+        metrics: the return value of ``CocoMetric.compute``. Undefined values (-1 or NaN) are shown as a dash.
     """
     table = Table(title="COCO metrics in percent", show_header=False)
     for _ in range(_PAIRS):

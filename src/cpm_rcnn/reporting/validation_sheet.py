@@ -1,4 +1,4 @@
-"""A picture of what a model detects in validation images, next to the ground truth."""
+"""One picture of a model's detections in validation images, with the ground truth."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ def validation_sheet(detector: Detector, dataset: Dataset, path: Path, count: in
     """Draw detections and ground-truth boxes on images spread evenly over a data set, as one picture.
 
     Args:
-        detector: its detections are drawn.
-        dataset: a :class:`~cpm_rcnn.data.CocoDataset` of the validation split.
+        detector: the detector whose detections are drawn.
+        dataset: the :class:`~cpm_rcnn.data.CocoDataset` of the validation split.
         path: the png to write.
         count: maximum number of images.
     """

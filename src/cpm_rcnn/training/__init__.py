@@ -1,1 +1,1 @@
-"""Training under Lightning: the module, the schedule, and callbacks that keep a run alive and report its progress."""
+"""Training with Lightning: the module, the schedule, and callbacks for interruptions, failures and progress."""

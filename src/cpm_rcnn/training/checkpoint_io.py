@@ -1,4 +1,4 @@
-"""How Lightning reads and writes the checkpoints of a run."""
+"""Reading and writing of a run's checkpoints by Lightning."""
 
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,10 @@ from cpm_rcnn.weights.writing import write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically, and does not read a checkpoint again whose content is known.
-
-    It writes to local folders only.
+    """Writes checkpoints atomically, to local folders only, and does not read the same checkpoint twice.
 
     Args:
-        known: the checkpoint that the run resumes from.
+        known: the checkpoint that the run resumes from, which has been read already.
     """
 
     def __init__(self, known: ResumePoint | None = None) -> None:
@@ -27,7 +25,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write ``checkpoint`` to ``path``.
 
         Raises:
-            UserError: it cannot be written, for example because the disk is full.
+            UserError: the file cannot be written, for example because the disk is full.
         """
         write_atomically(path, lambda file: torch.save(checkpoint, file), "; the previous checkpoint is intact")
 

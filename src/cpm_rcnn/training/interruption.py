@@ -13,12 +13,12 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 # Clusters send SIGTERM at the end of a job's time or when they preempt it, and on request SIGUSR1 some time before.
 SIGNALS = [signal.SIGTERM] + ([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])
-# Steps between checks whether another process has received a signal.
+# Number of steps between checks whether another process has received a signal.
 _CHECK_EVERY = 10
 
 
 class Interrupted(BaseException):
-    """The run received a signal and has saved a checkpoint; not an Exception, because nothing has failed.
+    """The run received a signal and has saved a checkpoint. It is not an ``Exception``, because nothing has failed.
 
     Args:
         number: number of the signal.
@@ -48,7 +48,7 @@ class Interruption(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here, between two optimizer steps, where no accumulated gradient would be lost."""
+        """Stop between two optimizer steps, so that no accumulated gradient is lost."""
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         received = self._received

@@ -23,17 +23,18 @@ class DetectionModule(EvaluationModule):
 
     Args:
         model: options of :func:`~cpm_rcnn.models.build.build_detector` except ``num_classes``.
-        categories: the classes 1..C: a mapping with ``id`` and ``name`` each.
+        categories: the classes 1..C, each a mapping with ``id`` and ``name``.
         schedule: fields of :class:`~cpm_rcnn.training.schedule.Schedule`.
-        data: options of the data that the model is evaluated on: :attr:`CocoDataModule.evaluation_arguments`.
+        data: settings of the data that the model is evaluated on, as in
+            :attr:`CocoDataModule.evaluation_arguments <cpm_rcnn.data.CocoDataModule.evaluation_arguments>`.
         format: the checkpoint format of these arguments.
 
     Attributes:
-        losses: the losses of the last training step by name, () float32 each, without gradient.
+        losses: the losses of the last training step by name, scalar float32 tensors, detached.
 
     Raises:
         ArgumentError: a value of ``model`` or ``schedule`` is invalid.
-        UserError: another checkpoint format.
+        UserError: ``format`` is another checkpoint format.
     """
 
     losses: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Non-finite losses: report which, save the batch, and stop the run or skip the step."""
+"""Non-finite losses: report them, save the batch, and stop the run or skip the step."""
 
 import logging
 from pathlib import Path
@@ -12,13 +12,13 @@ from torch import Tensor
 from cpm_rcnn.errors import UserError, check_choice
 
 ACTIONS = ("raise", "skip")
-# Batches that one process of one run saves.
+# Maximum number of batches that each process of a run saves.
 _MAX_SAVED = 5
 _log = logging.getLogger(__name__)
 
 
 class NonFiniteGuard(Callback):
-    """Checks every loss, in all processes together.
+    """Checks whether the loss is finite in all processes, at every step.
 
     Whether the loss is finite is computed on the device before the backward pass and read after the backward pass was
     queued, so that a GPU does not become idle.
@@ -28,7 +28,7 @@ class NonFiniteGuard(Callback):
         folder: where the batch of a non-finite loss is saved, so that it can be replayed.
 
     Raises:
-        ArgumentError: another action.
+        ArgumentError: ``action`` is neither of these.
     """
 
     def __init__(self, action: str, folder: Path) -> None:
@@ -44,7 +44,7 @@ class NonFiniteGuard(Callback):
         self._batch = batch, batch_idx
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
-        """Start to combine the check of all processes, without waiting for the result."""
+        """Start to reduce the check over all processes, without waiting for the result."""
         self._nonfinite = (~torch.isfinite(loss.detach())).float()
         if trainer.world_size > 1:
             torch.distributed.all_reduce(self._nonfinite, torch.distributed.ReduceOp.MAX)
@@ -65,7 +65,7 @@ class NonFiniteGuard(Callback):
                 parameter.grad.zero_()  # a gradient scaler needs gradients to inspect
 
     def _describe(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
-        """One line on what is not finite; the batch is saved if it belongs to this process."""
+        """One line that names the non-finite losses; the batch is saved if they are of this process."""
         assert self._batch is not None
         batch, batch_idx = self._batch
         where = f"step {trainer.global_step} (batch {batch_idx})"

@@ -1,4 +1,4 @@
-"""The progress bar: steps, speed, remaining time and every loss by its short name."""
+"""The progress bar, with steps, speed, remaining time, and every loss under a short name."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 
 
 class LossProgressBar(TQDMProgressBar):
-    """Lightning's bar with every loss as of the last logged step."""
+    """Lightning's progress bar, which also shows every loss of the last logged step."""
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """The values on the right of the bar."""

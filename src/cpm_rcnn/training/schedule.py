@@ -1,4 +1,4 @@
-"""The training schedule: optimizer, parameter groups, learning rate and number of steps (spec section 8)."""
+"""The training schedule: optimizer, parameter groups, learning rate and number of steps (docs/method.md section 8)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import nn
 from cpm_rcnn.errors import ArgumentError, check_count, check_list
 from cpm_rcnn.settings import Settings, choice, integer, number, training
 
-# The batch that ``base_lr`` is meant for: 8 GPUs with 2 images each.
+# Images per step for which ``base_lr`` is defined: 8 GPUs with 2 images each.
 REFERENCE_BATCH = 16
 
 
@@ -28,7 +28,7 @@ class Schedule(Settings):
 
     Attributes:
         max_steps: number of optimizer steps.
-        milestones: steps at which the learning rate is multiplied by ``gamma``.
+        milestones: steps, in ascending order, at which the learning rate is multiplied by ``gamma``.
         base_lr: learning rate for 16 images per step; it scales linearly with the number of images per step.
         gamma: factor of the learning rate at each milestone.
         warmup_steps: number of steps of linear warm-up.
@@ -38,7 +38,7 @@ class Schedule(Settings):
         weight_decay: weight decay of the weights; biases and norm layers have none.
         bias_lr_factor: factor of the learning rate of biases.
         images_per_device: images per step and device.
-        val_interval: number of optimizer steps between validations.
+        val_interval: number of optimizer steps between two validations.
     """
 
     max_steps: int = training(180000, check=integer())

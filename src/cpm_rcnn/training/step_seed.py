@@ -1,4 +1,4 @@
-"""Random numbers that depend on the position in the run only."""
+"""Random numbers that depend only on the seed and the position in the run."""
 
 import random
 from typing import Any
@@ -21,6 +21,6 @@ class StepSeed(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """``batch_idx`` counts from the start of the run, because a run is one pass over its loader."""
+        """Seed torch; ``batch_idx`` counts from the start of the run, because a run is one pass over its loader."""
         position = f"{self.seed}/{batch_idx}/{trainer.global_rank}"
         torch.manual_seed(random.Random(position).getrandbits(63))

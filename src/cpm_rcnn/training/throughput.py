@@ -13,9 +13,9 @@ class Throughput(Callback):
     assumes that each has as many as this one. ``data_wait_s`` is the mean time per batch, in seconds, between the end
     of one batch and the start of the next: the wait for the loader and the short work of other callbacks.
 
-    The clock does not wait for the GPU. A kernel may still run when its batch "ends", but the host cannot get many
-    batches ahead, so an average over many batches is right. Validations, the checkpoints written with them, and the
-    first batch of a run, for which the workers start, are excluded.
+    The clock does not wait for the GPU. Kernels of a batch may still run when ``on_train_batch_end`` is called, but the
+    host cannot get many batches ahead, so an average over many batches is accurate. Validations, the checkpoints
+    written with them, and the first batch of a run, for which the workers start, are excluded.
 
     A batch is a pair ``(images, targets)`` of lists.
     """

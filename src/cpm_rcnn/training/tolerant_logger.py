@@ -12,9 +12,9 @@ _log = logging.getLogger(__name__)
 
 
 class TolerantLogger(Logger):
-    """Forwards everything to another logger until that fails; then warns once and does nothing.
+    """Forwards all calls to another logger until one fails; then it warns once and ignores further calls.
 
-    A failure before the training starts (no account, no folder) is an error, because nothing is lost yet.
+    A failure before the training starts (for example, no account or no folder) is an error.
 
     Args:
         logger: the logger that may fail.

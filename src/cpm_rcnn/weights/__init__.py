@@ -1,1 +1,1 @@
-"""Weight files: reading them safely, recognizing and converting them, starting and resuming from them, writing them."""
+"""Weight files: safe reading, conversion, initialization of a model, resuming a run, and atomic writing."""

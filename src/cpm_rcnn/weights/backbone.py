@@ -13,7 +13,7 @@ from cpm_rcnn.weights.imagenet import check_pixel_range, resnet_weights
 from cpm_rcnn.weights.reading import check_names, read_weights
 
 _ARGUMENT = "backbone.weights"
-# timm's names of layers behind the last feature map.
+# Prefixes of timm's names of the layers after the last feature map.
 _TIMM_HEADS = ("conv_head.", "bn2.", "classifier.", "head.", "fc.")
 
 
@@ -21,12 +21,13 @@ def load_backbone(body: nn.Module, settings: BackboneSettings, weights: str) -> 
     """Load pretrained weights into a backbone.
 
     Args:
-        body: built from ``settings``.
-        settings: of the backbone; its ``input_format`` must be what the weights were trained on.
+        body: the backbone, built from ``settings``.
+        settings: settings of the backbone; its ``input_format`` must be the one that the weights were trained with.
         weights: a weight name of torchvision, ``pretrained`` (timm), or a local file.
 
     Raises:
-        UserError: unknown weights; no such file; a damaged one; names or shapes differ; another pixel range.
+        UserError: the weights are unknown, or the file does not exist, is damaged, does not fit the backbone, or was
+            trained with another input format.
     """
     if isinstance(body, ResNet):
         _load_resnet(body, settings, weights)
@@ -54,7 +55,7 @@ def _load_resnet(body: ResNet, settings: BackboneSettings, weights: str) -> None
 
 
 def _torchvision_name(name: str) -> str:
-    """The name that torchvision has for a parameter of our ResNet."""
+    """The name that torchvision gives to a parameter of this project's ResNet."""
     if name.startswith("layers."):
         _, index, rest = name.split(".", 2)
         return f"layer{int(index) + 1}.{rest}"
@@ -63,7 +64,8 @@ def _torchvision_name(name: str) -> str:
 
 def _load_timm(body: TimmBackbone, settings: BackboneSettings, weights: str) -> None:
     timm = import_timm()
-    # timm renames parameters when it extracts features, so its own loader runs on a second network.
+    # timm's feature extractors have other parameter names than its files, so timm itself loads them, into a second
+    # network.
     net = _pretrained_timm(timm, body, weights)
     timm.layers.freeze_batch_norm_2d(net)
     if settings.check_weights:
@@ -104,7 +106,7 @@ def _without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_timm_format(net: nn.Module, settings: BackboneSettings, weights: str) -> None:
-    """Refuse another input format than timm says the weights have, or another range than the first layer tells."""
+    """Refuse an input format that differs from timm's for the weights, or from the statistics of the first layer."""
     ours, published = settings.resolved_format, timm_input_format(settings.name)
     convolution = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
     norm = next((m for m in net.modules() if getattr(m, "running_var", None) is not None), None)

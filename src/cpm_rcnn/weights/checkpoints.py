@@ -12,7 +12,7 @@ from cpm_rcnn.errors import UserError
 from cpm_rcnn.weights.reading import named_tensors, read_file
 from cpm_rcnn.weights.writing import write_atomically
 
-# Increased whenever stored settings or parameter names change their meaning. Version 0.1.0 wrote no number.
+# Increased whenever the meaning of stored settings or parameter names changes. Version 0.1.0 stored no number.
 FORMAT = 2
 # The arguments that ``DetectionModule`` stores, in addition to the format, and their types.
 _HYPERPARAMETERS = {"model": dict, "categories": list, "schedule": dict, "data": dict}
@@ -25,14 +25,14 @@ def read_checkpoint(path: str | Path, argument: str = "ckpt") -> dict[str, Any]:
 
     Args:
         path: the file.
-        argument: the argument that named it, for messages.
+        argument: name of the argument that ``path`` comes from, for messages.
 
     Returns:
         ``hyper_parameters`` (arguments of ``DetectionModule``), ``state_dict``, and, from ``train``, Lightning's other
         entries.
 
     Raises:
-        UserError: no such file, a damaged file, a checkpoint of another program, or one of another format.
+        UserError: the file does not exist, is damaged, or is a checkpoint of another program or format.
     """
     source = f"{argument}={path}"
     checkpoint = read_file(path, argument)
@@ -78,7 +78,7 @@ def check_format(number: Any, source: str) -> None:
 
 
 def write_checkpoint(path: Path, weights: Mapping[str, Tensor], hyper_parameters: Mapping[str, Any]) -> None:
-    """Write weights that come from another program as a checkpoint, without optimizer and loop states.
+    """Write weights as a checkpoint without optimizer and loop states.
 
     Args:
         path: the file.

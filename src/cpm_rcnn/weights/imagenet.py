@@ -1,4 +1,7 @@
-"""ImageNet weights of ResNets from several programs: their names and their pixel range (spec sections 2 and 10)."""
+"""ImageNet weights of ResNets from several programs: parameter names and pixel ranges.
+
+See docs/method.md sections 2 and 10.
+"""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +20,8 @@ from cpm_rcnn.weights.reading import read_weights
 _STD = 57.6
 # About the square root of the factor between the two pixel ranges.
 _TOLERANCE = 8.0
-# The spread of the stem's outputs if its BatchNorm is merged and stores none; measured on ResNets.
+# Standard deviation of the stem's outputs after its BatchNorm, assumed if a merged BatchNorm stores no variance;
+# measured on ResNets.
 _TYPICAL_SPREAD = 0.3
 
 _CAFFE2_LAYERS = {"branch1": "downsample.0", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
@@ -25,7 +29,7 @@ _CAFFE2_NORMS = {"branch1": "downsample.1", "branch2a": "bn1", "branch2b": "bn2"
 
 
 class WeightSource(NamedTuple):
-    """What the names in a file say about its origin.
+    """The origin of a weight file, derived from its parameter names.
 
     Attributes:
         caffe2: the names are Caffe2's (Detectron, detectron2's MSRA files), whose networks read BGR images.
@@ -45,7 +49,7 @@ def resnet_weights(name: str, weights: str) -> tuple[dict[str, Tensor], WeightSo
             CPM R-CNN release (they share their names), or a ``.pkl`` of detectron2 or Caffe2.
 
     Raises:
-        UserError: unknown weights, no such file, or a damaged file.
+        UserError: the weights are unknown or cannot be downloaded, or the file does not exist or is damaged.
     """
     known = {} if name == "resnet" else get_model_weights(name).__members__
     if weights in known:
@@ -70,7 +74,7 @@ def resnet_weights(name: str, weights: str) -> tuple[dict[str, Tensor], WeightSo
 
 
 def with_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` with neutral statistics for BatchNorms that are stored as a scale and a shift only.
+    """``state`` with mean 0 and variance 1 for BatchNorms that are stored as a scale and a shift only.
 
     A state in which any BatchNorm has statistics is returned unchanged.
 
@@ -93,16 +97,16 @@ def with_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def check_pixel_range(
     source: str, weight: Tensor, scale: Tensor, variance: Tensor | None, input_format: InputFormat
 ) -> None:
-    """Refuse an input format with another pixel range than the weights were trained on: 0..255 or normalized.
+    """Refuse an input format whose pixel range (0..255 or normalized) is not the one that the weights were trained on.
 
-    The spread of the first layer's outputs in training, divided by the norm of its filters, estimates the spread of its
-    inputs. The two ranges differ by a factor of 58, so a rough estimate is enough.
+    The standard deviation of the first layer's outputs in training, divided by the norm of its filters, estimates the
+    standard deviation of its inputs. The two ranges differ by a factor of 58, so a rough estimate is enough.
 
     Args:
         source: the weight file or name, for messages.
-        weight: (C, 3, kh, kw), the first convolution's.
-        scale: (C,), its BatchNorm's weight.
-        variance: (C,), that BatchNorm's running variance, or None if it is merged into ``scale``.
+        weight: (C, 3, kh, kw), weight of the first convolution.
+        scale: (C,), weight of its BatchNorm.
+        variance: (C,), running variance of that BatchNorm, or None if it is merged into ``scale``.
         input_format: the format that the network will receive.
 
     Raises:

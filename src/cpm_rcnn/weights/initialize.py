@@ -23,13 +23,13 @@ def initialize(detector: TwoStageDetector, class_names: Sequence[str] = (), *, i
     Without ``init``, the backbone gets the weights that its settings name, if any; all other weights stay random.
 
     Args:
-        detector: with the random weights of its construction.
+        detector: the detector, with the random weights that it was constructed with.
         class_names: names of the detector's classes 1..C; only ``init`` needs them.
-        init: a checkpoint of ``train`` or ``convert``. Classification layers are reinitialized if its classes have
-            other names; everything else must fit.
+        init: a checkpoint of ``train`` or ``convert``. Classification layers are reinitialized if the class names
+            differ; everything else must fit.
 
     Raises:
-        UserError: no such file, a damaged one, or weights of another model.
+        UserError: the file does not exist, is damaged, or contains the weights of another model.
     """
     if init is not None:
         _start_from(detector, class_names, init)
@@ -61,28 +61,28 @@ def _classification_layers(detector: TwoStageDetector) -> list[str]:
 
 
 def check_same_model(checkpoint: Mapping[str, Any], settings: ModelSettings, source: str) -> None:
-    """Raise :class:`UserError` unless a checkpoint's weights mean the same in a model with ``settings``.
+    """Raise :class:`UserError` unless a checkpoint's weights can be used in a model with ``settings``.
 
     Args:
-        checkpoint: of ``train`` or ``convert``.
-        settings: of the model to load into; settings of training and inference may differ from the checkpoint's.
+        checkpoint: content of a checkpoint of ``train`` or ``convert``.
+        settings: settings of the model to load into. Those with the role training or inference may differ.
         source: the argument and file, for messages.
     """
     theirs, ours = stored_settings(checkpoint, source).architecture(), settings.architecture()
     differences = [
-        f"{key} is {theirs.get(key)} there and {ours.get(key)} here"
+        f"{key} is {theirs.get(key)} in the checkpoint and {ours.get(key)} in this model"
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key) != ours.get(key)
     ]
     if differences:
-        raise UserError(f"{source}: of another model; {'; '.join(differences)}")
+        raise UserError(f"{source}: is a checkpoint of another model; {'; '.join(differences)}")
 
 
 def stored_settings(checkpoint: Mapping[str, Any], source: str, **overrides: Any) -> ModelSettings:
     """The model settings of a checkpoint.
 
     Args:
-        checkpoint: of ``train`` or ``convert``.
+        checkpoint: content of a checkpoint of ``train`` or ``convert``.
         source: the argument and file, for messages.
         **overrides: options that replace the checkpoint's.
 

@@ -17,6 +17,7 @@ from cpm_rcnn.errors import UserError, check_file
 
 # The keys under which Lightning, most other programs and Caffe2 store the weights.
 _WRAPPERS = ("state_dict", "model", "blobs")
+# Maximum number of names of each kind in an error.
 _LISTED = 6
 # All names that pickles of numpy arrays refer to, before and since numpy 2.0.
 _RECONSTRUCT, _SCALAR = np.zeros(0).__reduce__()[0], np.float32(0).__reduce__()[0]
@@ -31,7 +32,8 @@ _NUMPY_GLOBALS: dict[tuple[str, str], Any] = {
     ("numpy._core.numeric", "_frombuffer"): np.zeros(1).__reduce_ex__(5)[0],
     ("_codecs", "encode"): codecs.encode,
 }
-# What training checkpoints of the CPM R-CNN release contain beside weights: numbers, and the settings of its solver,
+# What training checkpoints of the CPM R-CNN release contain in addition to weights: numbers, and the settings of its
+# solver,
 # which are read as a plain mapping.
 _INERT: list[Any] = [
     (OrderedDict, "pet.utils.collections.AttrDict"),
@@ -50,13 +52,13 @@ def read_weights(path: str | Path, argument: str) -> dict[str, Tensor]:
 
     Args:
         path: the file.
-        argument: the argument that named it, for messages.
+        argument: name of the argument that ``path`` comes from, for messages.
 
     Returns:
         Tensors on the CPU. A prefix ``module.`` that all names share is removed.
 
     Raises:
-        UserError: no such file; it is damaged; it refers to code; it contains something other than named tensors.
+        UserError: the file does not exist, is damaged, refers to code, or contains something other than named tensors.
     """
     return named_tensors(read_file(path, argument), f"{argument}={path}")
 
@@ -66,10 +68,10 @@ def read_file(path: str | Path, argument: str) -> Any:
 
     Args:
         path: a ``torch.save`` file, ``.safetensors``, or a ``.pkl`` of numpy arrays.
-        argument: the argument that named it, for messages.
+        argument: name of the argument that ``path`` comes from, for messages.
 
     Raises:
-        UserError: no such file; it is damaged; it refers to code.
+        UserError: the file does not exist, is damaged, or refers to code.
     """
     file, source = check_file(argument, path), f"{argument}={path}"
     try:
@@ -84,7 +86,7 @@ def read_file(path: str | Path, argument: str) -> Any:
         with torch.serialization.safe_globals(_INERT):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # The name that the pickle refers to is part of a long message of torch.
+        # torch's message is long; only the name that the pickle refers to is reported.
         asked = re.search(r"GLOBAL (\S+) was not", str(error)) or re.search(r"refers to (\S+)", str(error))
         if asked and not asked[1].startswith("torch."):  # an unknown name of torch itself means a truncated file
             raise UserError(
@@ -106,7 +108,7 @@ def named_tensors(content: Any, source: str) -> dict[str, Tensor]:
         source: where it came from, for messages.
 
     Raises:
-        UserError: ``content`` is something else, or empty.
+        UserError: ``content`` is empty or not such a mapping.
     """
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):

@@ -1,4 +1,4 @@
-"""The authors' released weights: from their names to this project's model (spec sections 9 and 10)."""
+"""The authors' released weights, converted to this project's model (docs/method.md sections 9 and 10)."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.imagenet import with_statistics
 from cpm_rcnn.weights.reading import check_names, named_tensors, read_weights
 
-# The stages of a released model by their number.
+# The stage settings of a released model, by its number of stages.
 _STAGES = {1: CMM_STAGES[:1], 2: TWO_STAGES, 3: CMM_STAGES}
 # How many grid points send features to each point; the release numbers the senders of each receiver.
 _SENDERS = [2, 3, 2, 3, 4, 3, 2, 3, 2]
@@ -25,7 +25,7 @@ _SENDERS = [2, 3, 2, 3, 4, 3, 2, 3, 2]
 _ISM = r"Grid_Cascade_RCNN\.Output_grid_\d\.iou_"
 _RSM = r"Grid_Cascade_RCNN\.(Head|Output)_rescore\."
 
-# Pairs of a pattern of our parameter names and the release's name.
+# Pairs of a pattern that matches a parameter name of this project, and the release's name.
 _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"backbone\.body\.stem\.", "Conv_Body."),
     (r"backbone\.body\.layers\.(\d)", lambda m: f"Conv_Body.layer{int(m[1]) + 1}"),
@@ -39,7 +39,7 @@ _NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"head\.classifier\.predictor", "Grid_Cascade_RCNN.Output_cls.cls_score"),
     (r"head\.rsm\.mlp", "Grid_Cascade_RCNN.Head_rescore"),
     (r"head\.rsm\.predictor", "Grid_Cascade_RCNN.Output_rescore.cls_score"),
-    # We store convolution, norm and ReLU in one sequence; the release numbers the layers.
+    # Convolution, norm and ReLU are items of one sequence here; the release numbers layers and items separately.
     (
         r"head\.stages\.(\d)\.convs\.(\d+)",
         lambda m: f"Grid_Cascade_RCNN.Head_grid_{m[1]}.convs.{int(m[2]) // 3}.{int(m[2]) % 3}",
@@ -63,8 +63,8 @@ def from_release(path_or_state_dict: str | Path | Mapping[str, Any], **overrides
             ``rsm=False``, which skip those parts of the file.
 
     Raises:
-        UserError: no such file; a damaged one; names or shapes that are missing, unexpected or wrong, all listed; an
-            override that does not exist or fit.
+        UserError: the file does not exist or is damaged; names or shapes are missing, unexpected or wrong (all are
+            listed); or an override is unknown or invalid.
     """
     if isinstance(path_or_state_dict, Mapping):
         state, source = named_tensors(path_or_state_dict, "state_dict"), "state_dict"
@@ -81,7 +81,7 @@ def release_settings(state: Mapping[str, Tensor], source: str, **overrides: Any)
 
     Args:
         state: tensors by the release's names, without ``module.``.
-        source: where they came from, for messages.
+        source: where the tensors came from, for messages.
         **overrides: options that replace those derived from the file.
 
     Raises:
@@ -148,7 +148,7 @@ def _release_options(state: Mapping[str, Tensor], source: str) -> tuple[dict[str
 
 
 def convert_state(state: Mapping[str, Tensor], detector: TwoStageDetector, source: str) -> dict[str, Tensor]:
-    """A released state by the names of ``detector``; ISM and RSM are dropped if ``detector`` does not have them.
+    """A released state dict with the parameter names of ``detector``; ISM and RSM are dropped if it has none.
 
     Args:
         state: tensors by the release's names; BatchNorm with its statistics, or merged into scale and shift.
@@ -156,7 +156,7 @@ def convert_state(state: Mapping[str, Tensor], detector: TwoStageDetector, sourc
         source: where the state came from, for messages.
 
     Raises:
-        UserError: names or shapes that are missing, unexpected or wrong.
+        UserError: names or shapes are missing, unexpected or wrong, or values are not finite.
     """
     head = detector.head
     assert isinstance(head, CPMHead)
@@ -182,13 +182,13 @@ def convert_state(state: Mapping[str, Tensor], detector: TwoStageDetector, sourc
 
 
 def release_names(name: str, stages: int) -> list[str]:
-    """The release's names of the parameters that, concatenated, are ours.
+    """The release's names of the parameters whose concatenation is the parameter ``name`` of this project.
 
     The 24 convolutions of the release's feature fusion are one grouped convolution here. All other parameters
     correspond one to one.
 
     Args:
-        name: our name of a parameter or buffer.
+        name: this project's name of a parameter or buffer.
         stages: number of grid stages of the model; ISM belongs to the last.
     """
     if match := re.fullmatch(r"head\.stages\.(\d)\.fusion\.(f|s)\w+_order\.(\d)\.(weight|bias)", name):

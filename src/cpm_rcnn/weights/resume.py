@@ -23,7 +23,7 @@ class ResumePoint:
 
     Attributes:
         path: the file.
-        checkpoint: its content, so that nothing reads the file again.
+        checkpoint: its content, so that the file is read only once.
     """
 
     path: Path
@@ -43,7 +43,7 @@ def find_resume_point(resume: str | None, run_dir: Path) -> ResumePoint | None:
         run_dir: the run's folder.
 
     Raises:
-        UserError: no such file, a damaged one, or one that contains weights but no training state.
+        UserError: the file does not exist, is damaged, or contains weights but no training state.
     """
     if resume is None:
         return None
@@ -68,7 +68,7 @@ def check_same_run(point: ResumePoint, settings: ModelSettings, categories: Sequ
 def _read(path: Path) -> ResumePoint:
     checkpoint = read_checkpoint(path, "resume")
     if "optimizer_states" not in checkpoint:
-        raise UserError(f"resume={path}: holds weights, but no training state; start from it with init={path}")
+        raise UserError(f"resume={path}: contains weights, but no training state; start from it with init={path}")
     return ResumePoint(path, checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""Backbones: images in, the feature maps C2..C5 out (spec section 2)."""
+"""Backbones, which compute the feature maps C2..C5 of images (docs/method.md section 2)."""
 
 from cpm_rcnn.models.backbones.build import build_body
 from cpm_rcnn.models.backbones.input_format import CAFFE, RGB, InputFormat

@@ -12,10 +12,11 @@ def build_body(settings: BackboneSettings) -> nn.Module:
     """The backbone that ``settings`` describe, with random weights.
 
     Returns:
-        A module that maps images (B, 3, H, W) to the list C2..C5 and has their channels as ``channels``.
+        A module that maps images (B, 3, H, W) to the list C2..C5; its ``channels`` are their numbers of channels.
 
     Raises:
-        ArgumentError: timm is not installed or does not know the model, or the model has other strides.
+        ArgumentError: timm is not installed or does not know the model, the model does not have strides 4, 8, 16 and
+            32, or ``frozen_stages`` is invalid for it.
     """
     if settings.is_resnet:
         return ResNet(

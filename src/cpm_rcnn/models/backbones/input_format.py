@@ -1,4 +1,4 @@
-"""The input formats of pretrained backbones: channel order, pixel range, and the stride placement that goes with it."""
+"""The input formats of pretrained backbones: channel order, pixel range, and the placement of strides."""
 
 import math
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ def _positive(argument: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class InputFormat(Settings):
-    """What a backbone expects of its input; uint8 values v become ``(v / scale - mean) / std``.
+    """The input that a backbone expects. A uint8 value v becomes ``(v / scale - mean) / std``.
 
     Attributes:
         order: channel order, ``rgb`` or ``bgr``.
-        scale: what uint8 values are divided by before mean and std: 255 for a range of 0..1, 1 for 0..255.
-        mean: per channel, in the backbone's order and range.
-        std: likewise.
+        scale: divisor of the uint8 values before mean and std are applied: 255 for a range of 0..1, 1 for 0..255.
+        mean: mean of each channel, in the backbone's channel order and range.
+        std: standard deviation of each channel, likewise.
         stride_in_1x1: whether a ResNet's bottlenecks have their stride on the first 1x1 convolution (Caffe) and not on
             the 3x3. A ResNeXt always has it on the 3x3.
     """

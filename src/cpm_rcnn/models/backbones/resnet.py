@@ -1,4 +1,4 @@
-"""ResNet and ResNeXt backbones (spec section 2)."""
+"""ResNet and ResNeXt backbones (docs/method.md section 2)."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from cpm_rcnn.settings import Settings, architecture, flag, integer, list_of
 
 @dataclass(frozen=True)
 class ResNetLayout(Settings):
-    """What distinguishes the ResNets.
+    """The structure of a ResNet or ResNeXt.
 
     Attributes:
         blocks: number of blocks in C2, C3, C4 and C5.
@@ -41,7 +41,7 @@ class ResNetLayout(Settings):
         return self.bottleneck and self.groups == 1
 
 
-# By torchvision's names.
+# The keys are torchvision's names.
 RESNETS = {
     "resnet18": ResNetLayout((2, 2, 2, 2), bottleneck=False),
     "resnet34": ResNetLayout((3, 4, 6, 3), bottleneck=False),

@@ -20,7 +20,7 @@ def _is_stages(argument: str, value: Any) -> None:
 
 
 def _anything(argument: str, value: Any) -> None:
-    """Checked when it is resolved."""
+    """Accept any value; ``__post_init__`` checks it."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class BackboneSettings(Settings):
         deformable_stages: which of 3, 4, 5 (C3..C5) have deformable 3x3 convolutions; ResNets with bottlenecks only.
         input_format: ``rgb``, ``caffe``, ``timm``, or the values of
             :class:`~cpm_rcnn.models.backbones.input_format.InputFormat`. None is ``rgb`` for ResNets and ``timm`` for
-            timm models. A constructed object holds the values.
+            timm models. After construction, this is an ``InputFormat``.
         layout: the values of :class:`~cpm_rcnn.models.backbones.resnet.ResNetLayout`, for ``name=resnet``.
-        check_weights: whether weights are refused that were trained on another pixel range.
+        check_weights: whether weights that seem to need another input format are refused.
     """
 
     name: str = architecture(check=text)
@@ -83,12 +83,12 @@ class BackboneSettings(Settings):
 
     @property
     def resolved_format(self) -> InputFormat:
-        """``input_format`` as the values that it stands for."""
+        """``input_format`` as an :class:`~cpm_rcnn.models.backbones.input_format.InputFormat`."""
         assert isinstance(self.input_format, InputFormat)
         return self.input_format
 
     def frozen(self, with_weights: int) -> int:
-        """``frozen_stages``, where None is ``with_weights`` if there are weights and otherwise 0."""
+        """``frozen_stages``, or if it is None: ``with_weights`` if ``weights`` is given, otherwise 0."""
         if self.frozen_stages is not None:
             return self.frozen_stages
         return with_weights if self.weights is not None else 0

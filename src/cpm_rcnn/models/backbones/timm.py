@@ -9,7 +9,7 @@ from cpm_rcnn.models.backbones.input_format import InputFormat
 from cpm_rcnn.models.backbones.resnet import RESNETS
 
 _STRIDES = (4, 8, 16, 32)
-# How timm's models name the parameters before the first stage.
+# Prefixes of the names that timm's models give to the parameters before the first stage.
 _STEMS = ("conv_stem", "bn1", "stem", "conv1", "patch_embed")
 
 
@@ -26,7 +26,8 @@ class TimmBackbone(nn.Module):
         arguments: keyword arguments of ``timm.create_model`` that give the same feature extractor.
 
     Raises:
-        ArgumentError: timm is not installed or does not know the model, or the model has other strides.
+        ArgumentError: timm is not installed or does not know the model, the model does not have these strides, or
+            ``frozen_stages`` is invalid for it.
     """
 
     def __init__(self, name: str, *, frozen_stages: int = 0) -> None:
@@ -51,7 +52,9 @@ class TimmBackbone(nn.Module):
         if frozen_stages:
             stem = [p for n, p in self.net.named_parameters() if n.startswith(_STEMS)]
             if not stem:
-                raise ArgumentError("frozen_stages", f"=1: the stem of {name} is not known by its names; use 0")
+                raise ArgumentError(
+                    "frozen_stages", f"=1: cannot identify the stem of {name} by parameter names; use 0"
+                )
             for parameter in stem:
                 parameter.requires_grad_(False)
 
@@ -62,10 +65,10 @@ class TimmBackbone(nn.Module):
 
 
 def timm_input_format(name: str) -> InputFormat:
-    """The input format of timm's pretrained weights of that name.
+    """The input format of the pretrained weights of the timm model ``name``.
 
     Raises:
-        ArgumentError: timm is not installed or does not know the name.
+        ArgumentError: timm is not installed, does not know the model, or does not know its input format.
     """
     config = _pretrained_config(import_timm(), name)
     if config is None:

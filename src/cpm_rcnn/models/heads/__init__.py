@@ -1,4 +1,4 @@
-"""RoI heads. To add one: write its class and settings in a file of this package, and register it in ``HEADS``."""
+"""RoI heads. To add one, write its class and settings in a module of this package and add it to ``HEADS``."""
 
 from cpm_rcnn.models.heads.base import HeadInputs, RoIHead
 from cpm_rcnn.models.heads.cpm import CPMHead

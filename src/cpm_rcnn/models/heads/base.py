@@ -1,4 +1,4 @@
-"""The interface of RoI heads: what turns proposals into detections."""
+"""The interface of RoI heads, which turn proposals into detections."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from cpm_rcnn.settings import Settings
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """What a head is built for.
+    """The properties of the rest of the model that a head depends on.
 
     Attributes:
-        channels: channels of the feature pyramid.
-        strides: strides in pixels of the levels to pool from, P2 first.
+        channels: number of channels of each level of the feature pyramid.
+        strides: strides in pixels of the levels that the head pools from, P2 first.
         num_classes: number of foreground classes C.
         convention: the box coordinate convention.
     """
@@ -46,12 +46,12 @@ class RoIHead(nn.Module, ABC):
 
     @abstractmethod
     def detect(self, features: Sequence[Tensor], proposals: Rois) -> Detections:
-        """Detections of a batch, at test.
+        """Detections of a batch; called in eval mode.
 
         Args:
             features: P2..P6, each (B, channels, H, W), in the format of
                 :func:`~cpm_rcnn.models.pooling.pooling_format`.
-            proposals: from the RPN.
+            proposals: proposals of the RPN.
         """
 
     @abstractmethod
@@ -59,7 +59,7 @@ class RoIHead(nn.Module, ABC):
         """The training losses by name, each beginning with ``loss_``; the model minimizes their sum.
 
         Args:
-            features: as for :meth:`detect`.
-            proposals: from the RPN, without the ground-truth boxes.
-            ground_truth: of the batch.
+            features: see :meth:`detect`.
+            proposals: proposals of the RPN; ground-truth boxes are not among them.
+            ground_truth: ground truth of the batch.
         """

@@ -1,4 +1,4 @@
-"""A cascade of stages, each of which turns RoIs into better ones."""
+"""A cascade of stages, each of which refines the RoIs of the previous one."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ class StageOutput(Protocol):
     """What a stage predicts for R RoIs.
 
     Attributes:
-        features: (R, ...), the stage's features of each RoI; ISM reads those of the last stage.
+        features: (R, ...), features of each RoI; ISM uses those of the last stage.
     """
 
     @property
@@ -28,19 +28,23 @@ class RefinementStage(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: Sequence[Tensor], rois: Rois) -> Any:
-        """The stage's predictions for R ``rois`` on the pyramid ``features``; a :class:`StageOutput`."""
+        """The stage's predictions (a :class:`StageOutput`) for R ``rois`` on the pyramid ``features``."""
 
     @abstractmethod
     def decode(self, output: Any, rois: Rois) -> Rois:
-        """The boxes that ``output`` predicts for ``rois``, without gradient."""
+        """``rois`` with the boxes that ``output`` predicts for them, detached."""
 
     @abstractmethod
     def loss(self, output: Any, rois: Rois, match: Match) -> LossTerm:
-        """The stage's loss, times its loss weight."""
+        """The loss of ``output`` for ``rois`` with the ground truth ``match``, times the stage's loss weight."""
 
 
 def refine(stages: Sequence[RefinementStage], features: Sequence[Tensor], rois: Rois) -> tuple[Rois, list[StageOutput]]:
-    """Run ``rois`` through all ``stages`` at test: the refined RoIs, and the output of each stage."""
+    """Run ``rois`` through all ``stages`` at test.
+
+    Returns:
+        The refined RoIs, and the output of each stage.
+    """
     outputs = []
     for stage in stages:
         outputs.append(stage(features, rois))

@@ -1,4 +1,4 @@
-"""The classification branch, used on the proposals and by RSM again on the refined boxes (spec section 4)."""
+"""The classification branch, applied to the proposals and, in RSM, to the refined boxes (docs/method.md section 4)."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from cpm_rcnn.models.pooling import PyramidRoIAlign
 from cpm_rcnn.models.structures import Rois
 
 _POOLED_SIZE = 7
-# Ignored by cross_entropy.
+# The label that cross_entropy ignores.
 _IGNORED = -100
 
 
@@ -23,7 +23,7 @@ class Classifier(nn.Module):
     """RoIAlign 7x7, two FC layers with ReLU, and a linear layer over background and classes.
 
     Args:
-        inputs: the pyramid, the classes and the convention.
+        inputs: channels and strides of the pyramid, number of classes, and box convention.
         mlp_channels: width of the FC layers.
     """
 

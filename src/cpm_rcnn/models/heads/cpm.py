@@ -1,4 +1,4 @@
-"""The CPM head: classify, map (CMM), score (ISM), re-score (RSM). Paper section 3, spec sections 4 to 7."""
+"""The CPM head: classify, map (CMM), score (ISM), re-score (RSM). Paper section 3, docs/method.md sections 4 to 7."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,8 @@ from cpm_rcnn.settings import (
     training,
 )
 
-# The cascades of the paper (spec section 5): CMM's three stages, and the two equal stages that isolate ISM or RSM.
+# The cascades of the paper (docs/method.md section 5): CMM's three stages, and two stages that differ only in
+# their loss weight, which the paper uses to isolate ISM or RSM.
 CMM_STAGES = (StageSettings(0.5, 1.0, 1.0), StageSettings(0.6, 0.5, 0.5), StageSettings(0.7, 0.25, 0.25))
 TWO_STAGES = (StageSettings(0.5, 1.0, 1.0), StageSettings(0.5, 1.0, 0.5))
 
@@ -86,11 +87,11 @@ class CPMSettings(Settings):
 
 
 class CPMHead(RoIHead):
-    """The second stage of CPM R-CNN: boxes come from grid points, there is no box regression.
+    """The second stage of CPM R-CNN: boxes come from grid points instead of box regression.
 
     Args:
         settings: which parts the head has, their sizes, and how it is trained and tested.
-        inputs: the pyramid, the classes and the convention.
+        inputs: channels and strides of the pyramid, number of classes, and box convention.
     """
 
     settings_class = CPMSettings
@@ -157,5 +158,5 @@ class CPMHead(RoIHead):
 
     @property
     def grid_stages(self) -> list[GridStage]:
-        """The stages, typed."""
+        """``stages`` as a list, which has a type for its items."""
         return list(self.stages)  # type: ignore[arg-type]

@@ -28,8 +28,9 @@ class StageSettings(Settings):
     """Settings of one grid stage.
 
     Attributes:
-        positive_iou: RoIs whose IoU with their object is at least this train the stage, 0..1.
-        mapping_ratio: how much the area of the heatmap is larger than the RoI, as a fraction of its size.
+        positive_iou: minimum IoU with an object of the RoIs that train the stage, 0..1. The first stage does not use
+            it: it is trained on the positives of the classification branch, whose minimum IoU is 0.5.
+        mapping_ratio: fraction of the RoI's width and height by which the heatmap covers more than the RoI.
         loss_weight: weight of the stage's loss.
     """
 
@@ -39,12 +40,13 @@ class StageSettings(Settings):
 
 
 class GridOutput(NamedTuple):
-    """What a grid stage predicts for R RoIs.
+    """The predictions of a grid stage for R RoIs.
 
     Attributes:
-        features: (R, 9 * channels, 7, 7), the point features before the deconvolutions; ISM reads them.
-        heatmaps: (R, 9, 28, 28) logits to decode; with fusion, those of the fused features.
-        unfused_heatmaps: (R, 9, 28, 28) logits of the unfused features; only with fusion in training.
+        features: (R, 9 * channels, 7, 7), the unfused point features before the transposed convolutions; ISM uses them.
+        heatmaps: (R, 9, 28, 28) logits to decode, computed from the fused features if fusion is on.
+        unfused_heatmaps: (R, 9, 28, 28) logits computed from the unfused features, which have a loss of their own;
+            None unless fusion is on and the stage is in train mode.
     """
 
     features: Tensor
@@ -53,13 +55,13 @@ class GridOutput(NamedTuple):
 
 
 class PointFusion(nn.Module):
-    """Grid R-CNN's feature fusion: each point adds transformed features of its neighbours on the 3x3 grid, twice.
+    """Grid R-CNN's feature fusion: in two rounds, each point adds transformed features of its neighbors on the grid.
 
-    Each of the grid's 24 directed edges has its own depthwise 5x5 and 1x1 convolution. All edges run as one grouped
-    convolution, ordered by receiving point and then by sending point.
+    Each of the grid's 24 directed edges has its own depthwise 5x5 and 1x1 convolution. All edges are computed as one
+    grouped convolution, ordered by receiving point and then by sending point.
 
     Args:
-        channels: channels per point.
+        channels: number of channels per point.
     """
 
     sources: Tensor
@@ -104,10 +106,10 @@ class GridStage(RefinementStage):
 
     Args:
         settings: mapping ratio, IoU threshold and loss weight.
-        inputs: the pyramid and the convention.
-        point_channels: channels per point, a multiple of 4 (GroupNorm has 36 groups over 9 points).
+        inputs: channels and strides of the pyramid, and box convention.
+        point_channels: number of channels per point, a multiple of 4 (GroupNorm has 36 groups over 9 points).
         num_convs: number of convolutions before the transposed ones.
-        fusion: whether points exchange features (used by Grid R-CNN, off in CPM R-CNN).
+        fusion: whether points exchange features (on in Grid R-CNN, off in CPM R-CNN).
     """
 
     def __init__(
@@ -139,11 +141,14 @@ class GridStage(RefinementStage):
         return GridOutput(point_features, heatmaps, self.deconvs(point_features) if self.training else None)
 
     def decode(self, output: GridOutput, rois: Rois) -> Rois:
-        """The boxes that the heatmaps predict, without gradient; not clipped to the image."""
+        """``rois`` with the boxes that the heatmaps predict, detached and not clipped to the image."""
         return rois.with_boxes(decode_heatmaps(output.heatmaps.detach(), rois.boxes, self.settings.mapping_ratio))
 
     def loss(self, output: GridOutput, rois: Rois, match: Match) -> LossTerm:
-        """The weighted grid loss of R ``rois`` whose objects are ``match``; with fusion, of both heatmaps."""
+        """The grid loss of R ``rois`` whose objects are ``match``, times the loss weight.
+
+        With fusion, it is the sum of the losses of the fused and of the unfused heatmaps.
+        """
         targets = grid_targets(rois.boxes, match.boxes, self.settings.mapping_ratio)
         term = grid_loss(output.heatmaps, targets, rois.valid)
         if output.unfused_heatmaps is not None:

@@ -1,4 +1,7 @@
-"""Which RoIs train a head: matching, balanced sampling, and the RoIs of the next cascade stage (spec sections 4, 5)."""
+"""Selection of the RoIs that train a head: matching, sampling, and the RoIs of the next stage.
+
+See docs/method.md sections 4 and 5.
+"""
 
 from dataclasses import dataclass
 
@@ -9,14 +12,14 @@ from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.models.sampling import sample_balanced
 from cpm_rcnn.models.structures import GroundTruth, Match, Rois, match_rois
 
-# An RoI that overlaps an object by at least this IoU is positive; a quarter of the samples may be.
+# RoIs with at least this IoU with an object are positive; at most a quarter of the samples are.
 POSITIVE_IOU = 0.5
 _POSITIVE_FRACTION = 0.25
 
 
 @dataclass(frozen=True)
 class SampledRois:
-    """R RoIs that train a classifier.
+    """R RoIs that train a classification branch.
 
     Attributes:
         rois: the RoIs.
@@ -46,9 +49,9 @@ def sample_rois(rois: Rois, ground_truth: GroundTruth, convention: BoxConvention
 
     Args:
         rois: the candidates.
-        ground_truth: of the batch.
+        ground_truth: ground truth of the batch.
         convention: the box coordinate convention.
-        count: RoIs per image.
+        count: maximum number of RoIs per image.
     """
     (rois,) = rois.compact()
     match = match_rois(rois, ground_truth, convention)
@@ -71,15 +74,17 @@ def next_stage_rois(
 ) -> tuple[Rois, Match]:
     """The candidates of the next cascade stage: the decoded boxes and the ground-truth boxes, matched again.
 
-    RoIs that are a ground-truth box themselves are dropped: they have no error for the next stage to learn from, and
-    the ground-truth boxes are appended anyway.
+    RoIs that equal their ground-truth box are dropped, because the ground-truth boxes are appended anyway.
 
     Args:
         rois: R RoIs of the stage.
         decoded: the boxes that the stage decoded from them.
         match: the ground truth of ``rois``.
-        ground_truth: of the batch.
+        ground_truth: ground truth of the batch.
         convention: the box coordinate convention.
+
+    Returns:
+        The valid candidates and their match. The caller selects those with a sufficient IoU.
     """
     is_ground_truth = (rois.boxes == match.boxes).all(dim=1)
     (candidates,) = decoded.where(~is_ground_truth).cat(ground_truth.rois()).compact()

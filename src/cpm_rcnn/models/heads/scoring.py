@@ -1,7 +1,9 @@
-"""ISM and RSM: scores that follow the quality of the box (paper sections 3.3 and 3.4, spec sections 6 and 7).
+"""ISM and RSM: scores that reflect the quality of the box.
 
-Both attach to any list of stages. ISM reads the features of the last stage; RSM pools the pyramid again at the refined
-boxes.
+See sections 3.3 and 3.4 of the paper and docs/method.md sections 6 and 7.
+
+Both work with any list of stages. ISM uses the features of the last stage; RSM pools from the pyramid again, at the
+refined boxes.
 """
 
 from collections.abc import Sequence
@@ -17,7 +19,7 @@ from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.structures import GroundTruth, Match, Rois
 
 _MLP_CHANNELS = 1024
-# score <- score^0.8 * p^0.2 (spec section 7).
+# score <- score^0.8 * p^0.2 (docs/method.md section 7).
 _RESCORE_POWER = 0.2
 
 
@@ -25,7 +27,7 @@ class InstanceScoring(nn.Module):
     """ISM: predicts (1 - IoU, IoU) of a stage's RoI from the stage's features.
 
     Args:
-        in_features: number of values that the stage's features have per RoI.
+        in_features: number of values in the stage's features of one RoI.
     """
 
     def __init__(self, in_features: int) -> None:
@@ -45,11 +47,11 @@ class InstanceScoring(nn.Module):
         return self.predictor(self.mlp(stage_features.flatten(1)))
 
     def loss(self, stage_features: Tensor, rois: Rois, match: Match) -> LossTerm:
-        """The loss of R ``rois``, those that the stage received, with the IoU of their ``match`` as target."""
+        """The loss of the R ``rois`` that entered the stage; the target is the IoU of their ``match``."""
         return instance_score_loss(self(stage_features), match.iou, rois.valid)
 
     def rescale(self, scores: Tensor, stage_features: Tensor) -> Tensor:
-        """Scores (R,) at test, times the predicted IoU."""
+        """Test-time scores (R,) multiplied by the predicted IoU."""
         return instance_rescale(scores, self(stage_features))
 
 
@@ -57,9 +59,9 @@ class Rescoring(Classifier):
     """RSM: a second classification branch, for the refined boxes.
 
     Args:
-        inputs: the pyramid, the classes and the convention.
+        inputs: channels and strides of the pyramid, number of classes, and box convention.
         mlp_channels: width of the FC layers.
-        samples: RoIs per image that train the branch.
+        samples: maximum number of RoIs per image that train the branch.
     """
 
     def __init__(self, inputs: HeadInputs, mlp_channels: int, samples: int) -> None:
@@ -73,14 +75,14 @@ class Rescoring(Classifier):
         Args:
             features: the pyramid.
             negatives: the negatives that trained the first classification branch.
-            rois: those that entered the last stage.
-            ground_truth: of the batch.
+            rois: the RoIs that entered the last stage.
+            ground_truth: ground truth of the batch.
         """
         sampled = sample_rois(negatives.cat(rois), ground_truth, self.convention, self.samples)
         return classification_loss(self(features, sampled.rois), sampled.labels, sampled.rois.valid)
 
     def rescore(self, scores: Tensor, labels: Tensor, features: Sequence[Tensor], rois: Rois) -> Tensor:
-        """Scores (R,) at test, combined with the probability of each label (R,) at the refined ``rois``."""
+        """Test-time scores (R,) combined with the probability of each label (R,) at the refined ``rois``."""
         return rescore(scores, self(features, rois), labels)
 
 
@@ -103,5 +105,5 @@ def instance_rescale(scores: Tensor, predictions: Tensor) -> Tensor:
 
 
 def rescore(scores: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """``scores^0.8 * p^0.2``, where p is the probability of the label; ``logits`` (R, C + 1), ``labels`` (R,)."""
+    """``scores^0.8 * p^0.2``, where p is the probability of the label; scores (R,), logits (R, C + 1), labels (R,)."""
     return scores.pow(1 - _RESCORE_POWER) * probability_of(logits, labels).pow(_RESCORE_POWER)
