@@ -24,7 +24,7 @@ IMAGES, OBJECTS, CATEGORIES = 118_287, 860_001, 80
 
 
 def content(images: int, objects: int) -> dict[str, list[dict[str, Any]]]:
-    """A json without errors."""
+    """The content of a json file without errors."""
     rng = np.random.default_rng(0)
     sizes = rng.integers(300, 641, (images, 2))
     rows = rng.integers(0, images, objects)

@@ -2,7 +2,7 @@
 
     python benchmarks/interruptions.py [--kills 20] [--workers 0]
 
-A small run on drawn shapes writes a checkpoint at every step, so that many kills happen while one is written. Each
+A small run on synthetic shapes writes a checkpoint at every step, so that many kills happen while one is written. Each
 process is killed (SIGKILL) after a random number of new checkpoints and a random fraction of a second; the next one
 resumes with resume=auto. At the end, weights, optimizer and schedule must equal those of the undisturbed run bit for
 bit.
