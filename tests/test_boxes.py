@@ -56,13 +56,13 @@ def test_continuous_box_coder_equals_torchvision():
     torch.testing.assert_close(CONTINUOUS.decode(deltas, anchors), coder.decode_single(deltas, anchors))
 
 
-def test_continuous_anchors_equal_torchvision_but_are_centred_on_the_cell():
+def test_continuous_anchors_equal_torchvision_but_are_centered_on_the_cell():
     ours = CONTINUOUS.cell_anchors(8, 32, (0.5, 1.0, 2.0))
     theirs = AnchorGenerator(((32,),), ((0.5, 1.0, 2.0),)).generate_anchors((32,), (0.5, 1.0, 2.0))
-    # torchvision rounds its anchors to whole pixels and centres them on the corner of the cell.
+    # torchvision rounds its anchors to whole pixels and centers them on the corner of the cell.
     assert (ours - 4 - theirs).abs().max() <= 0.5
-    centre = (ours[:, :2] + ours[:, 2:]) / 2
-    torch.testing.assert_close(centre, torch.full((3, 2), 4.0))
+    center = (ours[:, :2] + ours[:, 2:]) / 2
+    torch.testing.assert_close(center, torch.full((3, 2), 4.0))
 
 
 @both

@@ -1,4 +1,4 @@
-"""The rooms of the package import downward only, and no modules import each other in a circle."""
+"""Packages import only lower ones (see CONTRIBUTING.md), and no modules import each other in a circle."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -7,7 +7,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src"
 COMMANDS = {"train", "eval", "predict", "convert"}
 # From the bottom up; each may import those before it.
-ROOMS = [
+LAYERS = [
     *("errors", "settings", "boxes", "ops", "models", "data", "weights"),
     *("inference", "evaluation", "reporting", "training", "cli", "commands"),
 ]
@@ -38,17 +38,17 @@ def imports() -> dict[str, set[str]]:
     return graph
 
 
-def room(name: str) -> int:
+def layer(name: str) -> int:
     part = name.split(".")[1]
-    return ROOMS.index("commands" if part in COMMANDS else part)
+    return LAYERS.index("commands" if part in COMMANDS else part)
 
 
-def test_rooms_import_downward_only():
+def test_packages_import_only_lower_ones():
     upward = [
         f"{name} imports {target}"
         for name, targets in imports().items()
         for target in targets
-        if room(target) > room(name)
+        if layer(target) > layer(name)
     ]
     assert not upward
 

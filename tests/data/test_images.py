@@ -98,7 +98,7 @@ def test_ambiguous_member_is_refused(folder):
         ("RGB", "a.jp2"),
     ],
 )
-def test_every_colour_mode_and_format_becomes_rgb_uint8(tmp_path, mode, name):
+def test_every_color_mode_and_format_becomes_rgb_uint8(tmp_path, mode, name):
     Image.new("RGB", (30, 20), (204, 204, 204)).convert(mode).save(tmp_path / name)
     image = ImageSource(tmp_path).read(name)
     assert image.shape == (3, 20, 30)
@@ -114,20 +114,20 @@ def test_16_bit_png_is_scaled_down(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_16_bit_grey_is_scaled_over_the_whole_range(tmp_path, name):
+def test_16_bit_gray_is_scaled_over_the_whole_range(tmp_path, name):
     pixels = np.arange(0, 65536, 128, dtype=np.uint16).reshape(16, 32)
     Image.fromarray(pixels).save(tmp_path / name)
     image = ImageSource(tmp_path).read(name)
     assert torch.equal(image, torch.from_numpy(pixels // 256).to(torch.uint8).expand(3, -1, -1))
 
 
-def test_transparency_is_dropped_and_the_colours_are_kept(tmp_path):
+def test_transparency_is_dropped_and_the_colors_are_kept(tmp_path):
     clear = np.dstack([np.array(picture(1)), np.zeros((20, 30), np.uint8)])
     Image.fromarray(clear).save(tmp_path / "a.png")
     assert torch.equal(ImageSource(tmp_path).read("a.png"), torch.from_numpy(clear[..., :3]).permute(2, 0, 1))
 
 
-def test_transparent_palette_keeps_its_colours(tmp_path):
+def test_transparent_palette_keeps_its_colors(tmp_path):
     palette = picture(1).quantize(16)
     palette.save(tmp_path / "a.png", transparency=bytes(16))
     expected = torch.from_numpy(np.array(palette.convert("RGB"))).permute(2, 0, 1)

@@ -79,17 +79,17 @@ def test_heatmap_of_a_point_depends_only_on_the_channels_of_that_point(point):
 
 
 def slow_fusion(fusion, point_features):
-    """Two rounds of messages, one edge at a time; neighbours of a point in ascending order."""
+    """Two rounds of messages, one edge at a time; neighbors of a point in ascending order."""
     channels = point_features.shape[1] // 9
     points = list(point_features.split(channels, dim=1))
-    neighbours = [[n for n in range(9) if abs(n // 3 - p // 3) + abs(n % 3 - p % 3) == 1] for p in range(9)]
+    neighbors = [[n for n in range(9) if abs(n // 3 - p // 3) + abs(n % 3 - p % 3) == 1] for p in range(9)]
 
     def passed(messages, senders):
         depthwise, pointwise = messages
         result, edge = [], 0
         for p in range(9):
             total = points[p]
-            for n in neighbours[p]:
+            for n in neighbors[p]:
                 own = slice(edge * channels, (edge + 1) * channels)
                 x = nn.functional.conv2d(
                     senders[n], depthwise.weight[own], depthwise.bias[own], padding=2, groups=channels

@@ -130,15 +130,15 @@ def test_box_marked_on_its_heatmaps_is_decoded_with_an_error_of_at_most_half_a_c
     size = 8 + 200 * torch.rand(20, 2, generator=generator)
     corner = 300 * torch.rand(20, 2, generator=generator)
     rois = torch.cat([corner, corner + size], dim=1)
-    # Corners and centres stay in the sub-regions of their points.
+    # Corners and centers stay in the sub-regions of their points.
     boxes = rois + (torch.rand(20, 4, generator=generator) - 0.5) * 0.4 * ratio * size.repeat(1, 2)
     _, covered = enlarge(rois, ratio)
-    centre = torch.nn.functional.conv2d(
+    center = torch.nn.functional.conv2d(
         grid_targets(rois, boxes, ratio).float().flatten(0, 1)[:, None],
         torch.tensor([[[[0.0, 1, 0], [1, 1, 1], [0, 1, 0]]]]),
         padding=1,
     )
-    heatmaps = centre.view(20, 9, 28, 28) * 4 - 10  # highest at the centre of the marked cross
+    heatmaps = center.view(20, 9, 28, 28) * 4 - 10  # highest at the center of the marked cross
     decoded = decode_heatmaps(heatmaps, rois, ratio)
     cell = covered.repeat(1, 2) / 56
     assert ((decoded - boxes).abs() <= 0.501 * cell + 1e-3).all()

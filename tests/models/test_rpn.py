@@ -110,7 +110,7 @@ def test_losses_and_proposals_equal_torchvisions_when_all_anchors_are_sampled(mo
     nn.init.normal_(ours.head.cls_logits.weight, std=0.5)
     nn.init.normal_(ours.head.bbox_pred.weight, std=0.2)
     generator = AnchorGenerator(((32,),), (RATIOS,))
-    # torchvision's own anchors are rounded and centred on the corner of a cell.
+    # torchvision's own anchors are rounded and centered on the corner of a cell.
     generator.cell_anchors = [CONTINUOUS.cell_anchors(8, 32, RATIOS)]
     limits = {"training": 50, "inference": 50}
     theirs = TorchvisionRPN(generator, ours.head, 0.7, 0.3, 100_000, 1.0, limits, limits, 0.7)
@@ -171,7 +171,7 @@ def test_anchors_that_cross_the_image_border_are_ignored_if_set(convention):
     assert lenient[0, 3] == 1
 
 
-def test_image_without_objects_is_all_background_and_its_neighbour_keeps_its_objects():
+def test_image_without_objects_is_all_background_and_its_neighbor_keeps_its_objects():
     anchors = level_anchors(CONTINUOUS, 8, 32, (8, 8), CPU)
     labels, boxes = make_rpn()._assign(
         anchors, torch.tensor([[64, 64]] * 2), make_ground_truth([], [[0, 0, 30, 30], [4, 4, 60, 60]])

@@ -41,7 +41,7 @@ def test_files_of_every_program_give_the_network_s_features(how, tmp_path):
     [
         (CAFFE, "ordinary", "caffe"),
         (CAFFE, "merged", "caffe"),
-        (CAFFE, "ordinary", MSRA),  # the two means differ by a fraction of a grey level
+        (CAFFE, "ordinary", MSRA),  # the two means differ by a fraction of a gray level
         (MSRA, "caffe2", "caffe"),
         (RGB, "ordinary", "rgb"),
         (RGB, "merged", "rgb"),
