@@ -117,3 +117,9 @@ def test_a_run_of_another_model_or_other_classes_is_refused(run_dir):
     # How the model is trained and tested may change.
     changed = small_module(samples=64, score_threshold=0.2, proposals_test=5)
     check_same_run(point, changed.model.settings, CATEGORIES)
+
+
+@pytest.mark.parametrize("value", [True, 3, ["a"]])
+def test_a_value_that_is_not_a_path_is_refused_in_one_line(value, tmp_path):
+    with pytest.raises(UserError, match=r"^resume=.*: must be a path$"):
+        find_resume_point(value, tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import UserError, check_path
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.checkpoints import read_checkpoint
 from cpm_rcnn.weights.initialize import check_same_model
@@ -48,7 +48,7 @@ def find_resume_point(resume: str | None, run_dir: Path) -> ResumePoint | None:
     if resume is None:
         return None
     if resume != "auto":
-        return _read(Path(resume).expanduser())
+        return _read(check_path("resume", resume))
     for path in sorted((run_dir / "checkpoints").glob("*.ckpt"), key=_newest_first):
         try:
             return _read(path)
