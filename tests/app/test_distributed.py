@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cpm_rcnn.models import sampling
 from cpm_rcnn.models.build import build_detector
-from cpm_rcnn.models.heads import cpm
+from cpm_rcnn.models.heads import cascade
 
 LOSSES = {f"loss_{part}" for part in ("rpn_objectness", "rpn_box", "cls", "grid0", "grid1", "grid2", "ism", "rsm")}
 
@@ -88,7 +88,7 @@ def hide_from_last_stage(model, images):
 
     The match of the last stage's candidates is changed, so that none of them is positive.
     """
-    head, calls, original = model.head, [], cpm.next_stage_rois
+    head, calls, original = model.head, [], cascade.next_stage_rois
     losses = head.losses
 
     def next_stage_rois(*arguments):
@@ -99,11 +99,11 @@ def hide_from_last_stage(model, images):
         return rois, replace(match, iou=match.iou.masked_fill(torch.isin(rois.images, torch.tensor(images)), -1.0))
 
     def losses_without(*arguments):
-        cpm.next_stage_rois = next_stage_rois
+        cascade.next_stage_rois = next_stage_rois
         try:
             return losses(*arguments)
         finally:
-            cpm.next_stage_rois = original
+            cascade.next_stage_rois = original
 
     head.losses = losses_without
 

@@ -48,7 +48,7 @@ class ProposalHead(RoIHead):
         probabilities = torch.softmax(self.classifier(features, proposals).float(), dim=1)
         options = {"score_threshold": self.settings.score_threshold, "nms_iou": self.settings.overlap}
         rois, scores, labels = select_detections(probabilities, proposals, **options)
-        return Detections(rois.boxes, rois.images, scores, labels)
+        return Detections(rois.boxes, rois.images, scores, labels, rois.valid)
 
     def losses(self, features, proposals, ground_truth):
         candidates = proposals.cat(ground_truth.rois())

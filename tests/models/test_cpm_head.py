@@ -48,13 +48,13 @@ def proposals():
 @pytest.fixture
 def trained(monkeypatch):
     """The RoIs, match and output that each grid stage was trained with, in the order of the calls."""
-    calls, loss = [], GridStage.loss
+    calls, losses = [], GridStage.losses
 
     def record(stage, output, rois, match):
         calls.append((rois, match, output))
-        return loss(stage, output, rois, match)
+        return losses(stage, output, rois, match)
 
-    monkeypatch.setattr(GridStage, "loss", record)
+    monkeypatch.setattr(GridStage, "losses", record)
     return calls
 
 

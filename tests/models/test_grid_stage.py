@@ -47,7 +47,7 @@ def test_without_rois_there_are_no_heatmaps_but_every_parameter_gets_a_gradient(
     output = stage(features, none)
     assert output.heatmaps.shape == (0, 9, 28, 28)
     assert stage.decode(output, none).boxes.shape == (0, 4)
-    term = stage.loss(output, none, match_rois(none, make_ground_truth([]), CONTINUOUS))
+    term = stage.losses(output, none, match_rois(none, make_ground_truth([]), CONTINUOUS))["grid"]
     assert (term.total.item(), term.count) == (0, 0)
     term.total.backward()
     assert all(p.grad is not None and (p.grad == 0).all() for p in stage.parameters())
@@ -126,7 +126,7 @@ def test_fused_heatmaps_are_decoded_and_both_heatmaps_are_trained(features, rois
     match = match_of(rois, rois.boxes + 3)
     targets = grid_targets(rois.boxes, match.boxes, 1.0)
     fused, unfused = (grid_loss(x, targets, rois.valid) for x in (output.heatmaps, output.unfused_heatmaps))
-    term = stage.loss(output, rois, match)
+    term = stage.losses(output, rois, match)["grid"]
     assert term.count == fused.count
     torch.testing.assert_close(term.total, 0.5 * (fused.total + unfused.total))
 
@@ -150,6 +150,6 @@ def test_loss_uses_the_mapping_ratio_and_weight_of_the_stage(rois):
     stage = make_stage(mapping_ratio=0.25, loss_weight=0.25)
     match = match_of(rois, rois.boxes + 2)
     heatmaps = torch.randn(3, 9, 28, 28)
-    term = stage.loss(GridOutput(torch.zeros(0), heatmaps), rois, match)
+    term = stage.losses(GridOutput(torch.zeros(0), heatmaps), rois, match)["grid"]
     expected = grid_loss(heatmaps, grid_targets(rois.boxes, match.boxes, 0.25), rois.valid)
     torch.testing.assert_close(term.total, 0.25 * expected.total)

@@ -35,13 +35,13 @@ def grid_stage(predictions, rows, valid):
     rois = random_rois(ROWS, 2, torch.Generator().manual_seed(1))[rows]
     match = Match(torch.ones(len(rows)), rois.boxes + 3, torch.ones(len(rows), dtype=torch.int64))
     output = GridOutput(torch.zeros(0), predictions, 2 * predictions)
-    return stage.loss(output, Rois(rois.boxes, rois.images, valid), match)
+    return stage.losses(output, Rois(rois.boxes, rois.images, valid), match)["grid"]
 
 
 @pytest.mark.parametrize(
     ("loss", "shape"),
     [(classification, (4,)), (instance_score, (2,)), (grid, (9, 28, 28)), (grid_stage, (9, 28, 28))],
-    ids=["classification_loss", "instance_score_loss", "grid_loss", "GridStage.loss"],
+    ids=["classification_loss", "instance_score_loss", "grid_loss", "GridStage.losses"],
 )
 @pytest.mark.parametrize("valid", [VALID, torch.zeros(ROWS, dtype=torch.bool)], ids=["some", "none"])
 def test_loss_ignores_invalid_rows(loss, shape, valid):

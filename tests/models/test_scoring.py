@@ -33,7 +33,7 @@ class ShiftStage(RefinementStage):
     def decode(self, output, rois):
         return rois.with_boxes(rois.boxes + output.shift.detach())
 
-    def loss(self, output, rois, match):
+    def losses(self, output, rois, match):
         error = (rois.boxes + output.shift - match.boxes).abs().sum(dim=1)
         return LossTerm(torch.where(rois.valid, error, 0.0).sum(), rois.valid.sum())
 

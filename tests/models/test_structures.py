@@ -21,7 +21,13 @@ def make_match():
 
 def make_detections():
     boxes = torch.tensor([A, B, C, A], dtype=torch.float32)
-    return Detections(boxes, torch.tensor([0, 0, 1, 1]), torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.tensor([1, 2, 3, 4]))
+    return Detections(
+        boxes,
+        torch.tensor([0, 0, 1, 1]),
+        torch.tensor([0.9, 0.8, 0.7, 0.6]),
+        torch.tensor([1, 2, 3, 4]),
+        torch.ones(4, dtype=torch.bool),
+    )
 
 
 all_rows = pytest.mark.parametrize(

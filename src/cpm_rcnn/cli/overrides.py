@@ -10,18 +10,17 @@ from hydra.core.config_store import ConfigStore
 
 from cpm_rcnn.data import DataSettings
 from cpm_rcnn.inference.detector import SIZE_OPTIONS
-from cpm_rcnn.inference.load import OPTIONAL_PARTS
 from cpm_rcnn.models.settings import inference_options
 
 
 def register_overrides() -> None:
     """Register ``overrides/eval``, ``overrides/predict`` and ``overrides/convert`` for the defaults lists of conf/."""
-    model = [*inference_options(), *OPTIONAL_PARTS]
+    model = inference_options()
     nodes: dict[str, dict[str, Sequence[str]]] = {
         "eval": {"detector": model, "data": DataSettings.names("inference")},
         "predict": {"detector": model, "data": SIZE_OPTIONS},
         # A file does not say which mapping ratios its stages were trained with.
-        "convert": {"detector": [*inference_options(), "stages"]},
+        "convert": {"detector": [*model, "stages"]},
     }
     store = ConfigStore.instance()
     for name, node in nodes.items():

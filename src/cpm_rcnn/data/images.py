@@ -31,7 +31,7 @@ class ImageSource:
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        archive = path.with_name(path.name + ".zip")
+        archive = Path(f"{path}.zip")
         if not path.exists() and archive.is_file():
             path = archive
         self.path = path

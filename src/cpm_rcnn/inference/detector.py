@@ -91,9 +91,6 @@ class Detector:
         self.short_side = short_side
         self.max_size = max_size
         self.multi_scale = multi_scale
-        self._find: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]] = model
-        if multi_scale is not None:
-            self._find = MultiScaleDetector(model, multi_scale, self.convention)
 
     @property
     def class_names(self) -> list[str]:
@@ -166,9 +163,12 @@ class Detector:
             One dict per image, on its device, best score first: ``boxes`` (N, 4) in pixels of the original image,
             ``scores`` (N,) and ``labels`` (N,).
         """
+        find: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]] = self.model
+        if self.multi_scale is not None:
+            find = MultiScaleDetector(self.model, self.multi_scale, self.convention)
         return [
             found | {"boxes": _rescale(found["boxes"], _size(image), original)}
-            for found, image, original in zip(self._find(images), images, original_sizes, strict=True)
+            for found, image, original in zip(find(images), images, original_sizes, strict=True)
         ]
 
     def _result(self, found: dict[str, Tensor], score_threshold: float) -> ImageDetections:

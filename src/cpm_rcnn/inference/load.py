@@ -8,13 +8,11 @@ from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.inference.detector import SIZE_OPTIONS, Detector, size_arguments
 from cpm_rcnn.inference.multi_scale import MultiScaleSettings
 from cpm_rcnn.models.build import build
+from cpm_rcnn.models.heads import HEADS
 from cpm_rcnn.models.settings import inference_options
 from cpm_rcnn.weights.checkpoints import detector_state, read_checkpoint
 from cpm_rcnn.weights.initialize import stored_settings
 from cpm_rcnn.weights.reading import check_names
-
-# Parts of a head that can be turned off at test.
-OPTIONAL_PARTS = ("ism", "rsm")
 
 
 def load(path: str | Path, **overrides: Any) -> Detector:
@@ -37,7 +35,7 @@ def load(path: str | Path, **overrides: Any) -> Detector:
 
 def overrides_of_load() -> list[str]:
     """Names of the settings that :func:`load` can override, over all heads, without ``multi_scale``."""
-    return [*inference_options(), *OPTIONAL_PARTS, *SIZE_OPTIONS]
+    return [*inference_options(), *SIZE_OPTIONS]
 
 
 def detector_from(
@@ -51,6 +49,8 @@ def detector_from(
         multi_scale: settings of the multi-scale test; None tests at one scale.
         **overrides: test-time settings that replace the checkpoint's.
     """
+    if multi_scale is not None and not isinstance(multi_scale, MultiScaleSettings):
+        raise ArgumentError("multi_scale", f"={multi_scale}: must be MultiScaleSettings or None")
     for name in overrides:
         if name not in overrides_of_load():
             raise ArgumentError(
@@ -61,7 +61,7 @@ def detector_from(
     settings = stored_settings(checkpoint, source, **overrides)
     model = build(settings, len(hyper_parameters["categories"]))
     state = detector_state(checkpoint)
-    for name in OPTIONAL_PARTS:
+    for name in HEADS[settings.trunk.head].optional_parts:
         if overrides.get(name) is False:
             state = {key: value for key, value in state.items() if not key.startswith(f"head.{name}.")}
     check_names(source, state, {name: value.shape for name, value in model.state_dict().items()})

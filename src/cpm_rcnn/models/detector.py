@@ -83,6 +83,7 @@ class TwoStageDetector(nn.Module):
 
 def _per_image(detections: Detections, num_images: int) -> list[dict[str, Tensor]]:
     """One dict per image, best score first."""
+    detections = detections[detections.valid]
     order = detections.scores.argsort(descending=True, stable=True)
     order = order[detections.images[order].argsort(stable=True)]
     counts = torch.bincount(detections.images, minlength=num_images).tolist()

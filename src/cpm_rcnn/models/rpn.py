@@ -108,7 +108,7 @@ class RegionProposalNetwork(nn.Module):
         kept = grouped_nms(box, score, group, _NMS_IOU)
         box, image = box[kept], image[keep][kept]
         rank, _ = rank_in_group(-score[kept], image, batch)
-        return Rois.of(box, image)[(rank < limit).nonzero().squeeze(1)]
+        return Rois.of(box, image, image_sizes)[(rank < limit).nonzero().squeeze(1)]
 
     def _losses(
         self, logits: Tensor, deltas: Tensor, anchors: Tensor, image_sizes: Tensor, ground_truth: GroundTruth

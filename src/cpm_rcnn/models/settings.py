@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpm_rcnn.boxes import CONVENTIONS
-from cpm_rcnn.errors import check_choice, check_keys
+from cpm_rcnn.errors import ArgumentError, check_choice
 from cpm_rcnn.models.backbones import BackboneSettings
 from cpm_rcnn.models.heads import HEADS
 from cpm_rcnn.models.rpn import RPNSettings
@@ -63,7 +63,8 @@ class ModelSettings:
         trunk = TrunkSettings(**_take(options, TrunkSettings))
         head_class = HEADS[trunk.head].settings_class
         allowed = [*TrunkSettings.names(), *RPNSettings.names(), *head_class.names()]
-        check_keys(f"head={trunk.head}", options, allowed)
+        if unknown := [name for name in options if name not in allowed]:
+            raise ArgumentError(unknown[0], f": head={trunk.head} has no such option; it has {', '.join(allowed)}")
         rpn = RPNSettings(**_take(options, RPNSettings))
         return cls(_backbone(backbone), trunk, rpn, head_class(**options))
 
@@ -82,7 +83,8 @@ def inference_options() -> list[str]:
     """Names of the options that can be overridden when a checkpoint is loaded, over all heads."""
     names = RPNSettings.names("inference")
     for head in HEADS.values():
-        names += [name for name in head.settings_class.names("inference") if name not in names]
+        own = [*head.settings_class.names("inference"), *head.optional_parts]
+        names += [name for name in own if name not in names]
     return names
 
 

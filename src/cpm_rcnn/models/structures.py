@@ -8,8 +8,8 @@ expensive layers, and does wait for the GPU.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,21 +22,27 @@ _R = TypeVar("_R", bound="Rows")
 
 
 class Rows:
-    """Base of dataclasses whose fields are tensors of the same length R."""
+    """Base of dataclasses whose fields are tensors of the same length R, except for those named in ``_shared``."""
+
+    _shared: ClassVar[tuple[str, ...]] = ()
 
     def __len__(self) -> int:
-        return len(self._tensors()[0])
+        return len(getattr(self, self._row_names()[0]))
 
     def __getitem__(self: _R, index: Tensor | slice) -> _R:
         """The rows at ``index``, which is a bool mask (R,), int64 indices (K,) or a slice."""
-        return type(self)(*(tensor[index] for tensor in self._tensors()))
+        return self._replace({name: getattr(self, name)[index] for name in self._row_names()})
 
     def cat(self: _R, other: _R) -> _R:
         """Concatenate the rows of both, those of ``other`` last."""
-        return type(self)(*(torch.cat(pair) for pair in zip(self._tensors(), other._tensors())))
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in self._row_names()}
+        return self._replace({name: torch.cat(pair) for name, pair in pairs.items()})
 
-    def _tensors(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self.__dataclass_fields__]  # type: ignore[attr-defined]
+    def _row_names(self) -> list[str]:
+        return [name for name in self.__dataclass_fields__ if name not in self._shared]  # type: ignore[attr-defined]
+
+    def _replace(self: _R, changes: dict[str, Tensor]) -> _R:
+        return replace(self, **changes)  # type: ignore[type-var]
 
 
 @dataclass(frozen=True)
@@ -47,24 +53,34 @@ class Rois(Rows):
         boxes: (R, 4) float32, xyxy pixels at network size.
         images: (R,) int64, the index of each RoI's image in the batch.
         valid: (R,) bool; rows that are False have no effect on losses and detections.
+        image_sizes: (B, 2) int64, height and width in pixels of the images of the batch, without padding; None if they
+            are not known. The proposals of the RPN know them.
     """
+
+    _shared = ("image_sizes",)
 
     boxes: Tensor
     images: Tensor
     valid: Tensor
+    image_sizes: Tensor | None = None
 
     @classmethod
-    def of(cls, boxes: Tensor, images: Tensor) -> "Rois":
+    def of(cls, boxes: Tensor, images: Tensor, image_sizes: Tensor | None = None) -> "Rois":
         """RoIs from ``boxes`` (R, 4) and ``images`` (R,), all of them valid."""
-        return cls(boxes, images, torch.ones_like(images, dtype=torch.bool))
+        return cls(boxes, images, torch.ones_like(images, dtype=torch.bool), image_sizes)
 
     def where(self, mask: Tensor) -> "Rois":
         """The same rows, valid only where ``mask`` (R,) is True too."""
-        return Rois(self.boxes, self.images, self.valid & mask)
+        return replace(self, valid=self.valid & mask)
 
     def with_boxes(self, boxes: Tensor) -> "Rois":
         """The same rows with other ``boxes`` (R, 4)."""
-        return Rois(boxes, self.images, self.valid)
+        return replace(self, boxes=boxes)
+
+    def clip(self, convention: BoxConvention) -> "Rois":
+        """The same rows with boxes clipped to their images."""
+        assert self.image_sizes is not None
+        return self.with_boxes(convention.clip(self.boxes, self.image_sizes[self.images]))
 
     def compact(self, *others: Any) -> tuple[Any, ...]:
         """Drop the invalid rows of these RoIs and the same rows of ``others``, which have one row per RoI.
@@ -137,12 +153,14 @@ class Detections(Rows):
         images: (D,) int64, the index of each detection's image in the batch.
         scores: (D,) float32 in 0..1.
         labels: (D,) int64 in 1..C.
+        valid: (D,) bool; rows that are False are not detections.
     """
 
     boxes: Tensor
     images: Tensor
     scores: Tensor
     labels: Tensor
+    valid: Tensor
 
 
 def match_rois(rois: Rois, ground_truth: GroundTruth, convention: BoxConvention) -> Match:

@@ -63,6 +63,9 @@ class DetectionModule(EvaluationModule):
             }
         )
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_format(checkpoint.get("hyper_parameters", {}).get("format"), "checkpoint")
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
         losses = self.model(images, targets)

@@ -100,7 +100,8 @@ def write_checkpoint(path: Path, weights: Mapping[str, Tensor], hyper_parameters
 
 def detector_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """The detector's parameters and buffers in a checkpoint, by their names in the detector."""
-    return {name.removeprefix(_PREFIX): value for name, value in checkpoint["state_dict"].items()}
+    state = checkpoint["state_dict"]
+    return {name.removeprefix(_PREFIX): value for name, value in state.items() if name.startswith(_PREFIX)}
 
 
 def class_names(checkpoint: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.models.detector import TwoStageDetector
-from cpm_rcnn.models.heads.classification import Classifier
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.backbone import load_backbone
 from cpm_rcnn.weights.checkpoints import class_names as names_in
@@ -43,21 +42,11 @@ def _start_from(detector: TwoStageDetector, class_names: Sequence[str], path: st
     check_same_model(checkpoint, detector.settings, source)
     state, own = detector_state(checkpoint), detector.state_dict()
     if names_in(checkpoint) != list(class_names):
-        reinitialized = _classification_layers(detector)
+        reinitialized = [f"head.{name}" for name in detector.head.class_parameters()]
         _log.warning("%s: has other classes; reinitialized: %s", source, ", ".join(reinitialized))
         state = {name: own[name] if name in reinitialized else value for name, value in state.items()}
     check_names(source, state, {name: value.shape for name, value in own.items()})
     detector.load_state_dict(state)
-
-
-def _classification_layers(detector: TwoStageDetector) -> list[str]:
-    """Names of the parameters whose meaning depends on the classes."""
-    return [
-        f"{name}.predictor.{parameter}"
-        for name, layer in detector.named_modules()
-        if isinstance(layer, Classifier)
-        for parameter in layer.predictor.state_dict()
-    ]
 
 
 def check_same_model(checkpoint: Mapping[str, Any], settings: ModelSettings, source: str) -> None:

@@ -1,7 +1,8 @@
 """RoI heads. To add one, write its class and settings in a module of this package and add it to ``HEADS``."""
 
-from cpm_rcnn.models.heads.base import HeadInputs, RoIHead
+from cpm_rcnn.models.heads.base import RoIHead
 from cpm_rcnn.models.heads.cpm import CPMHead
+from cpm_rcnn.models.heads.inputs import HeadInputs
 
 HEADS: dict[str, type[RoIHead]] = {"cpm": CPMHead}
 

@@ -2,47 +2,29 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.models.heads.classification import Classifier
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.structures import Detections, GroundTruth, Rois
 from cpm_rcnn.settings import Settings
-
-
-@dataclass(frozen=True)
-class HeadInputs:
-    """The properties of the rest of the model that a head depends on.
-
-    Attributes:
-        channels: number of channels of each level of the feature pyramid.
-        strides: strides in pixels of the levels that the head pools from, P2 first.
-        num_classes: number of foreground classes C.
-        convention: the box coordinate convention.
-    """
-
-    channels: int
-    strides: Sequence[int]
-    num_classes: int
-    convention: BoxConvention
 
 
 class RoIHead(nn.Module, ABC):
     """Base of all RoI heads.
 
     A head is registered in :data:`cpm_rcnn.models.heads.HEADS` under the name that ``head=NAME`` selects. It is
-    constructed as ``Head(settings, inputs)``. It classifies with a
-    :class:`~cpm_rcnn.models.heads.classification.Classifier`, whose last layer is reinitialized when a training starts
-    from a checkpoint with other classes.
+    constructed as ``Head(settings, inputs)``.
 
     Attributes:
         settings_class: the dataclass of the head's settings.
+        optional_parts: flags of the settings that can be turned off at test, each with a submodule of the same name.
     """
 
     settings_class: ClassVar[type[Settings]]
+    optional_parts: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def detect(self, features: Sequence[Tensor], proposals: Rois) -> Detections:
@@ -63,3 +45,17 @@ class RoIHead(nn.Module, ABC):
             proposals: proposals of the RPN; ground-truth boxes are not among them.
             ground_truth: ground truth of the batch.
         """
+
+    def class_parameters(self) -> list[str]:
+        """Names of the parameters whose shape or meaning depends on the classes.
+
+        They are reinitialized when a training starts from a checkpoint with other classes. By default they are those of
+        the last layer of each :class:`~cpm_rcnn.models.heads.classification.Classifier`. A head with other
+        classification layers extends the list.
+        """
+        return [
+            f"{name}.predictor.{parameter}"
+            for name, layer in self.named_modules()
+            if isinstance(layer, Classifier)
+            for parameter in layer.predictor.state_dict()
+        ]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
-from cpm_rcnn.models.heads.base import HeadInputs
+from cpm_rcnn.models.heads.inputs import HeadInputs
 from cpm_rcnn.models.init import init_linear, init_predictor
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from cpm_rcnn.errors import ArgumentError
-from cpm_rcnn.models.heads.base import HeadInputs, RoIHead
-from cpm_rcnn.models.heads.cascade import refine
+from cpm_rcnn.models.heads.base import RoIHead
+from cpm_rcnn.models.heads.cascade import refine, train_cascade
 from cpm_rcnn.models.heads.classification import Classifier, classification_loss, select_detections
 from cpm_rcnn.models.heads.grid_stage import FEATURE_SIZE, GridStage, StageSettings
-from cpm_rcnn.models.heads.roi_sampling import next_stage_rois, sample_rois
+from cpm_rcnn.models.heads.inputs import HeadInputs
+from cpm_rcnn.models.heads.roi_sampling import sample_rois
 from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring
 from cpm_rcnn.models.heatmaps import NUM_POINTS
 from cpm_rcnn.models.losses import LossTerm
-from cpm_rcnn.models.structures import Detections, GroundTruth, Rois
+from cpm_rcnn.models.structures import Detections, GroundTruth, Match, Rois
 from cpm_rcnn.settings import (
     Settings,
     architecture,
@@ -95,6 +96,7 @@ class CPMHead(RoIHead):
     """
 
     settings_class = CPMSettings
+    optional_parts = ("ism", "rsm")
     settings: CPMSettings
     stages: nn.ModuleList
 
@@ -131,7 +133,7 @@ class CPMHead(RoIHead):
             scores = self.ism.rescale(scores, outputs[-1].features)
         if self.rsm is not None:
             scores = self.rsm.rescore(scores, labels, features, rois)
-        return Detections(rois.boxes, rois.images, scores, labels)
+        return Detections(rois.boxes, rois.images, scores, labels, rois.valid)
 
     def losses(self, features: Sequence[Tensor], proposals: Rois, ground_truth: GroundTruth) -> dict[str, LossTerm]:
         """The losses of all parts: ``loss_cls``, ``loss_grid0``, ..., ``loss_ism``, ``loss_rsm``."""
@@ -140,20 +142,17 @@ class CPMHead(RoIHead):
         logits = self.classifier(features, sampled.rois)
         losses = {"loss_cls": classification_loss(logits, sampled.labels, sampled.rois.valid)}
 
+        def select(stage: GridStage, rois: Rois, match: Match) -> tuple[Rois, Match]:
+            """Only RoIs that overlap an object by the stage's threshold train it."""
+            return rois.where(match.iou >= stage.settings.positive_iou).compact(match)
+
         rois, match = sampled.positives(self.settings.max_grid_rois)
-        for k, stage in enumerate(self.grid_stages):
-            output = stage(features, rois)
-            losses[f"loss_grid{k}"] = stage.loss(output, rois, match)
-            if k + 1 < len(self.stages):
-                next_rois, next_match = next_stage_rois(
-                    rois, stage.decode(output, rois), match, ground_truth, self.convention
-                )
-                positive = next_match.iou >= self.grid_stages[k + 1].settings.positive_iou
-                rois, match = next_rois.where(positive).compact(next_match)
+        cascade = train_cascade(self.grid_stages, features, rois, match, ground_truth, self.convention, select)
+        losses |= {f"loss_{name}": term for name, term in cascade.losses.items()}
         if self.ism is not None:
-            losses["loss_ism"] = self.ism.loss(output.features, rois, match)
+            losses["loss_ism"] = self.ism.loss(cascade.output.features, cascade.rois, cascade.match)
         if self.rsm is not None:
-            losses["loss_rsm"] = self.rsm.loss(features, sampled.negatives(), rois, ground_truth)
+            losses["loss_rsm"] = self.rsm.loss(features, sampled.negatives(), cascade.rois, ground_truth)
         return losses
 
     @property

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cpm_rcnn.models.heads.base import HeadInputs
 from cpm_rcnn.models.heads.cascade import RefinementStage
+from cpm_rcnn.models.heads.inputs import HeadInputs
 from cpm_rcnn.models.heatmaps import NUM_POINTS, decode_heatmaps, grid_loss, grid_targets
 from cpm_rcnn.models.init import init_conv, init_deconv
 from cpm_rcnn.models.losses import LossTerm
@@ -112,6 +112,8 @@ class GridStage(RefinementStage):
         fusion: whether points exchange features (on in Grid R-CNN, off in CPM R-CNN).
     """
 
+    settings: StageSettings
+
     def __init__(
         self, settings: StageSettings, inputs: HeadInputs, *, point_channels: int, num_convs: int, fusion: bool
     ) -> None:
@@ -144,7 +146,7 @@ class GridStage(RefinementStage):
         """``rois`` with the boxes that the heatmaps predict, detached and not clipped to the image."""
         return rois.with_boxes(decode_heatmaps(output.heatmaps.detach(), rois.boxes, self.settings.mapping_ratio))
 
-    def loss(self, output: GridOutput, rois: Rois, match: Match) -> LossTerm:
+    def losses(self, output: GridOutput, rois: Rois, match: Match) -> dict[str, LossTerm]:
         """The grid loss of R ``rois`` whose objects are ``match``, times the loss weight.
 
         With fusion, it is the sum of the losses of the fused and of the unfused heatmaps.
@@ -154,4 +156,4 @@ class GridStage(RefinementStage):
         if output.unfused_heatmaps is not None:
             unfused = grid_loss(output.unfused_heatmaps, targets, rois.valid)
             term = LossTerm(term.total + unfused.total, term.count)
-        return term.weighted(self.settings.loss_weight)
+        return {"grid": term.weighted(self.settings.loss_weight)}

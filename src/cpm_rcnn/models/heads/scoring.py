@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cpm_rcnn.models.heads.base import HeadInputs
 from cpm_rcnn.models.heads.classification import Classifier, classification_loss, probability_of
+from cpm_rcnn.models.heads.inputs import HeadInputs
 from cpm_rcnn.models.heads.roi_sampling import sample_rois
 from cpm_rcnn.models.init import init_linear, init_predictor
 from cpm_rcnn.models.losses import LossTerm
@@ -91,9 +91,10 @@ def instance_score_loss(predictions: Tensor, iou: Tensor, valid: Tensor) -> Loss
 
     Args:
         predictions: (R, 2).
-        iou: (R,) in 0..1.
+        iou: (R,) in 0..1; -1, for an image without objects, counts as 0.
         valid: (R,) bool.
     """
+    iou = iou.clamp(min=0)
     target = torch.stack([1 - iou, iou], dim=1)
     error = torch.where(valid[:, None], predictions.float() - target, 0.0)
     return LossTerm(error.square().sum(), valid.sum())
