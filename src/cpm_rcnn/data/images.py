@@ -24,8 +24,8 @@ _log = logging.getLogger(__name__)
 class ImageSource:
     """Reads images by the file names in a COCO json.
 
-    A file name with backslashes that does not exist is read with slashes instead, as on Windows, where many jsons were
-    written. A zip member is found by its full name, then inside the folder named like the archive (COCO's ``train2017.zip``
+    If there is no file whose name has backslashes, as in jsons that were written on Windows, they are read as slashes.
+    A zip member is found by its full name, then inside the folder named like the archive (COCO's ``train2017.zip``
     contains ``train2017/000000000009.jpg``), then by the end of its path. The archive is opened once per process, at
     the first read, so that DataLoader workers never share a file position.
 
@@ -305,7 +305,8 @@ def _complete_jpeg(raw: bytes) -> tuple[Image.Image, float]:
         difference = np.asarray(other) != pixels
         changed |= difference.any(axis=2) if difference.ndim == 3 else difference
     # Pixels are stored in blocks of 8 x 8, or of more where colors have a lower resolution.
-    block = 8 * max(component[2] for component in image.layer)
+    assert isinstance(image, JpegImageFile)
+    block = 8 * max(vertical for _, _, vertical, *_ in image.layer)
     lost = _pixels_from_first(changed, block) / changed.size
     if lost > _LARGEST_LOSS:
         raise UserError(f"ends early; {lost:.1%} of its pixels are lost (at most 5% are allowed)")

@@ -101,8 +101,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _string_ids(entries: list[Any]) -> list[str]:
     """The ids of ``entries`` if all of them are strings, otherwise an empty list."""
-    ids = [entry.get("id") if isinstance(entry, dict) else None for entry in entries]
-    return ids if all(map(_is_string, ids)) else []
+    ids = [entry["id"] for entry in entries if isinstance(entry, dict) and _is_string(entry.get("id"))]
+    return ids if len(ids) == len(entries) else []
 
 
 def check_json(

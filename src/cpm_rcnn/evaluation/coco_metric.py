@@ -27,9 +27,11 @@ class CocoMetric(Metric):
     """Average precision and recall exactly as pycocotools computes them.
 
     Crowds and areas (those of masks, if the file has masks) count as COCO defines, and objects that training ignores
-    count too. The ids in the file do not change the metrics: the engines get numbers from 1 instead, because they can
-    never match an object whose id is 0, and some mishandle negative ids and ids above 2**53. Only images passed to :meth:`update` are evaluated. An image that was passed more than once, for example
+    count too. Only images passed to :meth:`update` are evaluated. An image that was passed more than once, for example
     because a distributed sampler repeats images to fill the last batch, counts once: the first one, in order of rank.
+
+    The values of the file's ids do not change the metrics. The engines get numbers from 1 instead, because they can
+    never match an object of id 0, and faster-coco-eval mishandles negative ids and ids above 2**53.
 
     Call ``update`` for each batch and ``compute`` at the end, in all processes: ``compute`` gathers the detections of
     all processes, so that its return value, and that of ``results`` afterwards, is complete in each. Log the numbers,
