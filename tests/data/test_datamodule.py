@@ -384,7 +384,7 @@ def test_with_skip_missing_images_are_treated_as_unreadable_with_one_warning(roo
     assert "2 of " in caplog.messages[0]
     assert "replaced by other images (on_error=skip)" in caplog.messages[0]
     assert "1 of 5 images cannot be read (image 000003.jpg not found)" in caplog.messages[1]
-    assert "count as images without detections (on_error=skip)" in caplog.messages[1]
+    assert "treated as images without detections (on_error=skip)" in caplog.messages[1]
     batches = list(checked.train_dataloader())
     assert [target["readable"] for _, (target,) in checked.val_dataloader()] == [True, True, False, True, True]
     assert len(caplog.messages) == 2

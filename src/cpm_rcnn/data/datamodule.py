@@ -184,7 +184,7 @@ class CocoDataModule(pl.LightningDataModule):
             raise UserError(f"{described}; correct them, or skip these images with on_error=skip")
         self._faults_of(split).unreadable[list(problems)] = True
         if first_rank:
-            consequence = "replaced by other images" if split == "train" else "count as images without detections"
+            consequence = "replaced by other images" if split == "train" else "treated as images without detections"
             _log.warning("%s; %s (on_error=skip)", described, consequence)
 
     def _warn_of_overlap(self) -> None:
