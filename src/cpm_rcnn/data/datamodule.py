@@ -103,6 +103,7 @@ class CocoDataModule(pl.LightningDataModule):
             check_categories("categories", categories)
         self._given_categories = categories
         self._annotations: dict[str, CocoAnnotations] = {}
+        self._sources: dict[str, ImageSource] = {}
         self._faults: dict[str, ImageFaults] = {}
         self._checked: set[str] = set()
 
@@ -201,7 +202,10 @@ class CocoDataModule(pl.LightningDataModule):
             _log.warning("%d of %s are also training images (%s, ...); %s", count, total, first, reason)
 
     def _images(self, split: Split) -> ImageSource:
-        return ImageSource(self._path(split, "images"))
+        # One for all loaders, because reading the directory of a large archive takes seconds.
+        if split not in self._sources:
+            self._sources[split] = ImageSource(self._path(split, "images"))
+        return self._sources[split]
 
     def _faults_of(self, split: Split) -> ImageFaults:
         """The faults that all loaders of a split share, so that each is reported once."""

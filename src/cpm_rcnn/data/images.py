@@ -48,7 +48,7 @@ class ImageSource:
         if path.is_file():
             by_name = defaultdict(list)
             for member in self._open().namelist():
-                by_name[PurePosixPath(member).name].append(member)
+                by_name[member.rpartition("/")[2]].append(member)
             self._members = dict(by_name)
             self._full_names = set(self._open().namelist())
         elif not path.is_dir():
