@@ -92,8 +92,8 @@ def measure_files(folder: Path, images: int) -> None:
     Image.new("RGB", (64, 48)).save(file, "JPEG")
     flat = [f"{number:012d}.jpg" for number in range(images)]
     nested = [f"{number % 1000:03d}/{name}" for number, name in enumerate(flat)]
-    for name in {Path(name).parent for name in nested}:
-        (folder / "nested" / name).mkdir(parents=True)
+    for parent in {Path(name).parent for name in nested}:
+        (folder / "nested" / parent).mkdir(parents=True)
     (folder / "flat").mkdir()
     for layout, names in (("flat", flat), ("nested", nested)):
         for name in names:
