@@ -1,6 +1,8 @@
 """``python -m cpm_rcnn.predict ckpt=PATH source=FILE_OR_FOLDER``: draw the detections on copies of images."""
 
 import json
+import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -11,16 +13,22 @@ from rich.progress import track
 from cpm_rcnn.cli.assembly import load_detector
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.data import ImageSource
+from cpm_rcnn.data.validation import counted
 from cpm_rcnn.errors import UserError, check_range
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.pictures import draw, save
+
+_log = logging.getLogger(__name__)
 
 # Other files in a folder are skipped.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def predict(config: DictConfig) -> None:
-    """Detect objects in every image of ``source``; write ``images/`` and ``detections.json`` to the output folder."""
+    """Detect in every image of ``source``; write ``images/`` and ``detections.json`` to Hydra's output folder.
+
+    Images that cannot be read are reported and skipped; the exit status is then 1.
+    """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
     check_range("min_score", config.min_score, 0, 1)
@@ -30,8 +38,14 @@ def predict(config: DictConfig) -> None:
     detector.to(device)
     source = ImageSource(folder)
     results = []
+    skipped = 0
     for image_id, name in enumerate(track(names, description="predict"), start=1):
-        image = source.read(name)
+        try:
+            image = source.read(name)
+        except UserError as error:
+            skipped += 1
+            _log.warning("%s; skipped", error)
+            continue
         (found,) = detector.detect([image])
         boxes = detector.convention.to_xywh(found.boxes).tolist()
         for box, score, label in zip(boxes, found.scores.tolist(), found.labels.tolist()):
@@ -42,8 +56,12 @@ def predict(config: DictConfig) -> None:
         target = run_dir / "images" / f"{name}.png"
         save(draw(image, found.to_dict(), detector.class_names, min_score=config.min_score), target)
     (run_dir / "detections.json").write_text(json.dumps(results))
-    print(f"{len(names)} images, {len(results)} detections")
+    images = counted(len(names) - skipped, "image", "images")
+    print(f"{images}, {counted(len(results), 'detection', 'detections')}")
     print(run_dir)
+    if skipped:
+        print(f"error: skipped {skipped} of {counted(len(names), 'image', 'images')}, see above", file=sys.stderr)
+        sys.exit(1)
 
 
 def find_images(source: Path) -> tuple[Path, list[str]]:

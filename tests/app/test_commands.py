@@ -159,6 +159,28 @@ def test_predict_draws_every_image_of_a_folder(command, checkpoint, workplace):
     assert all(set(d) == {"image_id", "file_name", "category_id", "bbox", "score"} for d in found)
 
 
+def test_predict_skips_images_that_cannot_be_read_and_writes_the_rest(command, checkpoint, workplace):
+    source = workplace / "partly_broken"
+    source.mkdir()
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        Image.fromarray(np.full((60, 90, 3), 99, np.uint8)).save(source / name)
+    (source / "b.jpg").write_bytes(b"text")
+    answer = command("predict", f"ckpt={checkpoint}", f"source={source}", "device=cpu", "detector.score_threshold=0.01")
+    assert answer.status == 1
+    assert (answer.out + answer.err).count("b.jpg is damaged or not an image") == 1
+    assert answer.err.splitlines()[-1] == "error: skipped 1 of 3 images, see above"
+    assert sorted(path.name for path in (answer.folder / "images").iterdir()) == ["a.jpg.png", "c.jpg.png"]
+    found = json.loads((answer.folder / "detections.json").read_text())
+    assert {d["file_name"]: d["image_id"] for d in found} == {"a.jpg": 1, "c.jpg": 3}
+    assert "2 images, " in answer.out
+
+
+def test_predict_counts_one_image_as_one_image(command, checkpoint):
+    answer = command("predict", f"ckpt={checkpoint}", "source=data/shapes/val/000001.jpg", "device=cpu")
+    assert answer.status == 0, answer.err
+    assert "1 image, " in answer.out
+
+
 def test_predict_and_eval_find_the_same_boxes(command, checkpoint, workplace):
     # One image per batch, as in predict: the padding of an image depends on the others in its batch.
     evaluated = command(
@@ -311,15 +333,23 @@ def test_a_missing_or_truncated_image_gives_one_line_even_from_a_worker(command,
     victims = sorted((copy / "val").iterdir())
     victims[0].unlink()
     victims[1].write_bytes(victims[1].read_bytes()[:300])
-    for workers in (0, 1):
-        line = refused(
-            command("eval", f"ckpt={checkpoint}", "trainer=cpu", f"data.root={copy}", f"data.num_workers={workers}")
-        )
-        assert victims[0].name in line
+    evaluation = ["eval", f"ckpt={checkpoint}", "trainer=cpu", f"data.root={copy}"]
+    assert victims[0].name in refused(command(*evaluation))
     shutil.copy(workplace / "data/shapes/val" / victims[0].name, victims[0])
-    line = refused(command("eval", f"ckpt={checkpoint}", "trainer=cpu", f"data.root={copy}", "data.num_workers=0"))
-    assert victims[1].name in line
-    assert "damaged" in line
+    for workers in (0, 1):
+        line = refused(command(*evaluation, f"data.num_workers={workers}"))
+        assert victims[1].name in line
+        assert "damaged" in line
+
+
+def test_training_with_a_missing_image_ends_before_a_model_is_built(command, trained, workplace, monkeypatch):
+    copy = workplace / "missing"
+    shutil.copytree(workplace / "data/shapes", copy)
+    (copy / "val/000002.jpg").unlink()
+    monkeypatch.setattr("cpm_rcnn.train.build_module", None)
+    line = refused(command("train", *SMALL, f"data.root={copy}", "name=missing"))
+    assert "missing/val: 1 of 5 images cannot be read (image 000002.jpg not found)" in line
+    assert not (workplace / "outputs/missing/checkpoints").exists()
 
 
 def test_the_commands_work_from_a_wheel_outside_a_checkout(tmp_path):

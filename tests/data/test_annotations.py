@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cpm_rcnn.data.annotations import CocoAnnotations
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import ArgumentError, UserError
 
 
 @pytest.fixture
@@ -33,7 +33,6 @@ def test_annotations_are_sorted_by_image_and_labelled_by_ascending_category_id(c
     assert loaded.labels.tolist() == [1, 2, 2, 1, 2]
     assert loaded.crowds.tolist() == [False, True, False, False, False]
     assert loaded.areas.tolist() == [310, 20, 40, 800, 20]
-    assert loaded.annotation_ids.tolist() == [2, 3, 1, 5, 4]
     assert loaded.image_rows.tolist() == [0, 0, 1, 1, 2]
     assert loaded.xywh[objects_of(loaded, 1)].tolist() == [[2, 4, 6, 8], [0, 0, 20, 40]]
 
@@ -44,12 +43,6 @@ def test_boxes_and_areas_are_exactly_those_of_the_file(content, load):
     assert loaded.xywh.dtype == loaded.areas.dtype == np.float64
     assert loaded.xywh[2].tolist() == [0.1, 4.7, 1 / 3, 8]
     assert loaded.areas[2] == 12.3456789
-
-
-def test_annotations_without_ids_are_numbered_by_their_position_in_the_file(content, load):
-    for item in content["annotations"]:
-        del item["id"]
-    assert load(content).annotation_ids.tolist() == [2, 3, 1, 5, 4]
 
 
 def test_crowds_and_boxes_that_only_touch_the_image_are_not_usable(content, load):
@@ -87,6 +80,32 @@ def test_known_categories_set_the_labels(content, load):
 def test_categories_that_the_model_does_not_know_are_refused(content, load, known):
     with pytest.raises(UserError, match=r"instances\.json: 1 category that the model does not know .*'(dog|cat)'"):
         load(content, known)
+
+
+def test_categories_that_no_annotation_has_may_be_unknown_to_the_model(content, load, caplog):
+    known = content["categories"]
+    content["categories"] = [{"id": 0, "name": "animals"}, *known]
+    assert load(content, known).category_names == ["dog", "cat"]
+    note = "ignored 1 category unknown to the model that no annotation has (category 0: 'animals')"
+    assert note in caplog.text
+    content["annotations"][0]["category_id"] = 0
+    with pytest.raises(UserError, match=r"1 category that the model does not know .*category 0: 'animals'"):
+        load(content, known)
+
+
+@pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        ([{"id": "a", "name": "cat"}], r"^categories\[0\]\.id='a': must be an integer"),
+        ([{"id": 1}], r"^categories\[0\]=.*must be a mapping with id and name"),
+        ([{"id": 1, "name": None}], r"^categories\[0\]\.name=None: must be a string"),
+        ([{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "^categories: several have the same id"),
+        ("cat", "^categories=cat: must be a list"),
+    ],
+)
+def test_invalid_categories_of_a_caller_are_refused(content, load, categories, message):
+    with pytest.raises(ArgumentError, match=message):
+        load(content, categories)
 
 
 def drop(*keys):

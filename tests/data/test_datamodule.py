@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from numpy.random import Philox
 from omegaconf import OmegaConf
+from PIL import Image
 
 from cpm_rcnn.boxes import INCLUSIVE
 from cpm_rcnn.data import CocoDataModule, DataSettings, ShapesDataModule
@@ -276,6 +277,7 @@ def test_configs_have_exactly_the_settings_and_the_same_defaults():
     assert set(composed("shapes").data) - {"_target_"} == set(ShapesSettings.names()) - paths
     shared = OmegaConf.to_container(OmegaConf.load(CONF / "data/shared/options.yaml"))
     assert shared["on_error"] == DataSettings().on_error
+    assert shared["check_images"] == DataSettings().check_images
     assert shared["flip_probability"] == DataSettings().flip_probability
     shapes, defaults = composed("shapes").data, ShapesSettings()
     assert (shapes.root, shapes.train_count, shapes.val_count) == (
@@ -306,7 +308,7 @@ def test_with_skip_batches_do_not_depend_on_the_number_of_workers_and_an_unreada
     workers = module(**changes, num_workers=2).train_dataloader()
     for batch, other in zip(batches, workers, strict=True):
         assert same(batch, other)
-    assert workers.dataset._unreadable.sum() == 2
+    assert workers.dataset.faults.unreadable.sum() == 2
     seen = {target["image_id"] for _, targets in batches for target in targets}
     assert seen.isdisjoint({1, 2})
     with pytest.raises(UserError, match=r"00000[12]\.jpg is empty"):
@@ -347,3 +349,139 @@ def test_augmentations_can_be_added(module):
     darkened = list(data.train_dataloader())
     assert all(torch.equal(image // 2, other) for image, other in zip(plain[0][0], darkened[0][0]))
     assert len({target["drawn"][0].item() for _, targets in darkened for target in targets}) == 24
+
+
+# --- what is checked before the first step ---
+
+
+@pytest.fixture
+def copy(root, tmp_path):
+    """A copy of the data set that a test may damage."""
+    return shutil.copytree(root, tmp_path / "copy")
+
+
+@pytest.mark.parametrize(("stage", "split"), [("fit", "train"), ("fit", "val"), ("validate", "val"), ("test", "test")])
+def test_missing_images_are_all_named_before_the_first_step(module, copy, stage, split):
+    folder = copy / ("train" if split == "train" else "val")
+    for number in (1, 2, 3, 4):
+        (folder / f"{number:06d}.jpg").unlink()
+    data = module(root=str(copy), test_json=FILES["val_json"], test_images="val")
+    with pytest.raises(UserError) as error:
+        data.setup(stage)
+    total = len(data.annotations("train").images_with_objects()) if split == "train" else 5
+    first = ", ".join(f"image 00000{number}.jpg not found" for number in (1, 2, 3))
+    assert f"{folder}: 4 of {total} images cannot be read ({first}, ...), which {copy}/annotations/" in str(error.value)
+    assert str(error.value).endswith("skip these images with on_error=skip")
+
+
+def test_with_skip_missing_images_are_treated_as_unreadable_with_one_warning(root, module, copy, caplog):
+    for name in ("train/000001.jpg", "train/000002.jpg", "val/000003.jpg"):
+        (copy / name).unlink()
+    checked, unchecked = (module(root=str(copy), on_error="skip") for _ in range(2))
+    checked.setup("fit")
+    checked.setup("validate")
+    assert len(caplog.messages) == 2
+    assert "2 of " in caplog.messages[0]
+    assert "replaced by other images (on_error=skip)" in caplog.messages[0]
+    assert "1 of 5 images cannot be read (image 000003.jpg not found)" in caplog.messages[1]
+    assert "treated as images without detections (on_error=skip)" in caplog.messages[1]
+    batches = list(checked.train_dataloader())
+    assert [target["readable"] for _, (target,) in checked.val_dataloader()] == [True, True, False, True, True]
+    assert len(caplog.messages) == 2
+    assert all(same(*pair) for pair in zip(batches, unchecked.train_dataloader(), strict=True))
+
+
+def test_a_folder_without_any_of_the_images_is_refused_also_with_skip(module, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"5 of 5 images cannot be read .*; set val_images to the folder or \.zip"):
+        module(val_images=str(tmp_path / "empty"), on_error="skip").setup("validate")
+
+
+def test_training_images_without_objects_may_be_missing(module, copy):
+    content = json.loads((copy / FILES["train_json"]).read_text())
+    content["images"].append({"id": 99, "file_name": "none.jpg", "height": 5, "width": 5})
+    (copy / FILES["train_json"]).write_text(json.dumps(content))
+    module(root=str(copy)).setup("fit")
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_check_images_finds_wrong_sizes_formats_and_ends_before_the_first_step(module, copy, on_error, caplog, capfd):
+    Image.new("RGB", (8, 8)).save(copy / "val/000001.jpg")
+    (copy / "val/000002.jpg").write_bytes(b"text")
+    raw = (copy / "val/000003.jpg").read_bytes()
+    (copy / "val/000003.jpg").write_bytes(raw[: len(raw) // 2])
+    raw = (copy / "val/000004.jpg").read_bytes()
+    (copy / "val/000004.jpg").write_bytes(raw[:-20])
+    module(root=str(copy), on_error=on_error).setup("validate")
+    data = module(root=str(copy), on_error=on_error, check_images=True)
+    if on_error == "raise":
+        with pytest.raises(UserError) as error:
+            data.setup("validate")
+        message = str(error.value)
+    else:
+        data.setup("validate")
+        (message,) = caplog.messages
+        assert [target["readable"] for _, (target,) in data.val_dataloader()] == [False, False, False, True, True]
+        assert "000004.jpg ends early" in caplog.messages[1]
+        list(data.val_dataloader())
+        assert len(caplog.messages) == 2, "each file is reported once per run"
+    assert "3 of 5 images cannot be read (000001.jpg is 8 x 8 pixels, but the json says " in message
+    assert "000003.jpg ends early" in message
+    assert "check images of instances_val.json" in capfd.readouterr().err
+
+
+def test_a_jpeg_that_ends_early_is_reported_once_by_all_workers(module, copy):
+    raw = (copy / "val/000001.jpg").read_bytes()
+    (copy / "val/000001.jpg").write_bytes(raw[:-20])
+    loader = module(root=str(copy), num_workers=2).val_dataloader()
+    for _ in range(2):
+        assert all(target["readable"] for _, (target,) in loader)
+    assert loader.dataset.faults.ends_early.tolist() == [True, False, False, False, False]
+
+
+def test_the_same_images_in_training_and_validation_are_named(root, module, tmp_path, caplog):
+    module().setup("fit")
+    assert caplog.messages == []
+    module(val_json=FILES["train_json"], val_images="train").setup("fit")
+    assert "instances_train.json is used for training and for validation" in caplog.messages[0]
+    content = json.loads((root / FILES["train_json"]).read_text())
+    content["images"] = content["images"][:3]
+    content["annotations"] = [item for item in content["annotations"] if item["image_id"] <= 3]
+    content["images"][0]["file_name"] = ".\\000001.jpg"
+    (tmp_path / "part.json").write_text(json.dumps(content))
+    module(val_json=str(tmp_path / "part.json"), val_images="train").setup("fit")
+    assert "3 of 3 validation images are also training images (.\\000001.jpg, ...); " in caplog.messages[1]
+    assert len(caplog.messages) == 2
+
+
+def test_a_run_without_a_validation_split_is_set_up(module):
+    module(val_json=None).setup("fit")
+
+
+def test_absolute_file_names_inside_the_image_folder_are_read(root, module, tmp_path):
+    content = json.loads((root / FILES["val_json"]).read_text())
+    for item in content["images"]:
+        item["file_name"] = str(root / "val" / item["file_name"])
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    data = module(val_json=str(tmp_path / "val.json"))
+    data.setup("validate")
+    assert all(same(*pair) for pair in zip(data.val_dataloader(), module().val_dataloader(), strict=True))
+    with pytest.raises(UserError, match="5 images whose file_name leaves the image folder"):
+        module(val_json=str(tmp_path / "val.json"), val_images="train").setup("validate")
+
+
+def test_an_empty_list_of_categories_is_refused(root, module, tmp_path):
+    content = json.loads((root / FILES["train_json"]).read_text())
+    (tmp_path / "none.json").write_text(json.dumps(content | {"categories": [], "annotations": []}))
+    with pytest.raises(UserError, match=r"none\.json: 'categories' is empty, so there is nothing to detect"):
+        _ = module(train_json=str(tmp_path / "none.json")).categories
+    with pytest.raises(ArgumentError, match=r"^categories\[0\]\.id='a': must be an integer"):
+        module(categories=[{"id": "a", "name": "cat"}])
+
+
+def test_only_missing_files_of_coco_show_where_to_download_coco(module, tmp_path):
+    for name, shown in (("annotations/instances_val2017.json", True), ("annotations/val.json", False)):
+        with pytest.raises(ArgumentError) as error:
+            module(root=str(tmp_path), val_json=name).val_dataloader()
+        assert ("cocodataset.org" in str(error.value)) == shown
+        assert f"expected in {tmp_path}: " in str(error.value)

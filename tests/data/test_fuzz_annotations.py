@@ -30,7 +30,6 @@ ARRAYS = (
     "image_ids",
     "file_names",
     "offsets",
-    "annotation_ids",
     "labels",
     "xywh",
     "areas",
@@ -180,9 +179,8 @@ def consistent(loaded):
     assert len(set(loaded.image_ids.tolist())) == images
     for name in ("file_names", "heights", "widths"):
         assert len(getattr(loaded, name)) == images
-    for name in ("annotation_ids", "xywh", "areas", "crowds", "usable"):
+    for name in ("xywh", "areas", "crowds", "usable"):
         assert len(getattr(loaded, name)) == objects
-    assert len(set(loaded.annotation_ids.tolist())) == objects
     assert all(len(name) > 0 for name in loaded.file_names)
     assert (loaded.heights > 0).all()
     assert (loaded.widths > 0).all()

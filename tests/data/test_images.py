@@ -1,5 +1,8 @@
+import io
 import multiprocessing
+import os
 import pickle
+import re
 import zipfile
 
 import numpy as np
@@ -222,8 +225,8 @@ def test_truncated_image_names_file_and_source(folder, as_zip, name, size):
     raw = (folder / name).read_bytes()
     (folder / name).write_bytes(raw[:size])
     source = ImageSource(zipped(folder, "train2017/") if as_zip else folder)
-    fault = "damaged or not an image" if size else "empty, a file of 0 bytes"
-    with pytest.raises(UserError, match=rf"train2017(\.zip)?: {name} is {fault}") as error:
+    fault = "(is damaged or not an image|ends early)" if size else "is empty, a file of 0 bytes"
+    with pytest.raises(UserError, match=rf"train2017(\.zip)?: {name} {fault}") as error:
         source.read(name)
     assert one_line(error)
 
@@ -236,3 +239,142 @@ def test_damaged_archive_member_is_named(folder):
     source = ImageSource(path)
     with pytest.raises(UserError, match=r"train2017\.zip: .* cannot be read from the archive"):
         [source.read(name) for name in ("a.jpg", "b.png")]
+
+
+def jpeg(size=(200, 160), **options):
+    """The bytes of a JPEG with some texture, of about 13 kB."""
+    coarse = np.random.default_rng(0).integers(0, 256, (size[1] // 4, size[0] // 4, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(coarse).resize(size).save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+KINDS = {
+    "baseline": {},
+    "progressive": {"progressive": True},
+    "full colors": {"subsampling": 0},
+    "restarts": {"restart_marker_rows": 1},
+}
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("missing", [1, 2, 3, 20])
+def test_a_jpeg_that_lacks_its_last_bytes_is_read_with_a_warning(folder, as_zip, kind, missing, caplog):
+    raw = jpeg(**KINDS[kind])
+    (folder / "a.jpg").write_bytes(raw)
+    whole = ImageSource(folder).read("a.jpg")
+    assert caplog.messages == []
+    (folder / "a.jpg").write_bytes(raw[:-missing])
+    image = ImageSource(zipped(folder, "") if as_zip else folder).read("a.jpg", (160, 200))
+    (message,) = caplog.messages
+    assert "a.jpg ends early; " in message
+    changed = (image != whole).any(dim=0).float().mean()
+    # What is lost is never understated by more than the smoothing at its border.
+    lost = float(re.search(r"last ([\d.]+)%", message)[1]) / 100 if missing > 2 else 0
+    assert changed <= lost + 0.01
+    assert lost <= 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.8])
+def test_a_jpeg_that_lacks_more_than_a_small_part_is_refused(folder, kind, share):
+    raw = jpeg(**KINDS[kind])
+    (folder / "a.jpg").write_bytes(raw[: int(len(raw) * (1 - share))])
+    with pytest.raises(
+        UserError, match=r"a\.jpg ends early[;,] (\d+\.\d% of its pixels are lost|before the last scan)"
+    ):
+        ImageSource(folder).read("a.jpg")
+
+
+def test_a_progressive_jpeg_that_ends_between_two_scans_is_refused(folder):
+    raw = jpeg(progressive=True)
+    (folder / "a.jpg").write_bytes(raw[: raw.rindex(b"\xff\xda")])
+    with pytest.raises(UserError, match="before the last scan of its pixels"):
+        ImageSource(folder).read("a.jpg")
+
+
+def test_names_with_backslashes_are_found_if_there_is_no_such_file(folder):
+    (folder / "deep").mkdir()
+    picture(3).save(folder / "deep/c.png")
+    for source in (ImageSource(folder), ImageSource(archive_of(folder))):
+        assert torch.equal(source.read("deep\\c.png"), torch.from_numpy(np.array(picture(3))).permute(2, 0, 1))
+        assert source.missing(["deep\\c.png", "deep\\d.png"]) == {1: "image deep\\d.png not found"}
+    picture(4).save(folder / "deep\\c.png")
+    for source in (ImageSource(folder), ImageSource(archive_of(folder))):
+        assert torch.equal(source.read("deep\\c.png"), torch.from_numpy(np.array(picture(4))).permute(2, 0, 1))
+
+
+def archive_of(folder):
+    """A new archive of a folder with its subfolders."""
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.*")):
+            archive.write(file, str(file.relative_to(folder)))
+    return path
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_missing_files_are_found_in_nested_folders(folder, as_zip):
+    (folder / "x/y").mkdir(parents=True)
+    picture(3).save(folder / "x/y/c.png")
+    (folder / "link.png").symlink_to("nowhere.png")
+    if as_zip:
+        (folder / "link.png").unlink()
+    names = ["a.jpg", "x/y/c.png", "x/../b.png", "x/a.jpg", "z/a.jpg", "c.png", "link.png", "x", "A" * 900]
+    source = ImageSource(archive_of(folder) if as_zip else folder)
+    # A member is also found by the end of its path, as in an archive of a folder.
+    assert list(source.missing(names)) == ([2, 3, 4, 6, 7, 8] if as_zip else [3, 4, 5, 6, 7, 8])
+    assert source.missing(names)[3] == "image x/a.jpg not found"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can list any folder")
+def test_files_in_a_folder_that_cannot_be_listed_are_asked_for_one_by_one(folder):
+    folder.chmod(0o300)
+    try:
+        assert list(ImageSource(folder).missing(["a.jpg", "c.jpg"])) == [1]
+    finally:
+        folder.chmod(0o700)
+
+
+def test_an_ambiguous_member_is_found_before_it_is_read(folder):
+    path = folder.with_suffix(".zip")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(folder / "a.jpg", "x/a.jpg")
+        archive.write(folder / "a.jpg", "y/a.jpg")
+    assert ImageSource(path).missing(["a.jpg"]) == {0: "image a.jpg is ambiguous: x/a.jpg or y/a.jpg"}
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_headers_show_other_sizes_and_formats(folder, as_zip):
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    source = ImageSource(zipped(folder, "") if as_zip else folder)
+    assert [source.header_problem(name, (20, 30)) for name in ("a.jpg", "b.png")] == [None, None]
+    assert source.header_problem("a.jpg", (20, 31)) == "a.jpg is 30 x 20 pixels, but the json says 31 x 20"
+    assert source.header_problem("a.jpg", (30, 20)) == "a.jpg is 30 x 20 pixels, but the json says 20 x 30"
+    assert source.header_problem("empty.png", (20, 30)) == "empty.png is empty, a file of 0 bytes"
+    assert source.header_problem("text.png", (20, 30)).startswith("text.png is damaged or not an image")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_headers_are_accepted_exactly_if_the_image_can_be_read_in_that_size(tmp_path, orientation, name):
+    oriented(tmp_path, orientation, name)
+    source = ImageSource(tmp_path)
+    for size in ((20, 30), (30, 20)):
+        try:
+            source.read(name, size)
+            readable = True
+        except UserError:
+            readable = False
+        assert (source.header_problem(name, size) is None) == readable
+
+
+def test_headers_of_files_that_end_early_are_not_enough(folder):
+    for name in ("a.jpg", "b.png"):
+        raw = (folder / name).read_bytes()
+        (folder / name).write_bytes(raw + b"\0" * 20)
+        assert ImageSource(folder).header_problem(name, (20, 30)) is None
+        (folder / name).write_bytes(raw[: len(raw) * 3 // 4])
+        assert ImageSource(folder).header_problem(name, (20, 30)).startswith(f"{name} ")

@@ -70,6 +70,22 @@ def corners(content):
         entry["bbox"] = [20, 30, 90, 79]
 
 
+def normalized(content):
+    for entry in content["annotations"]:
+        x, y, w, h = entry["bbox"]
+        entry["bbox"] = [(x + w / 2) / 100, (y + h / 2) / 80, w / 100, h / 80]
+
+
+def string_ids(key, reference):
+    def change(content):
+        for entry in content[key]:
+            entry["id"] = f"a{entry['id']}"
+        for entry in content["annotations"]:
+            entry[reference] = f"a{entry[reference]}"
+
+    return change
+
+
 def all_images_faulty(content):
     for entry in content["images"]:
         entry["height"] = 0
@@ -111,6 +127,20 @@ BAD_FILES = {
     "category name null": (category("name", None), "1 category whose name is not a string (category 2: None)"),
     "category without name": (drop("categories", 1, "name"), "1 category without name (category 2)"),
     "category not an object": (put("dog", "categories", 1), "1 category not written as an object (categories[1])"),
+    "empty categories": (put([], "categories"), "'categories' is empty, but each annotation needs one"),
+    "string image ids": (
+        string_ids("images", "image_id"),
+        "the ids of all images are strings (the first is 'a10'), but must be integers; "
+        "number the images and use the numbers in image_id",
+    ),
+    "string category ids": (
+        string_ids("categories", "category_id"),
+        "the ids of all categories are strings (the first is 'a1'), but must be integers",
+    ),
+    "boxes from 0 to 1": (
+        normalized,
+        "the bbox of 8 annotations of 8 is within 0..1; they look normalized (as YOLO's x_center, ",
+    ),
     "boxes as corners": (corners, "8 of 8 annotations extend beyond their image .* look like x1, y1, x2, y2"),
     "all images faulty": (all_images_faulty, "4 images whose height .* (image 10: 0, "),
 }
@@ -192,6 +222,10 @@ GOOD = {
         2, {"id": 3, "image_id": 10, "category_id": 1, "bbox": [1, 2, 3, 4], "iscrowd": 1}
     ),
     "no id in any annotation": lambda content: [entry.pop("id") for entry in content["annotations"]],
+    "ids of 0, below 0 and above 2**53": lambda content: [
+        put(value, "annotations", row, "id")(content) for row, value in enumerate([0, -1, 2**53 + 1])
+    ],
+    "one box of a pixel in the corner": item("bbox", [0, 0, 1, 1]),
     "smallest and largest int64 ids": lambda content: (
         item("id", 2**63 - 1)(content),
         put(-(2**63), "annotations", 3, "id")(content),
@@ -205,12 +239,12 @@ GOOD = {
 
 @pytest.fixture
 def load(tmp_path):
-    def load(change, on_error="raise"):
+    def load(change, on_error="raise", folder=None):
         content = copy.deepcopy(CONTENT)
         changed = change(content)
         path = tmp_path / "instances.json"
         path.write_bytes(changed if isinstance(changed, bytes) else json.dumps(content).encode())
-        return CocoAnnotations.load(path, on_error=on_error)
+        return CocoAnnotations.load(path, on_error=on_error, folder=folder)
 
     return load
 
@@ -244,13 +278,13 @@ def test_skip_skips_the_invalid_entry_and_reports_it_once(load, case, caplog):
     loaded = load(change, "skip")
     assert len(caplog.messages) == 1
     assert says(caplog.messages[0], f"instances.json: on_error=skip: skipped .*{message}")
+    numbers = sorted(int(width) - 5 for width in loaded.xywh[:, 2])
     if "image" in message.split("(")[-1]:
         assert loaded.image_ids.tolist() == [10, 30, 40]
-        assert sorted(loaded.annotation_ids.tolist()) == [2, 3, 4, 6, 7, 8]  # 1 and 5 belong to image 20
+        assert numbers == [2, 3, 4, 6, 7, 8]  # 1 and 5 belong to image 20
     else:
         assert loaded.image_ids.tolist() == [10, 20, 30, 40]
-        assert sorted(loaded.annotation_ids.tolist()) == [1, 2, 4, 5, 6, 7, 8]
-    assert len(loaded.labels) == len(loaded.annotation_ids)
+        assert numbers == [1, 2, 4, 5, 6, 7, 8]
     # Evaluation skips the same entries.
     metric = CocoMetric(loaded, loaded.categories)
     nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0, dtype=torch.int64)}
@@ -288,6 +322,32 @@ def test_boxes_that_extend_a_little_beyond_the_image_are_not_taken_for_corners(l
     assert caplog.messages == []
 
 
+def test_boxes_of_one_pixel_are_not_taken_for_normalized_ones(load):
+    def change(content):
+        for entry in content["annotations"]:
+            entry["bbox"] = [0, 0, 1, 1]
+
+    assert len(load(change).labels) == 8
+
+
+@pytest.mark.parametrize("name", ["{folder}/2.png", "{folder}/a/../2.png", "{link}/2.png"])
+def test_an_absolute_file_name_inside_the_image_folder_becomes_relative(load, tmp_path, name):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    name = name.format(folder=tmp_path / "images", link=tmp_path / "link")
+    loaded = load(image("file_name", name), folder=tmp_path / ("link" if "link" in name else "images"))
+    assert loaded.file_names.tolist() == ["1.png", "2.png", "3.png", "4.png"]
+    loaded = load(image("file_name", str(tmp_path / "images/2.png")), folder=tmp_path / "link")
+    assert loaded.file_names[1] == "2.png"
+
+
+@pytest.mark.parametrize("name", ["{folder}/../2.png", "{folder}2/2.png", "/etc/passwd", "{folder}"])
+def test_an_absolute_file_name_outside_the_image_folder_is_refused(load, tmp_path, name):
+    name = name.format(folder=tmp_path / "images")
+    with pytest.raises(UserError, match=r"1 image whose file_name leaves the image folder \(image 20: "):
+        load(image("file_name", name), folder=tmp_path / "images")
+
+
 def encoded(picture, kind, **options):
     file = io.BytesIO()
     picture.save(file, kind, **options)
@@ -322,7 +382,7 @@ BAD_IMAGES = {
     "web page": (b"<!DOCTYPE html><html>404</html>", "2.png is damaged or not an image"),
     "drawing": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "2.png is damaged or not an image"),
     "program": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 80\n%%EndComments\n", "2.png is damaged or not an"),
-    "truncated JPEG": (JPEG[: len(JPEG) // 2], "2.png is damaged or not an image"),
+    "truncated JPEG": (JPEG[: len(JPEG) // 2], "2.png ends early; .*% of its pixels are lost"),
     "JPEG header": (JPEG[:200], "2.png is damaged or not an image"),
     "truncated PNG": (PNG[: len(PNG) // 2], "2.png is damaged or not an image"),
     "PNG header": (PNG[:33], "2.png is damaged or not an image"),

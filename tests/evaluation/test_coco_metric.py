@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 
 from cpm_rcnn.boxes import INCLUSIVE
 from cpm_rcnn.data.annotations import CocoAnnotations
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.evaluation import coco_metric
 from cpm_rcnn.evaluation.coco_metric import METRIC_NAMES, CocoMetric
 
@@ -374,3 +374,45 @@ def test_two_processes_have_the_metrics_of_one(tmp_path):
         for metrics, results in json.loads((tmp_path / f"rank{rank}.json").read_text()):
             assert metrics == alone
             assert by_score(results) == by_score(metric.results())
+
+
+RENUMBERED = {
+    "from 0": lambda number: number - 1,
+    "negative": lambda number: -number,
+    "negative and positive": lambda number: number - 5,
+    "above 2**53": lambda number: 2**53 + number,
+    "next to 2**63": lambda number: 2**63 - 1 - number,
+    "next to -2**63": lambda number: number - 2**63,
+}
+
+
+@pytest.mark.parametrize("ids", RENUMBERED)
+@pytest.mark.parametrize("key", ["annotations", "images", "categories"])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_values_of_ids_do_not_change_the_metrics(tmp_path, engine, ids, key, seed):
+    truth, found = _random_case(seed)
+    expected = _assert_as_pycocotools(_write(tmp_path / "plain.json", truth), found)
+
+    renumber = RENUMBERED[ids]
+    content = json.loads((tmp_path / "plain.json").read_text())
+    for item in content[key]:
+        item["id"] = renumber(item["id"])
+    for item in content["annotations"]:
+        for name, of in (("image_id", "images"), ("category_id", "categories")):
+            item[name] = renumber(item[name]) if key == of else item[name]
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    metric = _metric(tmp_path / "other.json", content["categories"])
+    for image_id, one in found.items():
+        metric.update([renumber(image_id) if key == "images" else image_id], [one])
+    metrics = metric.compute()
+    # Scores differ here, so that the order of images and categories decides nothing.
+    assert [metrics[name] for name in METRIC_NAMES] == pytest.approx([expected[name] for name in METRIC_NAMES])
+    assert metrics["per_class"] == pytest.approx(expected["per_class"])
+    own_ids = {item["id"] for item in content["images"]}
+    assert {result["image_id"] for result in metric.results()} <= own_ids
+    assert {result["category_id"] for result in metric.results()} <= {item["id"] for item in content["categories"]}
+
+
+def test_categories_with_string_ids_are_refused(tmp_path):
+    with pytest.raises(ArgumentError, match=r"^categories\[0\]\.id='7': must be an integer"):
+        _metric(_write(tmp_path / "a.json", []), [{"id": "7", "name": "cat"}])

@@ -32,7 +32,7 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
     """The data module of a training run; a data set that it generates is generated now.
 
     Raises:
-        UserError: a value is invalid, or a file is missing.
+        UserError: a value is invalid, or a file or an image is missing.
     """
     schedule = schedule_settings(config)
     check_count("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
@@ -46,6 +46,8 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
         )
         # Lightning would call it when the run starts, but the classes are needed earlier, to build the model.
         datamodule.prepare_data()
+        # So does this, but faulty files are better reported before a model is built and loggers start.
+        datamodule.setup("fit")
     return datamodule
 
 

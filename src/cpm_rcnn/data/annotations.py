@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cpm_rcnn.data.settings import OnError
-from cpm_rcnn.data.validation import check_json, counted, read_json
+from cpm_rcnn.data.validation import check_categories, check_json, counted, read_json
 from cpm_rcnn.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ class CocoAnnotations:
         has_annotations: False if the json only lists images, as COCO's test-dev does.
         offsets: (I + 1,) int64; the objects of image i are the rows ``offsets[i]`` to ``offsets[i + 1]``, in the order
             of the file.
-        annotation_ids: (A,) int64, COCO ids; the position in the file, from 1, if the file has no ids.
         labels: (A,) int64, 1..C.
         xywh: (A, 4) float64, COCO's x, y, width, height in pixels, exactly as in the file.
         areas: (A,) float64 square pixels, exactly as in the file; the area of the box if the file has none.
@@ -53,7 +52,6 @@ class CocoAnnotations:
     category_names: list[str]
     has_annotations: bool
     offsets: np.ndarray
-    annotation_ids: np.ndarray
     labels: np.ndarray
     xywh: np.ndarray
     areas: np.ndarray
@@ -84,7 +82,11 @@ class CocoAnnotations:
 
     @classmethod
     def load(
-        cls, path: str | Path, categories: Sequence[dict[str, Any]] | None = None, on_error: OnError = "raise"
+        cls,
+        path: str | Path,
+        categories: Sequence[dict[str, Any]] | None = None,
+        on_error: OnError = "raise",
+        folder: str | Path | None = None,
     ) -> "CocoAnnotations":
         """Read and check a COCO-style json file.
 
@@ -93,26 +95,30 @@ class CocoAnnotations:
 
         Args:
             path: the json file.
-            categories: the categories of an existing model, each with ``id`` and ``name``. They decide the
-                labels, and the file may not have others. None takes the categories of the file.
+            categories: the categories that a model already knows, each with ``id`` and ``name``. They decide the
+                labels, and no annotation may have another one. None takes the categories of the file.
             on_error: ``raise``, or ``skip``: skip invalid images and annotations and log a warning with their number.
                 Of several entries with the same id, the first is kept.
+            folder: where the images are. Absolute file names inside it become relative to it, all others are invalid.
 
         Raises:
             UserError: the file cannot be read or is not in COCO's format; its categories are invalid or not in
-                ``categories``; its boxes look like x1, y1, x2, y2; no image is valid; or, with ``raise``, any image or
-                annotation is invalid. One line lists all kinds of errors, each with its count and first ids.
+                ``categories``; its boxes look like x1, y1, x2, y2 or like fractions of the image; no image is valid;
+                or, with ``raise``, any image or annotation is invalid. One line lists all kinds of errors, each with
+                its count and first ids.
         """
         path = Path(path)
+        if categories is not None:
+            check_categories("categories", categories)
         content = read_json(path)
-        found = check_json(content, categories)
+        found = check_json(content, categories, None if folder is None else Path(folder))
         if found.fatal or (found.faults and on_error == "raise"):
             advice = [] if found.fatal else ["correct the file, or skip these with on_error=skip"]
             raise UserError(f"{path}: {'; '.join(found.fatal + found.faults + advice)}")
         if not found.good_images.any():
             raise UserError(f"{path}: no image is valid; {'; '.join(found.faults)}")
         kept = found.good_objects & found.good_images[found.image_rows]
-        notes = [found.flat] if found.flat else []
+        notes = list(found.notes)
         if found.faults:
             notes.append(f"on_error=skip: skipped {'; '.join(found.faults)}")
         if valid := (found.good_objects & ~kept).sum():
@@ -137,10 +143,9 @@ class CocoAnnotations:
             heights=heights,
             widths=widths,
             category_ids=category_ids,
-            category_names=[str(category["name"]) for category in known],
+            category_names=[category["name"] for category in known],
             has_annotations="annotations" in content,
             offsets=np.searchsorted(image_rows, np.arange(len(images) + 1)),
-            annotation_ids=found.annotation_ids[objects],
             labels=np.searchsorted(category_ids, found.category_ids[objects]) + 1,
             xywh=boxes,
             areas=found.areas[objects],

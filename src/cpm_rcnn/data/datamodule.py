@@ -1,5 +1,6 @@
 """The data modules: which files are read, and how they become batches, in which order."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -7,27 +8,44 @@ from typing import Any, Literal
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 
 from cpm_rcnn.boxes import CONVENTIONS
 from cpm_rcnn.data.annotations import CocoAnnotations
-from cpm_rcnn.data.dataset import CocoDataset
+from cpm_rcnn.data.dataset import CocoDataset, ImageFaults
+from cpm_rcnn.data.file_check import check_image_files, describe_problems, shared_images
 from cpm_rcnn.data.images import ImageSource
 from cpm_rcnn.data.samplers import EvalSampler, TrainBatchSampler, TrainOrder, collate
 from cpm_rcnn.data.settings import DataSettings, ShapesSettings
 from cpm_rcnn.data.shapes import CATEGORIES, write_shapes
 from cpm_rcnn.data.transforms import Augmentation, RandomFlip, RandomResize, Resize
+from cpm_rcnn.data.validation import check_categories, counted
 from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
 
 Split = Literal["train", "val", "test"]
+
+_log = logging.getLogger(__name__)
+
+# COCO's own names, and where its files are.
+_COCO_FILES = {
+    *(f"annotations/{name}.json" for name in ("instances_train2017", "instances_val2017", "image_info_test-dev2017")),
+    *("train2017", "val2017", "test2017"),
+}
+_COCO_SOURCE = " (COCO 2017: Train/Val images and annotations from https://cocodataset.org/#download)"
+
+
+def _is_first_rank() -> bool:
+    """Whether this is the only process or the one of rank 0; also before a Trainer is attached."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 class CocoDataModule(pl.LightningDataModule):
     """A COCO-style data set on disk.
 
-    Its loaders distribute the samples over the ranks themselves, so the Trainer needs
-    ``use_distributed_sampler=False``. They yield batches of :class:`~cpm_rcnn.data.CocoDataset` as
-    :func:`~cpm_rcnn.data.samplers.collate` builds them. No file is read before it is needed.
+    Its loaders shard by rank themselves, so the Trainer needs ``use_distributed_sampler=False``. They yield batches of
+    :class:`~cpm_rcnn.data.CocoDataset` as :func:`~cpm_rcnn.data.samplers.collate` builds them. No file is read before
+    it is needed. Before a Trainer's first step, :meth:`setup` checks that all images exist.
 
     Args:
         categories: the categories of the labels, each with ``id`` and ``name``. None takes them from ``train_json``, or
@@ -82,8 +100,13 @@ class CocoDataModule(pl.LightningDataModule):
         self.eval_augmentations: list[Augmentation] = [
             Resize(self.settings.test_short_side, self.settings.test_max_size)
         ]
+        if categories is not None:
+            check_categories("categories", categories)
         self._given_categories = categories
         self._annotations: dict[str, CocoAnnotations] = {}
+        self._sources: dict[str, ImageSource] = {}
+        self._faults: dict[str, ImageFaults] = {}
+        self._checked: set[str] = set()
 
     @property
     def evaluation_arguments(self) -> dict[str, Any]:
@@ -104,7 +127,10 @@ class CocoDataModule(pl.LightningDataModule):
         """
         if self._given_categories is not None:
             return sorted(self._given_categories, key=lambda category: category["id"])
-        return self.annotations(self._category_split).categories
+        annotations = self.annotations(self._category_split)
+        if not annotations.categories:
+            raise UserError(f"{annotations.path}: 'categories' is empty, so there is nothing to detect")
+        return annotations.categories
 
     def annotations(self, split: Split) -> CocoAnnotations:
         """The annotations of a split; its file is read at the first call.
@@ -116,8 +142,77 @@ class CocoDataModule(pl.LightningDataModule):
             path = self._path(split, "json")
             # The json that defines the categories cannot be checked against them.
             known = self._given_categories if split == self._category_split else self.categories
-            self._annotations[split] = CocoAnnotations.load(path, known, self.settings.on_error)
+            images = getattr(self.settings, f"{split}_images")
+            folder = None if images is None else self.root / images.removesuffix(".zip")
+            self._annotations[split] = CocoAnnotations.load(path, known, self.settings.on_error, folder)
         return self._annotations[split]
+
+    def setup(self, stage: str) -> None:
+        """Check that the images of all splits of a stage exist, and with ``check_images`` their headers.
+
+        Images without a usable object are not read in training and not checked. A Trainer calls this in every process.
+
+        Args:
+            stage: Lightning's name of what follows: ``fit`` (the training and validation splits), ``validate`` or
+                ``test``.
+
+        Raises:
+            UserError: a file is missing or invalid; an image is, or with ``on_error=skip``, all are.
+        """
+        stages: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
+        splits = stages.get(stage, [])
+        if stage == "fit":
+            # From Python, a run may do without one of the splits.
+            splits = [split for split in splits if getattr(self.settings, f"{split}_json") is not None]
+        for split in splits:
+            if split not in self._checked:
+                self._check_images(split)
+                self._checked.add(split)
+        if len(splits) == 2 and "overlap" not in self._checked:
+            self._warn_of_overlap()
+            self._checked.add("overlap")
+
+    def _check_images(self, split: Split) -> None:
+        annotations, images = self.annotations(split), self._images(split)
+        rows = annotations.images_with_objects() if split == "train" else np.arange(len(annotations))
+        first_rank = _is_first_rank()
+        problems = check_image_files(annotations, rows, images, self.settings.check_images, progress=first_rank)
+        if not problems:
+            return
+        described = f"{images.path}: {describe_problems(problems, len(rows))}, which {annotations.path} lists"
+        if len(problems) == len(rows):
+            raise UserError(f"{described}; set {split}_images to the folder or .zip that its file names start from")
+        if self.settings.on_error == "raise":
+            raise UserError(f"{described}; correct them, or skip these images with on_error=skip")
+        self._faults_of(split).unreadable[list(problems)] = True
+        if first_rank:
+            consequence = "replaced by other images" if split == "train" else "treated as images without detections"
+            _log.warning("%s; %s (on_error=skip)", described, consequence)
+
+    def _warn_of_overlap(self) -> None:
+        if not _is_first_rank():
+            return
+        train, val = self.annotations("train"), self.annotations("val")
+        reason = "the validation metrics will not show how well the model generalizes"
+        if train.path.resolve() == val.path.resolve():
+            _log.warning("%s is used for training and for validation; %s", val.path, reason)
+            return
+        count, first = shared_images((train, self._images("train")), (val, self._images("val")))
+        if count:
+            total = counted(len(val), "validation image", "validation images")
+            _log.warning("%d of %s are also training images (%s, ...); %s", count, total, first, reason)
+
+    def _images(self, split: Split) -> ImageSource:
+        # One for all loaders, because reading the directory of a large archive takes seconds.
+        if split not in self._sources:
+            self._sources[split] = ImageSource(self._path(split, "images"))
+        return self._sources[split]
+
+    def _faults_of(self, split: Split) -> ImageFaults:
+        """The faults that all loaders of a split share, so that each is reported once."""
+        if split not in self._faults:
+            self._faults[split] = ImageFaults.none(len(self.annotations(split)))
+        return self._faults[split]
 
     def train_dataloader(self) -> DataLoader:
         """Training batches from ``start_step`` to ``max_steps``, of the images with at least one usable object.
@@ -165,12 +260,13 @@ class CocoDataModule(pl.LightningDataModule):
     ) -> DataLoader:
         dataset = CocoDataset(
             self.annotations(split),
-            ImageSource(self._path(split, "images")),
+            self._images(split),
             augmentations,
             self.convention,
             self.seed,
             self.settings.on_error,
             replacements,
+            self._faults_of(split),
         )
         return DataLoader(
             dataset,
@@ -203,7 +299,8 @@ class CocoDataModule(pl.LightningDataModule):
         path = self.root / name
         if path.exists() or (kind == "images" and path.with_name(path.name + ".zip").exists()):
             return path
-        raise ArgumentError(argument, f"={path}: no such file or folder; {self._expected_files()}")
+        source = _COCO_SOURCE if name in _COCO_FILES else ""
+        raise ArgumentError(argument, f"={path}: no such file or folder; {self._expected_files()}{source}")
 
     def _expected_files(self) -> str:
         """The files that should be in ``root``, for messages."""
@@ -214,10 +311,7 @@ class CocoDataModule(pl.LightningDataModule):
                 names.append(json)
             if images:
                 names.append(images if images.endswith(".zip") else f"{images}/ or {images}.zip")
-        return (
-            f"expected in {self.root.absolute()}: {', '.join(names)} "
-            "(COCO 2017: Train/Val images and annotations from https://cocodataset.org/#download)"
-        )
+        return f"expected in {self.root.absolute()}: {', '.join(names)}"
 
 
 class ShapesDataModule(CocoDataModule):

@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,28 @@ from cpm_rcnn.data.images import ImageSource
 from cpm_rcnn.data.samplers import Sample
 from cpm_rcnn.data.settings import OnError
 from cpm_rcnn.data.transforms import Augmentation, Target, sample_rng, select_objects
+from cpm_rcnn.data.validation import counted
 from cpm_rcnn.errors import UserError
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFaults:
+    """The images of a split that were reported, in memory shared by all loaders of a process and their workers.
+
+    Attributes:
+        unreadable: (I,) bool, the images that cannot be read.
+        ends_early: (I,) bool, the images that lack their last bytes.
+    """
+
+    unreadable: Tensor
+    ends_early: Tensor
+
+    @classmethod
+    def none(cls, count: int) -> "ImageFaults":
+        """No fault in ``count`` images."""
+        return cls(*(torch.zeros(count, dtype=torch.bool).share_memory_() for _ in range(2)))
 
 
 class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
@@ -36,13 +57,14 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         images: reads the image files of the split.
         augmentations: applied in order, see :class:`~cpm_rcnn.data.transforms.Augmentation`. In evaluation, they may
             only resize: detections are scaled back by the ratio of ``original_size`` to the size of the image.
-        convention: box coordinate convention of the targets.
-        seed: random seed of the run; with the sample number, it determines the random numbers of the augmentations.
-        on_error: what to do with an image that cannot be read. ``raise`` raises an error. ``skip`` logs a warning once
-            per file; in training, it returns the next readable image of ``replacements``, always the same one; in
-            evaluation, it returns a black image with ``readable`` False, whose detections must be discarded.
-        replacements: ascending rows of the images that may replace an unreadable one, which are the images used in
-            training. None in evaluation.
+        convention: convention of the boxes.
+        seed: random seed of the run; with the sample number, it decides what the augmentations draw.
+        on_error: what to do with an image that cannot be read. ``raise`` stops. ``skip`` logs a warning, once per
+            file, and in training returns the next readable image of ``replacements``, the same one at every visit; in
+            evaluation a black image with ``readable`` False, for which no detection may be counted.
+        replacements: ascending rows of the images that may replace an unreadable one: those used in training. None in
+            evaluation.
+        faults: which images were reported already; None starts without.
     """
 
     def __init__(
@@ -54,6 +76,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         seed: int = 0,
         on_error: OnError = "raise",
         replacements: np.ndarray | None = None,
+        faults: "ImageFaults | None" = None,
     ) -> None:
         self.annotations = annotations
         self.images = images
@@ -62,8 +85,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         self.seed = seed
         self.on_error = on_error
         self.replacements = replacements
-        # The unreadable images found so far, shared by the loader's workers so that each is reported once.
-        self._unreadable = torch.zeros(len(annotations), dtype=torch.bool).share_memory_()
+        self.faults = faults or ImageFaults.none(len(annotations))
 
     def __len__(self) -> int:
         return len(self.annotations)
@@ -78,7 +100,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         """
         sample = index if isinstance(index, Sample) else Sample(int(index), int(index))
         if not 0 <= sample.image < len(self):
-            raise IndexError(f"row {sample.image} of {len(self)} images")
+            raise IndexError(f"row {sample.image} of {counted(len(self), 'image', 'images')}")
         try:
             return self._load(sample)
         except UserError as error:
@@ -99,7 +121,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         annotations, row = self.annotations, sample.image
         size = int(annotations.heights[row]), int(annotations.widths[row])
         try:
-            image = self.images.read(str(annotations.file_names[row]), size)
+            image = self.images.read(str(annotations.file_names[row]), size, partial(self._warn_early_end, row))
         except UserError as error:
             raise UserError(f"{error} (image {annotations.image_ids[row]} of {annotations.path})") from error
 
@@ -149,6 +171,11 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         return others[np.argsort(portrait[others] != portrait[row], kind="stable")].tolist()
 
     def _warn(self, row: int, message: str) -> None:
-        if not self._unreadable[row]:
-            self._unreadable[row] = True
-            _log.warning("%s (on_error=skip, unreadable so far: %d)", message, self._unreadable.sum())
+        if not self.faults.unreadable[row]:
+            self.faults.unreadable[row] = True
+            _log.warning("%s (on_error=skip, unreadable so far: %d)", message, self.faults.unreadable.sum())
+
+    def _warn_early_end(self, row: int, message: str) -> None:
+        if not self.faults.ends_early[row]:
+            self.faults.ends_early[row] = True
+            _log.warning("%s (image %d of %s)", message, self.annotations.image_ids[row], self.annotations.path)

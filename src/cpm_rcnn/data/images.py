@@ -1,23 +1,30 @@
 """Reading images from a folder or from a zip archive, which is not unpacked."""
 
 import io
+import logging
 import os
+import stat
 import zipfile
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cpm_rcnn.errors import UserError
 
+_log = logging.getLogger(__name__)
+
 
 class ImageSource:
     """Reads images by the file names in a COCO json.
 
+    If there is no file whose name has backslashes, as in jsons that were written on Windows, they are read as slashes.
     A zip member is found by its full name, then inside the folder named like the archive (COCO's ``train2017.zip``
     contains ``train2017/000000000009.jpg``), then by the end of its path. The archive is opened once per process, at
     the first read, so that DataLoader workers never share a file position.
@@ -37,26 +44,35 @@ class ImageSource:
         self.path = path
         self._archive: tuple[int, zipfile.ZipFile] | None = None
         self._members: dict[str, list[str]] | None = None
+        self._full_names: set[str] = set()
         if path.is_file():
             by_name = defaultdict(list)
             for member in self._open().namelist():
-                by_name[PurePosixPath(member).name].append(member)
+                by_name[member.rpartition("/")[2]].append(member)
             self._members = dict(by_name)
+            self._full_names = set(self._open().namelist())
         elif not path.is_dir():
             raise UserError(f"{path}: no such image folder, and no {archive.name} next to it")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None}
 
-    def read(self, file_name: str, size: tuple[int, int] | None = None) -> Tensor:
-        """Decode one image. Of an animation, the first frame is used.
+    def read(
+        self,
+        file_name: str,
+        size: tuple[int, int] | None = None,
+        warn: Callable[[str], None] = _log.warning,
+    ) -> Tensor:
+        """Decode one image; the first frame of an animation.
 
         The image is rotated as its EXIF orientation says, as viewers and most annotation tools do, unless only the
-        stored pixels have the expected ``size``.
+        stored pixels have the expected ``size``. A JPEG that ends early is read if at most 5% of its pixels are lost
+        (:func:`_complete_jpeg`).
 
         Args:
             file_name: name in the json, relative to the folder or the archive.
             size: (height, width) in pixels that the image must have; None accepts any size.
+            warn: receives a message if the image ends early.
 
         Returns:
             (3, H, W) uint8 RGB. Transparency is dropped, 16-bit gray is divided by 256.
@@ -67,13 +83,66 @@ class ImageSource:
         """
         raw = self._read_folder(file_name) if self._members is None else self._read_archive(file_name)
         try:
-            return _decode(raw, size)
+            image, lost = _decode(raw, size)
         except UserError as error:
             raise UserError(f"{self.path}: {_short(file_name)} {error}") from error.__cause__
+        if lost is not None:
+            what = f"the last {lost:.1%} of its pixels are lost" if lost else "no pixel is lost"
+            warn(f"{self.path}: {_short(file_name)} ends early; {what}")
+        return image
+
+    def missing(self, file_names: Sequence[str]) -> dict[int, str]:
+        """Which files do not exist, found by listing each folder once.
+
+        Returns:
+            From the position of each such name to a phrase that says why it cannot be read.
+        """
+        if self._members is not None:
+            problems = {}
+            for position, name in enumerate(file_names):
+                try:
+                    self._member(name)
+                except UserError as error:
+                    problems[position] = str(error).removeprefix(f"{self.path}: ")
+            return problems
+        listed: dict[str, set[str]] = {}
+        problems = {}
+        for position, name in enumerate(file_names):
+            folder, _, last = name.rpartition("/")
+            if folder not in listed:
+                listed[folder] = _listed(self.path / folder)
+            # Asks for the file itself as well: the system may ignore case, or not allow the folder to be listed.
+            if last not in listed[folder] and not _exists(self.path, name):
+                problems[position] = f"image {_short(name)} not found"
+        return problems
+
+    def header_problem(self, file_name: str, size: tuple[int, int]) -> str | None:
+        """Why an existing file cannot be an image of ``size`` (height, width); None if its header is as expected.
+
+        The pixels are decoded only if a JPEG or PNG in a folder does not end as such files do.
+        """
+        try:
+            if self._members is None:
+                with _first_existing(self.path, file_name).open("rb") as file:
+                    _check_header(file, size)
+                    ends_early = _ends_early(file)
+            else:
+                with self._open().open(self._member(file_name)) as file:
+                    _check_header(file, size)
+                    ends_early = False
+            if ends_early:
+                self.read(file_name, size, warn=lambda message: None)
+        except UserError as error:
+            message = str(error)
+            prefix = f"{self.path}: "
+            return message.removeprefix(prefix) if message.startswith(prefix) else f"{_short(file_name)} {message}"
+        except Exception as error:  # of the file system, and any type of a damaged archive
+            return f"{_short(file_name)} cannot be read ({getattr(error, 'strerror', None) or error})"
+        return None
 
     def _read_folder(self, file_name: str) -> bytes:
         try:
-            return (self.path / file_name).read_bytes()
+            return _first_existing(self.path, file_name).read_bytes()
         except FileNotFoundError:
             raise UserError(f"{self.path}: image {_short(file_name)} not found") from None
         except (OSError, ValueError) as error:  # ValueError for names that the file system does not allow
@@ -91,11 +160,13 @@ class ImageSource:
 
     def _member(self, file_name: str) -> str:
         assert self._members is not None
-        candidates = self._members.get(PurePosixPath(file_name).name, [])
-        for exact in (file_name, f"{self.path.stem}/{file_name}"):
-            if exact in candidates:
-                return exact
-        found = [member for member in candidates if member.endswith("/" + file_name)]
+        found: list[str] = []
+        for name in _spellings(file_name):
+            for exact in (name, f"{self.path.stem}/{name}"):
+                if exact in self._full_names:
+                    return exact
+            candidates = self._members.get(PurePosixPath(name).name, [])
+            found = found or [member for member in candidates if member.endswith("/" + name)]
         if not found:
             raise UserError(f"{self.path}: image {_short(file_name)} not found")
         if len(found) > 1:
@@ -115,6 +186,8 @@ class ImageSource:
 # Common formats only; for some of the others, Pillow would start a PostScript interpreter.
 _FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
+_DAMAGED = f"is damaged or not an image in a supported format ({', '.join(_FORMATS)})"
+
 _ORIENTATION = 0x0112  # the EXIF tag
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -128,10 +201,11 @@ _TRANSPOSE = {
 _SWAPS_SIDES = {_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8)}
 
 
-def _decode(raw: bytes, size: tuple[int, int] | None) -> Tensor:
-    """(3, H, W) uint8 RGB from the bytes of an image file.
+def _decode(raw: bytes, size: tuple[int, int] | None) -> tuple[Tensor, float | None]:
+    """(3, H, W) uint8 RGB from the bytes of an image file, and the fraction of its pixels that is lost.
 
-    Uses Pillow: torchvision's own decoders are being removed, and return the same pixels no faster.
+    The fraction is None if the file is complete. Uses Pillow: torchvision's own decoders are being removed, and return
+    the same pixels no faster.
 
     Raises:
         UserError: the image is invalid; the message continues a sentence that starts with the image's name.
@@ -139,23 +213,145 @@ def _decode(raw: bytes, size: tuple[int, int] | None) -> Tensor:
     if not raw:
         raise UserError("is empty, a file of 0 bytes")
     try:
-        image: Image.Image = Image.open(io.BytesIO(raw), formats=_FORMATS)
+        image, lost = _opened(io.BytesIO(raw)), None
         if size is not None and sorted(size) != sorted(image.size):
             raise UserError(_wrong_size(image.size, size))  # without decoding it
-        image.load()
+        try:
+            image.load()
+        except OSError:
+            if not isinstance(image, JpegImageFile):
+                raise
+            image, lost = _complete_jpeg(raw)
         transpose = _exif_transpose(image)
         upright_size = image.size if transpose in _SWAPS_SIDES else image.size[::-1]
         if size not in (None, upright_size, image.size[::-1]):
             raise UserError(_wrong_size(image.size, size))
         if transpose is not None and size in (None, upright_size):
             image = image.transpose(transpose)
-        return rgb_tensor(image)
+        return rgb_tensor(image), lost
     except UserError:
         raise
     except Image.DecompressionBombError as error:
         raise UserError(f"is too large to read ({error})") from error
     except Exception as error:  # Pillow's readers raise any type on damaged files
-        raise UserError(f"is damaged or not an image in a supported format ({', '.join(_FORMATS)})") from error
+        raise UserError(_DAMAGED) from error
+
+
+def _opened(file: IO[bytes]) -> Image.Image:
+    return Image.open(file, formats=_FORMATS)
+
+
+def _check_header(file: IO[bytes], size: tuple[int, int]) -> None:
+    """Check what the start of an image file says.
+
+    Raises:
+        UserError: as :func:`_decode`.
+    """
+    try:
+        image = _opened(file)
+        # Only EXIF data explain swapped sides; some formats keep them after the pixels.
+        if image.size[::-1] != size and (image.size != size or _exif_transpose(image) not in _SWAPS_SIDES):
+            raise UserError(_wrong_size(image.size, size))
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(f"is too large to read ({error})") from error
+    except Exception as error:
+        if file.seek(0, io.SEEK_END) == 0:
+            raise UserError("is empty, a file of 0 bytes") from None
+        raise UserError(_DAMAGED) from error
+
+
+def _ends_early(file: IO[bytes]) -> bool:
+    """Whether a file starts as a JPEG or a PNG, but does not end as one."""
+    file.seek(0)
+    start = file.read(4)
+    end = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(start[:2])
+    if end is None:
+        return False
+    # Some cameras and tools append a few bytes.
+    file.seek(max(0, file.seek(0, io.SEEK_END) - 64))
+    return end not in file.read()
+
+
+# A JPEG that has lost more than this fraction of its pixels is an error.
+_LARGEST_LOSS = 0.05
+_END_OF_IMAGE = b"\xff\xd9"
+
+
+def _complete_jpeg(raw: bytes) -> tuple[Image.Image, float]:
+    """A JPEG whose last bytes are missing, and the fraction of its pixels that is lost.
+
+    Decodes it with an end marker added, as other programs do. (Pillow's own option for that is a global variable, which
+    threads would have to share.) The lost pixels are those that change if random data follow instead of the marker, and
+    all after them.
+
+    Raises:
+        UserError: more than 5% of the pixels are lost, or a whole scan; the message continues a sentence.
+        OSError: the data are damaged in another way.
+    """
+    raw = raw.rstrip(b"\xff")  # which would make a marker of the byte that follows
+    image = _opened(io.BytesIO(raw + _END_OF_IMAGE))
+    image.load()
+    if not _has_all_scans(raw):
+        raise UserError("ends early, before the last scan of its pixels")
+    pixels = np.asarray(image)
+    changed = np.zeros(pixels.shape[:2], dtype=bool)
+    for seed in range(3):
+        # No 0xff, which starts a marker. 0.25 bytes per pixel are enough for more than the largest loss.
+        noise = np.random.default_rng(seed).integers(0, 255, 1024 + changed.size // 4, dtype=np.uint8).tobytes()
+        other = _opened(io.BytesIO(raw + noise + _END_OF_IMAGE))
+        other.load()
+        difference = np.asarray(other) != pixels
+        changed |= difference.any(axis=2) if difference.ndim == 3 else difference
+    # Pixels are stored in blocks of 8 x 8, or of more where colors have a lower resolution.
+    assert isinstance(image, JpegImageFile)
+    block = 8 * max(vertical for _, _, vertical, *_ in image.layer)
+    lost = _pixels_from_first(changed, block) / changed.size
+    if lost > _LARGEST_LOSS:
+        raise UserError(f"ends early; {lost:.1%} of its pixels are lost (at most 5% are allowed)")
+    return image, lost
+
+
+def _pixels_from_first(changed: np.ndarray, block: int) -> int:
+    """How many pixels follow the first True of ``changed`` (H, W) bool in the order of rows of blocks."""
+    rows = np.flatnonzero(changed.any(axis=1))
+    if not rows.size:
+        return 0
+    height, width = changed.shape
+    # Smoothing can change one row of the blocks above.
+    top = (rows[0] + 1) // block * block
+    bottom = min(top + block, height)
+    columns = np.flatnonzero(changed[top:bottom].any(axis=0))
+    return int((bottom - top) * (width - columns[:1].sum()) + (height - bottom) * width)
+
+
+def _has_all_scans(raw: bytes) -> bool:
+    """Whether a JPEG has started the scans that complete every coefficient of every component.
+
+    A progressive JPEG stores the whole image several times, each time with more detail.
+    """
+    components: set[int] = set()
+    complete: dict[int, set[int]] = {}
+    position = 2
+    while (position := raw.find(b"\xff", position)) >= 0 and position + 4 <= len(raw):
+        kind = raw[position + 1]
+        if kind == 0xFF:  # padding
+            position += 1
+            continue
+        if kind in (0x00, 0x01) or 0xD0 <= kind <= 0xD8:  # no marker, or one without content
+            position += 2
+            continue
+        content = raw[position + 4 : position + 2 + int.from_bytes(raw[position + 2 : position + 4], "big")]
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC) and len(content) > 5:
+            components = set(content[6 : 6 + 3 * content[5] : 3])
+        elif kind == 0xDA and len(content) >= 4:
+            first, last, precision = content[-3:]
+            if precision & 15 == 0:  # the lowest bit of these coefficients
+                for component in content[1 : 1 + 2 * content[0] : 2]:
+                    complete.setdefault(component, set()).update(range(first, last + 1))
+        position += 4 + len(content)
+    return bool(components) and all(complete.get(component) == set(range(64)) for component in components)
 
 
 def rgb_tensor(image: Image.Image) -> Tensor:
@@ -195,3 +391,33 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _short(file_name: str) -> str:
     return file_name if len(file_name) <= 200 else f"{file_name[:100]}...{file_name[-50:]}"
+
+
+def _spellings(file_name: str) -> list[str]:
+    """The names under which a file may exist: as given, and with the backslashes of Windows as slashes."""
+    return [file_name, file_name.replace("\\", "/")] if "\\" in file_name else [file_name]
+
+
+def _first_existing(folder: Path, file_name: str) -> Path:
+    """The path of a file in ``folder`` under the first of its spellings that exists, or else under the first."""
+    paths = [folder / name for name in _spellings(file_name)]
+    return paths[0] if len(paths) == 1 or paths[0].exists() or not paths[1].exists() else paths[1]
+
+
+def _listed(folder: Path) -> set[str]:
+    """The names of the files in a folder; empty if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except (OSError, ValueError):
+        return set()
+
+
+def _exists(folder: Path, file_name: str) -> bool:
+    """Whether there is such a file, also if it is not certain because a folder on the way cannot be entered."""
+    try:
+        return stat.S_ISREG(_first_existing(folder, file_name).stat().st_mode)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):
+        return False

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cpm_rcnn.settings import Settings, choice, inference, integer, list_of, number, optional, text, training
+from cpm_rcnn.settings import Settings, choice, flag, inference, integer, list_of, number, optional, text, training
 
 OnError = Literal["raise", "skip"]
 
@@ -33,6 +33,8 @@ class DataSettings(Settings):
         on_error: ``raise`` stops at the first invalid annotation file or image; ``skip`` skips invalid images and
             annotations and logs a warning with their number (see :meth:`CocoAnnotations.load
             <cpm_rcnn.data.CocoAnnotations.load>` and :class:`~cpm_rcnn.data.CocoDataset`).
+        check_images: before the first step, open every image that is used and check its format and size, instead of
+            only whether it exists.
     """
 
     root: str | None = inference(None, check=optional(text))
@@ -50,6 +52,7 @@ class DataSettings(Settings):
     test_max_size: int = inference(1333, check=integer())
     flip_probability: float = training(0.5, check=number(0, 1))
     on_error: Literal["raise", "skip"] = inference("raise", check=choice("raise", "skip"))
+    check_images: bool = inference(False, check=flag)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
 """Checks of a COCO-style json file, which report all its errors by kind and id."""
 
 import json
+import os
 import reprlib
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
+from numbers import Integral
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import ArgumentError, UserError, check_list
 
 # In pixels. No image format allows more, and arithmetic with smaller numbers does not overflow.
 _LONGEST_SIDE = 10**6
@@ -33,13 +35,12 @@ class CheckedJson:
         widths: (I,) int64 pixels.
         good_images: (I,) bool.
         image_rows: (A,) int64, the row of each annotation's image.
-        annotation_ids: (A,) int64; the position in the list, from 1, if no annotation has an id.
         category_ids: (A,) int64.
         boxes: (A, 4) float64, x, y, width, height in pixels; those of valid annotations overlap or touch their image.
         areas: (A,) float64 square pixels; the area of the box if the json has none.
         crowds: (A,) bool.
         good_objects: (A,) bool; their images may be invalid.
-        flat: a phrase about valid boxes without area inside their image; "" if there are none.
+        notes: one phrase per kind of valid but unusual entries.
         faults: one phrase per kind of error in images and annotations, with its count and first ids.
         fatal: the same for errors of the whole file, which cannot be corrected by skipping entries.
     """
@@ -50,13 +51,12 @@ class CheckedJson:
     widths: np.ndarray
     good_images: np.ndarray
     image_rows: np.ndarray
-    annotation_ids: np.ndarray
     category_ids: np.ndarray
     boxes: np.ndarray
     areas: np.ndarray
     crowds: np.ndarray
     good_objects: np.ndarray
-    flat: str
+    notes: list[str]
     faults: list[str]
     fatal: list[str]
 
@@ -86,26 +86,47 @@ def read_json(path: Path) -> dict[str, Any]:
             wrong.append(f"{key!r} is not a list of objects")
     if content.get("images") == []:
         wrong.append("'images' is empty")
+    if content.get("categories") == [] and content.get("annotations"):
+        wrong.append("'categories' is empty, but each annotation needs one")
+    wrong += [
+        f"the ids of all {key} are strings (the first is {reprlib.repr(ids[0])}), but must be integers; "
+        f"number the {key} and use the numbers in {reference}"
+        for key, reference in (("images", "image_id"), ("categories", "category_id"))
+        if not wrong and (ids := _string_ids(content.get(key, [])))
+    ]
     if wrong:
         raise UserError(f"{path}: not a COCO annotation file ({', '.join(wrong)})")
     return content
 
 
-def check_json(content: dict[str, Any], known: Sequence[dict[str, Any]] | None = None) -> CheckedJson:
+def _string_ids(entries: list[Any]) -> list[str]:
+    """The ids of ``entries`` if all of them are strings, otherwise an empty list."""
+    ids = [entry["id"] for entry in entries if isinstance(entry, dict) and _is_string(entry.get("id"))]
+    return ids if len(ids) == len(entries) else []
+
+
+def check_json(
+    content: dict[str, Any], known: Sequence[dict[str, Any]] | None = None, folder: Path | None = None
+) -> CheckedJson:
     """Check every entry of a json.
 
     Args:
-        content: the return value of :func:`read_json`.
-        known: the only categories that the json may have, each with ``id`` and ``name``; None allows any.
+        content: from :func:`read_json`.
+        known: the only categories that annotations may have, each with ``id`` and ``name``; None allows those of the
+            json.
+        folder: where the images are. Absolute file names inside it become relative to it; without a folder, absolute
+            file names are faults.
     """
     categories = _Entries("categories", "category", content.get("categories", []))
-    category_ids = _check_categories(categories, known)
+    own_category_ids, category_ids, foreign = _check_categories(categories, known)
 
     images = _Entries("images", "image", content["images"])
     image_ids, identified = images.ids()
     file_names, named = images.column(
         "file_name", _is_file_name, f"file_name is not a string of 1 to {_LONGEST_NAME} printable characters", ""
     )
+    if folder is not None:
+        file_names = _relative_names(file_names, folder)
     outside_folder = np.array([_leaves_folder(name) for name in file_names], dtype=bool)
     images.fault("whose file_name leaves the image folder", named & outside_folder, "file_name")
     sides = [
@@ -116,13 +137,17 @@ def check_json(content: dict[str, Any], known: Sequence[dict[str, Any]] | None =
     sized = sides[0][1] & sides[1][1]
 
     objects = _Entries("annotations", "annotation", content.get("annotations", []))
-    annotation_ids, _ = objects.ids(optional=True)
+    objects.ids(optional=True)
     values, accepted = objects.column("image_id", _is_integer, "image_id is not an integer", 0)
     image_rows = _rows_of(np.array(values, dtype=np.int64), image_ids, np.flatnonzero(identified))
     placed = accepted & (image_rows >= 0)
     objects.fault("of an unknown image", accepted & ~placed, "image_id")
     values, accepted = objects.column("category_id", _is_integer, "category_id is not an integer", 0)
     object_categories = np.array(values, dtype=np.int64)
+    # Some tools list categories that no annotation has, for example a common parent of all others.
+    unused = foreign & ~np.isin(own_category_ids, object_categories[accepted])
+    unused &= ~np.isin(own_category_ids, category_ids)
+    categories.fault("that the model does not know by this id and name", foreign & ~unused, "name")
     objects.fault("of an unknown category", accepted & ~np.isin(object_categories, category_ids), "category_id")
 
     values, boxed = objects.column("bbox", _is_box, "bbox is not four finite numbers", [0, 0, 0, 0])
@@ -149,15 +174,16 @@ def check_json(content: dict[str, Any], known: Sequence[dict[str, Any]] | None =
         widths=widths,
         good_images=images.good,
         image_rows=image_rows,
-        annotation_ids=annotation_ids,
         category_ids=object_categories,
         boxes=boxes,
         areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
         crowds=np.array(values, dtype=bool),
         good_objects=objects.good,
-        flat=_flat_boxes(objects, flat),
+        notes=[*_flat_boxes(objects, flat), *_unused_categories(categories, unused)],
         faults=images.faults + objects.faults,
-        fatal=categories.faults + _corner_boxes(boxes[comparable], limits[comparable]),
+        fatal=categories.faults
+        + _corner_boxes(boxes[comparable], limits[comparable])
+        + _normalized_boxes(boxes[comparable], limits[comparable]),
     )
 
 
@@ -166,26 +192,54 @@ def counted(count: int, singular: str, plural: str) -> str:
     return f"{count} {singular if count == 1 else plural}"
 
 
-def _check_categories(categories: "_Entries", known: Sequence[dict[str, Any]] | None) -> np.ndarray:
-    """Record the faults of ``categories``; returns the ids (C,) int64 that annotations may have."""
+def check_categories(argument: str, categories: Any) -> None:
+    """Raise :class:`ArgumentError` unless ``categories`` is a list of mappings with an integer id and a name each."""
+    check_list(argument, categories)
+    for k, category in enumerate(categories):
+        if not isinstance(category, Mapping) or not {"id", "name"} <= set(category):
+            raise ArgumentError(f"{argument}[{k}]", f"={category}: must be a mapping with id and name")
+        if isinstance(category["id"], bool) or not isinstance(category["id"], Integral):
+            raise ArgumentError(f"{argument}[{k}].id", f"={category['id']!r}: must be an integer")
+        if not _is_string(category["name"]):
+            raise ArgumentError(f"{argument}[{k}].name", f"={category['name']!r}: must be a string")
+    if len({category["id"] for category in categories}) < len(categories):
+        raise ArgumentError(argument, ": several have the same id")
+
+
+def _check_categories(
+    categories: "_Entries", known: Sequence[dict[str, Any]] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Record the faults of ``categories``.
+
+    Returns:
+        The ids of ``categories`` (C,) int64; the ids that annotations may have, int64; and (C,) bool, which categories
+        are not among ``known``.
+    """
     ids, identified = categories.ids()
     names, named = categories.column("name", _is_string, "name is not a string", "")
     if known is None:
         first: dict[str, int] = {}
         repeated = [valid and first.setdefault(name, k) != k for k, (name, valid) in enumerate(zip(names, named))]
         categories.fault("with the name of an earlier category", np.array(repeated, dtype=bool), "name")
-        return ids[identified]
+        return ids, ids[identified], np.zeros(len(ids), dtype=bool)
     name_of = {category["id"]: category["name"] for category in known}
     other = np.array([name_of.get(key) != name for key, name in zip(ids.tolist(), names)], dtype=bool)
-    categories.fault("that the model does not know by this id and name", identified & named & other, "name")
-    return np.array(list(name_of), dtype=np.int64)
+    return ids, np.array(list(name_of), dtype=np.int64), identified & named & other
 
 
-def _flat_boxes(objects: "_Entries", flat: np.ndarray) -> str:
-    """A phrase about the annotations under ``flat`` (A,) bool; "" if there are none."""
+def _unused_categories(categories: "_Entries", unused: np.ndarray) -> list[str]:
+    """One phrase about the categories under ``unused`` (C,) bool, if there are any."""
+    if not unused.any():
+        return []
+    count = counted(unused.sum(), "category", "categories")
+    return [f"ignored {count} unknown to the model that no annotation has ({categories.first(unused, 'name')})"]
+
+
+def _flat_boxes(objects: "_Entries", flat: np.ndarray) -> list[str]:
+    """One phrase about the annotations under ``flat`` (A,) bool, if there are any."""
     if not flat.any():
-        return ""
-    return f"ignored in training: {counted(flat.sum(), 'box', 'boxes')} without area ({objects.first(flat)})"
+        return []
+    return [f"ignored in training: {counted(flat.sum(), 'box', 'boxes')} without area ({objects.first(flat)})"]
 
 
 def _corner_boxes(boxes: np.ndarray, limits: np.ndarray) -> list[str]:
@@ -200,6 +254,21 @@ def _corner_boxes(boxes: np.ndarray, limits: np.ndarray) -> list[str]:
     return [
         f"{beyond.sum()} of {len(boxes)} annotations extend beyond their image with bbox as x, y, width, height; "
         "they look like x1, y1, x2, y2 and must be converted"
+    ]
+
+
+def _normalized_boxes(boxes: np.ndarray, limits: np.ndarray) -> list[str]:
+    """One phrase if ``boxes`` (N, 4) in images of ``limits`` (N, 2) are fractions of the image's size.
+
+    A box in pixels that is smaller than a pixel is useless, and so are files in which nearly all boxes are.
+    """
+    small = (boxes >= 0).all(axis=1) & (boxes <= 1).all(axis=1) & (limits > 2).all(axis=1)
+    if not small.any() or small.mean() < 0.99 or not ((boxes[small, 2:] > 0) & (boxes[small, 2:] < 1)).any():
+        return []
+    return [
+        f"the bbox of {counted(small.sum(), 'annotation', 'annotations')} of {len(boxes)} is within 0..1; they look "
+        "normalized (as YOLO's x_center, y_center, width, height are) and must be converted to x, y, width, height in "
+        "pixels"
     ]
 
 
@@ -251,10 +320,10 @@ class _Entries:
     def ids(self, optional: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Ids (N,) int64, and (N,) bool, which of them are integers. Repeated ids, except the first, are a fault.
 
-        If ``optional``, either all entries must have an id or none; if none has, they are numbered from 1.
+        If they are ``optional``, either all entries have an id or none has.
         """
         if optional and not any("id" in entry for entry in self._entries):
-            return np.arange(1, len(self._entries) + 1), np.ones(len(self._entries), dtype=bool)
+            return np.zeros(len(self._entries), dtype=np.int64), np.zeros(len(self._entries), dtype=bool)
         values, accepted = self.column("id", _is_integer, "id is not an integer", 0)
         ids = np.array(values, dtype=np.int64)
         repeated = accepted.copy()
@@ -329,3 +398,16 @@ def _leaves_folder(file_name: str) -> bool:
         return True
     depths = accumulate(-1 if part == ".." else 1 for part in path.parts)
     return min(depths, default=0) < 0
+
+
+def _relative_names(file_names: list[str], folder: Path) -> list[str]:
+    """The file names, those that are absolute and inside ``folder`` relative to it."""
+    if not any(map(os.path.isabs, file_names)):
+        return file_names
+    parents = [f"{parent}{os.sep}" for parent in {os.path.abspath(folder), os.path.realpath(folder)}]
+    relative = []
+    for name in file_names:
+        path = os.path.normpath(name) if os.path.isabs(name) else ""
+        inside = [path[len(parent) :] for parent in parents if path.startswith(parent)]
+        relative.append(inside[0] if inside else name)
+    return relative

@@ -5,7 +5,7 @@ import io
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from cpm_rcnn.boxes import CONTINUOUS, BoxConvention
 from cpm_rcnn.data.annotations import CocoAnnotations
+from cpm_rcnn.data.validation import check_categories
 from cpm_rcnn.errors import UserError
 
 # In the order of pycocotools' ``COCOeval.stats``.
@@ -29,6 +30,9 @@ class CocoMetric(Metric):
     count too. Only images passed to :meth:`update` are evaluated. If an image was passed more than once, for
     example because a distributed sampler repeats images to fill the last batch, only the first occurrence counts, in
     the order of the ranks.
+
+    The values of the file's ids do not change the metrics. The engines get numbers from 1 instead, because they can
+    never match an object of id 0, and faster-coco-eval mishandles negative ids and ids above 2**53.
 
     Call ``update`` for each batch and ``compute`` at the end, in all processes: ``compute`` gathers the detections of
     all processes, so that its return value, and that of ``results`` afterwards, is complete in each. Log the numbers
@@ -45,7 +49,10 @@ class CocoMetric(Metric):
             there are results but all metrics are NaN.
         categories: the category of each label, with ``id`` and ``name``: label l means ``categories[l - 1]``. If
             several have the same name, ``per_class`` appends their ids.
-        convention: box coordinate convention of the detections.
+        convention: convention of the boxes of the detections.
+
+    Raises:
+        ArgumentError: ``categories`` is invalid.
     """
 
     full_state_update = False
@@ -66,6 +73,7 @@ class CocoMetric(Metric):
         super().__init__()
         self.annotations = annotations
         self.convention = convention
+        check_categories("categories", categories)
         self.category_ids = [int(category["id"]) for category in categories]
         occurrences = Counter(category["name"] for category in categories)
         self.category_names = [
@@ -183,20 +191,6 @@ def _mean_of_defined(precision: np.ndarray) -> float:
     return float(defined.mean()) if defined.size else -1.0
 
 
-def _coco_objects(annotations: CocoAnnotations) -> list[dict[str, Any]]:
-    """All objects in COCO's format, crowds and those that training ignores included."""
-    columns = (
-        annotations.annotation_ids,
-        annotations.image_ids[annotations.image_rows],
-        np.array(annotations.category_ids, dtype=np.int64)[annotations.labels - 1],
-        annotations.xywh,
-        annotations.areas,
-        annotations.crowds.astype(np.int64),
-    )
-    names = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-    return [dict(zip(names, row)) for row in zip(*(column.tolist() for column in columns))]
-
-
 def _engine() -> tuple[type, type]:
     """The classes COCO and COCOeval of faster-coco-eval if it is installed, otherwise of pycocotools."""
     try:
@@ -235,26 +229,56 @@ def _evaluate(
         areas and 100 detections per image; float64.
     """
     coco_class, evaluator_class = _engine()
-    images = [{"id": image_id} for image_id in annotations.image_ids.tolist()]
-    categories = [{"id": category_id} for category_id in category_ids]
+    # Numbers instead of the file's ids. They ascend with the ids, because the engines process images and categories in
+    # ascending order, which decides how equal scores are sorted.
+    image_numbers = _numbered(annotations.image_ids.tolist())
+    category_numbers = _numbered(category_ids)
+    images = [{"id": number} for number in image_numbers.values()]
+    categories = [{"id": number} for number in category_numbers.values()]
 
-    def coco(objects: list[dict[str, Any]]) -> Any:
+    def coco(objects: Iterable[dict[str, Any]]) -> Any:
         built = coco_class()
-        built.dataset = {"images": images, "categories": categories, "annotations": objects}
+        numbered = [
+            {
+                **item,
+                "id": number,
+                "image_id": image_numbers[item["image_id"]],
+                "category_id": category_numbers[item["category_id"]],
+            }
+            for number, item in enumerate(objects, start=1)
+        ]
+        built.dataset = {"images": images, "categories": categories, "annotations": numbered}
         built.createIndex()
         return built
 
-    detections = [
-        {**result, "id": k, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0}
-        for k, result in enumerate(results, start=1)
-    ]
+    detections = [{**result, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for result in results]
     # Both engines report their progress, on stdout or in a log; stdout belongs to the commands.
     logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = evaluator_class(coco(_coco_objects(annotations)), coco(detections), "bbox")
-        evaluator.params.imgIds = image_ids
-        evaluator.params.catIds = category_ids
+        evaluator = evaluator_class(coco(_coco_objects(annotations, category_numbers)), coco(detections), "bbox")
+        evaluator.params.imgIds = [image_numbers[image_id] for image_id in image_ids]
+        evaluator.params.catIds = list(category_numbers.values())
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
     return evaluator.stats, evaluator.eval["precision"][:, :, :, 0, -1]
+
+
+def _numbered(ids: Iterable[int]) -> dict[int, int]:
+    """From each id to its position, from 1, in ascending order."""
+    return {key: number for number, key in enumerate(sorted(ids), start=1)}
+
+
+def _coco_objects(annotations: CocoAnnotations, known: Collection[int]) -> Iterator[dict[str, Any]]:
+    """The objects of ``known`` categories in COCO's format, crowds and those that training ignores included."""
+    columns = (
+        annotations.image_ids[annotations.image_rows],
+        np.array(annotations.category_ids, dtype=np.int64)[annotations.labels - 1],
+        annotations.xywh,
+        annotations.areas,
+        annotations.crowds.astype(np.int64),
+    )
+    names = ("image_id", "category_id", "bbox", "area", "iscrowd")
+    for row in zip(*(column.tolist() for column in columns)):
+        if row[1] in known:
+            yield dict(zip(names, row))
