@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -26,6 +27,12 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     main = hydra.main(version_base="1.3", config_path="pkg://cpm_rcnn.conf", config_name=config_name)(task)
     try:
         main()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns Ctrl-C into SystemExit.
+        if not any(isinstance(each, KeyboardInterrupt) for each in (stop, stop.__context__)):
+            raise
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         message = one_line(error)
         if message is None:

@@ -1,5 +1,6 @@
 """The data of a run: which files, how they become batches, and in which order."""
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +177,7 @@ class CocoDataModule(pl.LightningDataModule):
             num_workers=self.settings.num_workers,
             persistent_workers=self.settings.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_signals,
             collate_fn=collate,
             **batching,
         )
@@ -217,6 +219,13 @@ class CocoDataModule(pl.LightningDataModule):
             f"expected in {self.root.absolute()}: {', '.join(names)} "
             "(COCO 2017: Train/Val images and annotations from https://cocodataset.org/#download)"
         )
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave signals that a terminal or a cluster sends to all processes to the main process, which saves the run."""
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class ShapesDataModule(CocoDataModule):
