@@ -52,5 +52,8 @@ def _silence_libraries() -> None:
         r".*does not have many workers",
         # The loader needs no state to resume: its order is a function of the step.
         r".*dataloader is not resumable",
+        # A run that resumes, maybe with another ``checkpoint_interval``.
+        r"Checkpoint directory .* exists and is not empty",
+        r".*callbacks used to create the checkpoint need to be provided",
     ):
         warnings.filterwarnings("ignore", message)
