@@ -386,9 +386,7 @@ def test_a_non_finite_loss_on_one_process_ends_both(workplace, tmp_path):
         (1, Hang(3), "hangs"),
     ],
 )
-def test_a_process_that_does_not_answer_is_named_and_ends_the_run_within_seconds(
-    workplace, tmp_path, rank, fault, why
-):
+def test_a_process_that_does_not_answer_is_named_and_ends_the_run_within_seconds(workplace, tmp_path, rank, fault, why):
     name = f"silent_{rank}_{why[:4]}"
     options = [*RUN, *ONE_MACHINE, "process_timeout=4", f"name={name}"]
     outcomes = together(tmp_path, 2, call, workplace, {rank: fault}, "train", *options, stopped=[rank], timeout=40)

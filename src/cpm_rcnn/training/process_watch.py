@@ -1,6 +1,7 @@
 """Which process of a distributed run does not answer."""
 
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -37,6 +38,7 @@ class ProcessWatch(Callback):
         self._interval = min(5.0, timeout / 5)
         self._position = 0
         self._moved = 0.0
+        self._thread = 0
         self._ended = threading.Event()
         self._threads: list[threading.Thread] = []
         # For each other process: what it published last, and when this changed.
@@ -93,6 +95,7 @@ class ProcessWatch(Callback):
         store = torch.distributed.distributed_c10d._get_default_store()
         rank, world_size = trainer.global_rank, trainer.world_size
         now = time.monotonic()
+        self._thread = threading.get_ident()
         self._ended = threading.Event()
         self._known, self._heard = {}, {other: now for other in range(world_size) if other != rank}
         # Two threads, because publishing can block: the store itself is in one of the processes.
@@ -105,6 +108,13 @@ class ProcessWatch(Callback):
         self._position += 1
         self._moved = time.monotonic()
 
+    def _progress(self) -> int:
+        """The position; at the same one, a process that waits in a collective operation is ahead of one that hangs."""
+        frame = sys._current_frames().get(self._thread)
+        while frame is not None and not frame.f_globals.get("__name__", "").startswith("torch.distributed"):
+            frame = frame.f_back
+        return 2 * self._position + (frame is not None)
+
     def _repeat(self, task: Callable[[], None], ended: threading.Event) -> None:
         while not ended.wait(self._interval / 2):
             try:
@@ -116,7 +126,7 @@ class ProcessWatch(Callback):
         """Publish this process's position and read those of the others; ``add`` never waits for a key."""
         name = f"cpm_rcnn/{stage}"
         store.add(f"{name}/beats/{rank}", 1)
-        store.add(f"{name}/position/{rank}", self._position - store.add(f"{name}/position/{rank}", 0))
+        store.add(f"{name}/position/{rank}", self._progress() - store.add(f"{name}/position/{rank}", 0))
         for other in self._heard:
             state = store.add(f"{name}/beats/{other}", 0), store.add(f"{name}/position/{other}", 0)
             if state[0] != self._known.get(other, (0, 0))[0]:
@@ -134,7 +144,7 @@ class ProcessWatch(Callback):
         if silent:
             why = "stopped or unreachable"
         else:
-            silent = [other for other, (_, position) in self._known.items() if position < self._position]
+            silent = [other for other, (_, position) in self._known.items() if position < self._progress()]
             why = "hangs"
         if not silent:
             return  # this process is among those that the others wait for, or they all are
