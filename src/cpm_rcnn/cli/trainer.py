@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -59,11 +60,13 @@ def build_trainer(
         folder = run_dir / "checkpoints"
         check_count("checkpoint_interval", config.checkpoint_interval)
         interval = config.checkpoint_interval
+        # After validations; Lightning takes a validation at every step (an interval of 1) for one per epoch (1.0).
+        options: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": False}
         callbacks += [
-            ModelCheckpoint(folder, filename="best", monitor="val/AP", mode="max", enable_version_counter=False),
+            ModelCheckpoint(folder, filename="best", monitor="val/AP", mode="max", **options),
             # Without a monitor it is written after every validation; ``save_last`` would follow a new best only.
-            ModelCheckpoint(folder, filename="last", enable_version_counter=False),
-            ModelCheckpoint(folder, filename="last", every_n_train_steps=interval, enable_version_counter=False),
+            ModelCheckpoint(folder, filename="last", **options),
+            ModelCheckpoint(folder, filename="last", every_n_train_steps=interval, **options),
             LearningRateMonitor("step"),
         ]
         # It must come first.
