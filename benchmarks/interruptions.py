@@ -189,7 +189,7 @@ def stop_in_ways(ways: list[str], stops: int, workers: int, seed: int) -> int:
         if "full-disk" in ways:
             size = (folder / "outputs/whole/checkpoints/last.ckpt").stat().st_size
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={6 * size}", "none", run], check=True)
-            stack.callback(subprocess.run, ["umount", run], check=True)
+            stack.callback(lambda: subprocess.run(["umount", run], check=True))
         complete = [stop(ways[k % len(ways)], folder, workers) for k in range(stops)]
         finish(start(folder, "stopped", workers))
         equal = same(
