@@ -138,7 +138,7 @@ def train(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         max_epochs=-1,
         limit_val_batches=1.0,
         val_check_interval=options.steps,
-        callbacks=[LossProgressBar(refresh_rate=20)],
+        callbacks=[LossProgressBar(log_every_n_steps=20)],
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -85,10 +85,11 @@ class Settings:
         return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
 
     def architecture(self) -> dict[str, Any]:
-        """The values that decide the meaning or the shapes of the weights.
+        """The values that decide the meaning or the shapes of the weights, nested settings as ``name.0.inner``."""
+        return self.by_role("architecture")
 
-        Values of nested settings have dotted names, for example ``stages.0.mapping_ratio``.
-        """
+    def by_role(self, role: str) -> dict[str, Any]:
+        """The values of the fields declared with ``role``, nested settings as ``name.0.inner``."""
         found: dict[str, Any] = {}
         for item in fields(self):
             value = getattr(self, item.name)
@@ -96,8 +97,8 @@ class Settings:
             for index, part in parts:
                 name = f"{item.name}.{index}" if index != "" else item.name
                 if isinstance(part, Settings):
-                    found |= {f"{name}.{key}": inner for key, inner in part.architecture().items()}
-                elif item.metadata["role"] == "architecture":
+                    found |= {f"{name}.{key}": inner for key, inner in part.by_role(role).items()}
+                elif item.metadata["role"] == role:
                     found[name] = _plain(part)
         return found
 

@@ -1,8 +1,11 @@
 """``python -m cpm_rcnn.train``: train a model, evaluate its best checkpoint, write plots and tables."""
 
+import logging
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
@@ -12,17 +15,21 @@ from omegaconf import DictConfig, OmegaConf
 from cpm_rcnn.cli.assembly import build_datamodule, build_module
 from cpm_rcnn.cli.config import config_keys
 from cpm_rcnn.cli.main import run
-from cpm_rcnn.cli.trainer import build_trainer, check_disk_space
+from cpm_rcnn.cli.recipe import training_recipe
+from cpm_rcnn.cli.trainer import build_trainer, check_disk_space, checkpoint_size
 from cpm_rcnn.data import CocoDataModule
-from cpm_rcnn.errors import UserError, check_count
+from cpm_rcnn.errors import UserError, check_choice, check_count
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.curves import keep_metrics, plot_curves
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 from cpm_rcnn.reporting.validation_sheet import validation_sheet
-from cpm_rcnn.training.interruption import Interrupted
+from cpm_rcnn.training.interruption import Interrupted, Interruption
 from cpm_rcnn.training.module import DetectionModule
+from cpm_rcnn.training.process_watch import ProcessWatch
 from cpm_rcnn.weights.initialize import initialize
-from cpm_rcnn.weights.resume import ResumePoint, check_same_run, find_resume_point
+from cpm_rcnn.weights.resume import ResumePoint, check_recipe, check_same_run, checkpoint_step, find_resume_point
+
+_log = logging.getLogger(__name__)
 
 
 def train(config: DictConfig) -> None:
@@ -35,6 +42,7 @@ def train(config: DictConfig) -> None:
     check_count("seed", config.seed, 0)
     if config.init is not None and config.resume not in (None, "auto"):
         raise UserError("init and resume: give only one of them; a resumed run has its weights already")
+    check_choice("resume_changes", config.resume_changes, ("refuse", "allow"))
     resume_point = find_resume_point(config.resume, run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = build_datamodule(config)
@@ -44,8 +52,13 @@ def train(config: DictConfig) -> None:
     else:
         check_same_run(resume_point, module.model.settings, module.detector.categories)
         datamodule.start_step = resume_point.step * config.trainer.accumulate_grad_batches
-    check_disk_space(run_dir, module)
-    trainer = build_trainer(config, run_dir, resume_point)
+    size = checkpoint_size(module)
+    check_disk_space(run_dir, size)
+    trainer = build_trainer(config, run_dir, resume_point, size)
+    module.hparams["recipe"] = training_recipe(config, module, datamodule, trainer.world_size)
+    if resume_point is not None:
+        check_recipe(resume_point, module.hparams["recipe"], config.resume_changes)
+        module.schedule_counts = True
     if trainer.is_global_zero:
         keep_metrics(run_dir, resuming=resume_point is not None)
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
@@ -53,9 +66,11 @@ def train(config: DictConfig) -> None:
         _fit(trainer, module, datamodule, resume_point, run_dir)
     # A run with fast_dev_run leaves no checkpoint.
     best = None if config.trainer.fast_dev_run else _best_or_last(run_dir)
+    evaluated = best is not None and module.evaluated_step == trainer.global_step == checkpoint_step(best)
     # Without name=, the folder is named by the time, which can differ between machines: take the first process's.
-    best = trainer.strategy.broadcast(best)
-    trainer.validate(module, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
+    best, evaluated = trainer.strategy.broadcast((best, evaluated))
+    if not evaluated:
+        trainer.validate(module, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
     if trainer.is_global_zero:
         _report(config, trainer, module, datamodule, run_dir)
 
@@ -68,14 +83,37 @@ def _fit(
     run_dir: Path,
 ) -> None:
     path = None if resume_point is None else resume_point.path
+    # A run with fast_dev_run saves nothing.
+    interruption = next((each for each in trainer.callbacks if isinstance(each, Interruption)), None)  # type: ignore[attr-defined]
+    to_resume = f"to resume, run the same command with name={run_dir.name} resume=auto"
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
     except Interrupted as stop:
-        if trainer.is_global_zero:
-            print(f"stopped by {stop}; to resume, run the same command with name={run_dir.name} resume=auto")
-            print(run_dir)
-        # One process per machine exits with the status: Lightning kills all processes of a machine once one has failed.
-        sys.exit(128 + stop.number if trainer.local_rank == 0 else 0)
+        _stop(trainer, f"stopped by {stop}; {to_resume}", stop.number, run_dir)
+    except Exception as error:
+        if interruption is not None and interruption.saved_step is not None:
+            step = f"step {interruption.saved_step}"
+            if interruption.received:
+                # The signal has also ended a worker of a loader, or another process.
+                name = signal.Signals(interruption.received).name
+                _stop(trainer, f"stopped by {name} at {step}; {to_resume}", interruption.received, run_dir)
+            if trainer.is_global_zero:
+                _log.warning("the run is saved at %s; %s", step, to_resume)
+        watch = next(each for each in trainer.callbacks if isinstance(each, ProcessWatch))  # type: ignore[attr-defined]
+        if watch.message is None:
+            raise
+        if (launcher := trainer.strategy.launcher) is not None and hasattr(launcher, "kill"):
+            launcher.kill(signal.SIGKILL)
+        raise UserError(watch.message) from error
+
+
+def _stop(trainer: pl.Trainer, message: str, number: int, run_dir: Path) -> NoReturn:
+    """End this process after a signal."""
+    if trainer.is_global_zero:
+        print(message)
+        print(run_dir)
+    # One process per machine exits with the status: Lightning kills all processes of a machine once one has failed.
+    sys.exit(128 + number if trainer.local_rank == 0 else 0)
 
 
 def _report(

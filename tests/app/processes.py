@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,18 @@ def slurm(rank: int, world: int) -> dict[str, Any]:
 
 
 def together(
-    folder: Path, world: int, function: Callable[..., Any], *arguments: Any, variables=torchrun, timeout=60
+    folder: Path,
+    world: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    variables=torchrun,
+    timeout=60,
+    stopped: Sequence[int] = (),
 ) -> list[Outcome]:
     """Run ``function(rank, *arguments)`` in ``world`` processes with the environment of ``variables``.
 
-    The test fails if a process is still running after ``timeout`` seconds.
+    The test fails if a process is still running after ``timeout`` seconds. Those of ranks ``stopped`` are killed once
+    the others have ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -65,9 +72,10 @@ def together(
     for process in processes:
         process.start()
     end = time.monotonic() + timeout
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-    hanging = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+    for rank, process in enumerate(processes):
+        if rank not in stopped:
+            process.join(max(0.0, end - time.monotonic()))
+    hanging = [rank for rank, process in enumerate(processes) if process.exitcode is None and rank not in stopped]
     for process in processes:
         process.kill()
         process.join()
@@ -138,6 +146,25 @@ class Signal:
             return original(module, batch, batch_idx)
 
         setattr(owner, self.hook, hook)
+
+
+@dataclass
+class Hang:
+    """A fault: this process does not return from a training step."""
+
+    step: int
+
+    def __call__(self) -> None:
+        from cpm_rcnn.training.module import DetectionModule
+
+        original = DetectionModule.training_step
+
+        def training_step(module: Any, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == self.step:
+                time.sleep(3600)
+            return original(module, batch, batch_idx)
+
+        DetectionModule.training_step = training_step
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from processes import NotANumber, Signal, call, free_port, slurm, together
+from processes import Hang, NotANumber, Signal, call, free_port, slurm, together
 from runs import last_checkpoint, same, same_run
 from small_run import SMALL
 from torch.nn.parallel import DistributedDataParallel
@@ -376,3 +376,23 @@ def test_a_non_finite_loss_on_one_process_ends_both(workplace, tmp_path):
     assert "step 1 (batch 1): a loss of another process is not finite" in outcomes[0].err
     assert "step 1 (batch 1): loss_cls=nan" in outcomes[1].err
     assert (workplace / "outputs/raised_on_two/nonfinite_batch1_rank1.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("rank", "fault", "why"),
+    [
+        (0, Signal(signal.SIGSTOP, 3), "stopped or unreachable"),
+        (1, Signal(signal.SIGSTOP, 3), "stopped or unreachable"),
+        (1, Hang(3), "hangs"),
+    ],
+)
+def test_a_process_that_does_not_answer_is_named_and_ends_the_run_within_seconds(workplace, tmp_path, rank, fault, why):
+    name = f"silent_{rank}_{why[:4]}"
+    options = [*RUN, *ONE_MACHINE, "process_timeout=4", f"name={name}"]
+    outcomes = together(tmp_path, 2, call, workplace, {rank: fault}, "train", *options, stopped=[rank], timeout=40)
+    waiting = outcomes[1 - rank]
+    assert waiting.status == 2, waiting.err
+    error = [line for line in waiting.err.splitlines() if line.startswith("error: ")]
+    assert error == [f"error: rank {rank} did not answer for 4 s ({why}); rank {1 - rank} waited (process_timeout)"]
+    if rank == 1:
+        assert last_checkpoint(workplace / "outputs" / name)["global_step"] == 3

@@ -60,6 +60,17 @@ def test_a_skipped_step_changes_no_weight(command, spoil):
     assert (answer.folder / "nonfinite_batch0_rank0.pt").is_file()
 
 
+@pytest.mark.parametrize("batch", [0, 1])
+def test_a_step_of_accumulated_gradients_is_skipped_as_a_whole(command, spoil, batch):
+    options = ["schedule.max_steps=1", "trainer.accumulate_grad_batches=2"]
+    spoil(batch, "loss_cls", float("nan"))
+    skipped = command("train", *RUN, *options, "on_nonfinite=skip", f"name=skipped_batch_{batch}")
+    still = command("train", *RUN, *options, "schedule.base_lr=0", f"name=still_batch_{batch}")
+    assert [skipped.status, still.status] == [0, 0], skipped.err
+    weights = [last_checkpoint(answer.folder)["state_dict"] for answer in (skipped, still)]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+
+
 def test_training_continues_after_a_skipped_step(command, spoil):
     spoil(1, "loss_ism", float("inf"))
     answer = command("train", *RUN, "on_nonfinite=skip", "name=went_on")

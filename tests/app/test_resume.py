@@ -130,3 +130,69 @@ def test_checkpoints_are_written_at_their_interval(command):
     assert answer.status == 0, answer.err
     line = refused(command("train", *RUN, "checkpoint_interval=0"))
     assert "checkpoint_interval=0" in line
+
+
+def test_a_run_that_is_extended_has_the_weights_of_a_longer_one(command, whole):
+    short = command("train", *RUN, "name=extended", "schedule.max_steps=4")
+    assert last_checkpoint(short.folder)["global_step"] == 4
+    for steps in (5, STEPS):
+        answer = command("train", *RUN, "name=extended", f"schedule.max_steps={steps}", "resume=auto")
+        assert answer.status == 0, answer.err
+    assert same_run(last_checkpoint(answer.folder), whole)
+
+
+@pytest.fixture
+def started(command, workplace):
+    """The name of a run that ended at step 2, and its last checkpoint."""
+    folder = workplace / "outputs/started"
+    if not folder.exists():
+        assert command("train", *RUN, "name=started", "schedule.max_steps=2").status == 0
+    return folder, last_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        (["schedule.base_lr=0.01", "seed=1"], ["schedule.base_lr is ", " and 0.01 here", "seed is 0 there and 1 here"]),
+        (["schedule.images_per_device=1"], ["schedule.images_per_device is 2 there and 1 here"]),
+        (["schedule.weight_decay=0.2"], ["schedule.weight_decay is ", "0.2 here"]),
+        (["data.flip_probability=0"], ["data.flip_probability is 0.5 there and 0 here"]),
+        (["detector.samples=32"], ["samples is 16 there and 32 here"]),
+        (["trainer.gradient_clip_val=1"], ["trainer.gradient_clip_val is 10.0 there and 1 here"]),
+    ],
+)
+def test_another_recipe_is_refused_with_both_values(command, started, options, values):
+    line = refused(command("train", *RUN, "name=started", "resume=auto", *options))
+    assert all(value in line for value in [*values, "resume_changes=allow"]), line
+
+
+@pytest.mark.parametrize("options", [["schedule.optimizer=sgd"], ["trainer.accumulate_grad_batches=2"]])
+def test_what_cannot_change_in_a_run_is_refused_in_any_case(command, started, options):
+    line = refused(command("train", *RUN, "name=started", "resume=auto", "resume_changes=allow", *options))
+    assert options[0].split("=")[0] in line
+    assert "init=" in line
+
+
+def test_an_allowed_change_is_applied_reported_and_recorded(command, started):
+    folder, before = started
+    options = ["schedule.base_lr=0", "schedule.weight_decay=0.3", "resume_changes=allow", "schedule.max_steps=3"]
+    answer = command("train", *RUN, f"resume={folder}/checkpoints/last.ckpt", "name=changed", *options)
+    assert answer.status == 0, answer.err
+    log = (answer.folder / "train.log").read_text()
+    assert " and 0 here; schedule.weight_decay is " in log
+    assert " and 0.3 here; the values here are used from step 2" in log
+    after = last_checkpoint(answer.folder)
+    # With a learning rate of 0, no weight changes.
+    assert after["global_step"] == 3
+    assert all(torch.equal(after["state_dict"][name], value) for name, value in before["state_dict"].items())
+    assert after["hyper_parameters"]["recipe"]["schedule.base_lr"] == 0
+    assert [group["weight_decay"] for group in after["optimizer_states"][0]["param_groups"]] == [0.3, 0.0, 0.0]
+
+
+def test_milestones_and_intervals_may_change(command, started):
+    folder, before = started
+    options = ["schedule.milestones=[1]", "schedule.val_interval=1", "checkpoint_interval=1", "schedule.max_steps=3"]
+    answer = command("train", *RUN, f"resume={folder}/checkpoints/last.ckpt", "name=milestone", *options)
+    assert answer.status == 0, answer.err
+    rates = [c["optimizer_states"][0]["param_groups"][0]["lr"] for c in (before, last_checkpoint(answer.folder))]
+    assert rates[1] == pytest.approx(rates[0] / 10)

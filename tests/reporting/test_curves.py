@@ -85,3 +85,10 @@ def test_a_new_run_in_the_same_folder_removes_the_earlier_parts(tmp_path):
     _write(tmp_path / "metrics_of_mine.csv", "0,10,4.0,,,,")
     curves.keep_metrics(tmp_path, resuming=False)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics_of_mine.csv"]
+
+
+def test_a_part_that_a_full_disk_left_empty_is_skipped(tmp_path, caplog):
+    (tmp_path / "metrics_001.csv").write_bytes(b"")
+    rows = [f"0,{k},{1 / (k + 1)},,,," for k in range(3)]
+    assert [path.name for path in plot_curves(_write(tmp_path / "metrics.csv", *rows), tmp_path)] == ["loss.png"]
+    assert "metrics_001.csv" in caplog.text

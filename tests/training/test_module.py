@@ -5,9 +5,11 @@ import builtins
 import pytest
 import torch
 
+from cpm_rcnn.data import shapes
+from cpm_rcnn.data.samplers import collate
 from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.training.module import DetectionModule
-from small_models import CATEGORIES, SIZES, TwoImages, is_plain, small_module, small_trainer
+from small_models import CATEGORIES, SIZES, TwoImages, is_plain, shapes_data, small_module, small_trainer
 
 
 @pytest.mark.parametrize(("accumulate", "images"), [(1, 2), (2, 4)])
@@ -82,3 +84,55 @@ def test_invalid_arguments_are_refused_by_name(change, message):
 def test_another_format_is_refused():
     with pytest.raises(UserError, match="of checkpoint format 99"):
         DetectionModule({"backbone": "tiny"}, CATEGORIES, {}, {}, format=99)
+
+
+def test_a_number_of_epochs_is_trained_in_full():
+    trainer = small_trainer(max_steps=-1, max_epochs=3)
+    trainer.fit(small_module(), datamodule=TwoImages())
+    assert (trainer.global_step, trainer.current_epoch) == (6, 3)
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A data set of shapes, as a data set of torch, and its data module."""
+    shapes.write_shapes(tmp_path / "shapes", 4, 2)
+    data = shapes_data(tmp_path / "shapes")
+    return data.val_dataloader().dataset, data
+
+
+def loader(dataset):
+    return torch.utils.data.DataLoader(dataset, batch_size=2, collate_fn=collate)
+
+
+def test_the_module_trains_and_is_evaluated_with_loaders_only(images):
+    dataset, data = images
+    model = small_module(shapes.CATEGORIES, schedule={"base_lr": 0.16})
+    trainer = small_trainer(max_steps=-1, max_epochs=2)
+    trainer.fit(model, loader(dataset), loader(dataset))
+    assert trainer.global_step == 2
+    # With 2 images per step, as the schedule says.
+    assert model.optimizers().param_groups[0]["initial_lr"] == pytest.approx(0.16 * 2 / 16)
+    by_loader = model.metrics
+    assert 0 <= by_loader["AP"] <= 1
+    small_trainer().validate(model, data, verbose=False)
+    assert by_loader["AP"] == pytest.approx(model.metrics["AP"])
+    small_trainer().test(model, loader(dataset), verbose=False)
+    assert by_loader["AP"] == pytest.approx(model.metrics["AP"])
+
+
+def test_an_evaluation_without_annotations_is_refused_in_one_line(images):
+    plain = [images[0][0], images[0][1]]
+    with pytest.raises(UserError, match=r"^val loader over list: an evaluation needs a CocoDataModule, or one loader"):
+        small_trainer().validate(small_module(shapes.CATEGORIES), loader(plain), verbose=False)
+
+
+def test_predict_returns_detections_in_pixels_of_the_original_images(images):
+    dataset, _ = images
+    model = small_module(shapes.CATEGORIES)
+    (batch,) = small_trainer().predict(model, loader(dataset))
+    expected = model.detector.detect([dataset.images.read(str(name), None) for name in dataset.annotations.file_names])
+    assert len(batch) == len(expected) == 2
+    for found, wanted in zip(batch, expected):
+        assert set(found) == {"boxes", "scores", "labels"}
+        assert len(found["boxes"]) == len(wanted.boxes) > 0
+        assert found["boxes"].max() > max(SIZES.values())  # larger than the network's input

@@ -136,7 +136,7 @@ def test_load_from_checkpoint_needs_no_argument_but_the_path(kind, request):
 def test_hyperparameters_are_plain_values(kind, request):
     path, _ = request.getfixturevalue(kind)
     hyper_parameters = read_checkpoint(path)["hyper_parameters"]
-    assert set(hyper_parameters) == {"model", "categories", "schedule", "data", "format"}
+    assert set(hyper_parameters) == {"model", "categories", "schedule", "data", "format", "recipe"}
     assert is_plain(hyper_parameters)
 
 

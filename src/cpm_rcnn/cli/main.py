@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,12 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     main = hydra.main(version_base="1.3", config_path="pkg://cpm_rcnn.conf", config_name=config_name)(task)
     try:
         main()
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning turns Ctrl-C into SystemExit.
+        if not any(isinstance(each, KeyboardInterrupt) for each in (stop, stop.__context__)):
+            raise
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         message = one_line(error)
         if message is None:
@@ -47,5 +54,8 @@ def _silence_libraries() -> None:
         r".*does not have many workers",
         # The loader needs no state to resume: its order is a function of the step.
         r".*dataloader is not resumable",
+        # A run that resumes, maybe with another ``checkpoint_interval``.
+        r"Checkpoint directory .* exists and is not empty",
+        r".*callbacks used to create the checkpoint need to be provided",
     ):
         warnings.filterwarnings("ignore", message)

@@ -1,32 +1,40 @@
 """Construction of Lightning's Trainer from a config."""
 
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 
 from cpm_rcnn.cli.instantiate import instantiate_allowed
-from cpm_rcnn.errors import UserError, check_count
+from cpm_rcnn.errors import UserError, check_count, check_range
 from cpm_rcnn.training.checkpoint_io import AtomicCheckpointIO
 from cpm_rcnn.training.interruption import EvaluationSignals, Interruption
 from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.training.nonfinite import NonFiniteGuard
+from cpm_rcnn.training.process_watch import ProcessWatch
 from cpm_rcnn.training.progress import LossProgressBar
+from cpm_rcnn.training.run_log import RunLog
 from cpm_rcnn.training.step_seed import StepSeed
 from cpm_rcnn.training.throughput import Throughput
 from cpm_rcnn.training.tolerant_logger import TolerantLogger
 from cpm_rcnn.weights.resume import ResumePoint
 
 
-def build_trainer(config: DictConfig, run_dir: Path, resume_point: ResumePoint | None = None) -> pl.Trainer:
+def build_trainer(
+    config: DictConfig, run_dir: Path, resume_point: ResumePoint | None = None, checkpoint_size: int = 0
+) -> pl.Trainer:
     """The Trainer of a training run; it writes checkpoints and logs under ``run_dir``.
 
     Args:
         config: the config of ``train``.
         run_dir: the run's folder.
-        resume_point: the checkpoint that the run resumes from; its file is not read again.
+        resume_point: the checkpoint that the run resumes from; it is not read again.
+        checkpoint_size: bytes of disk space to reserve for the checkpoint that a failing run writes.
 
     Raises:
         UserError: a value is invalid.
@@ -35,27 +43,35 @@ def build_trainer(config: DictConfig, run_dir: Path, resume_point: ResumePoint |
         raise UserError(
             "trainer.limit_val_batches=0: the best checkpoint is chosen by validation; null means all batches"
         )
+    check_devices(config)
+    check_range("process_timeout", config.process_timeout, 1)
     steps = config.schedule.max_steps
+    watch = ProcessWatch(config.process_timeout)
     callbacks: list[Callback] = [
-        LossProgressBar(refresh_rate=config.trainer.log_every_n_steps),
+        watch,
+        LossProgressBar(config.trainer.log_every_n_steps),
         Throughput(),
         StepSeed(config.seed),
         NonFiniteGuard(config.on_nonfinite, run_dir),
         EvaluationSignals(),
+        RunLog(),
     ]
     if not config.trainer.fast_dev_run:
         folder = run_dir / "checkpoints"
         check_count("checkpoint_interval", config.checkpoint_interval)
         interval = config.checkpoint_interval
+        # After validations; Lightning takes a validation at every step (an interval of 1) for one per epoch (1.0).
+        options: dict[str, Any] = {"enable_version_counter": False, "save_on_train_epoch_end": False}
         callbacks += [
-            ModelCheckpoint(folder, filename="best", monitor="val/AP", mode="max", enable_version_counter=False),
-            # Without a monitor it is written after every validation; with ``save_last``, only after a new best.
-            ModelCheckpoint(folder, filename="last", enable_version_counter=False),
-            ModelCheckpoint(folder, filename="last", every_n_train_steps=interval, enable_version_counter=False),
+            ModelCheckpoint(folder, filename="best", monitor="val/AP", mode="max", **options),
+            # Without a monitor it is written after every validation; ``save_last`` would follow a new best only.
+            ModelCheckpoint(folder, filename="last", **options),
+            ModelCheckpoint(folder, filename="last", every_n_train_steps=interval, **options),
             LearningRateMonitor("step"),
-            Interruption(folder / "last.ckpt"),
         ]
-    return instantiate_allowed(
+        # It must come first.
+        callbacks.insert(0, Interruption(folder / "last.ckpt", reserve=checkpoint_size))
+    trainer = instantiate_allowed(
         config.trainer,
         max_steps=steps,
         max_epochs=-1,
@@ -72,13 +88,16 @@ def build_trainer(config: DictConfig, run_dir: Path, resume_point: ResumePoint |
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
+    watch.attach(trainer)
+    return trainer
 
 
 def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
     """The Trainer of an evaluation; it writes neither logs nor checkpoints."""
+    check_devices(config)
     return instantiate_allowed(
         config.trainer,
-        callbacks=[LossProgressBar(refresh_rate=config.trainer.log_every_n_steps), EvaluationSignals()],
+        callbacks=[LossProgressBar(config.trainer.log_every_n_steps), EvaluationSignals()],
         logger=False,
         enable_checkpointing=False,
         default_root_dir=str(run_dir),
@@ -87,15 +106,43 @@ def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
     )
 
 
-def check_disk_space(run_dir: Path, module: DetectionModule) -> None:
-    """Raise an error if the checkpoints of a run will not fit on its disk.
+def check_devices(config: DictConfig) -> None:
+    """Refuse more devices than the machine has, before a process is started for each.
 
     Raises:
-        UserError: there is not enough space for three checkpoints: the best, the last, and one that is being written.
+        UserError: there are fewer GPUs; or none, and the CPU was not asked for.
     """
+    devices, accelerator = config.trainer.devices, config.trainer.accelerator
+    wanted = int(devices) if re.fullmatch(r"\d+", str(devices)) else 1
+    if wanted < 2 or accelerator not in ("auto", "gpu", "cuda") or torch.backends.mps.is_available():
+        return
+    found = torch.cuda.device_count()
+    if wanted > found:
+        has = "no GPU" if found == 0 else f"{found} GPU{'s' if found > 1 else ''}"
+        raise UserError(
+            f"trainer.devices={wanted}: this machine has {has}; trainer=cpu trainer.devices={wanted} uses the CPU"
+        )
+
+
+def checkpoint_size(module: DetectionModule) -> int:
+    """Bytes of a checkpoint of a run, approximately, and not less."""
     weights = sum(value.numel() * value.element_size() for value in module.state_dict().values())
-    per_weight = 3 if module.schedule.optimizer == "adamw" else 2  # the weight and its optimizer state
-    needed, free = 3 * per_weight * weights, shutil.disk_usage(run_dir).free
+    per_weight = 3 if module.schedule.optimizer == "adamw" else 2  # the weight and the optimizer's state of it
+    return int(1.02 * per_weight * weights) + 2**20
+
+
+def check_disk_space(run_dir: Path, size: int) -> None:
+    """Refuse to start a run whose checkpoints will not fit on its disk.
+
+    Args:
+        run_dir: the run's folder.
+        size: bytes of one checkpoint.
+
+    Raises:
+        UserError: free space is less than the best checkpoint, the last one, one that is being written, and the space
+            reserved for the checkpoint of a failing run.
+    """
+    needed, free = 4 * size, shutil.disk_usage(run_dir).free
     if free < needed:
         raise UserError(
             f"{run_dir}: {free / 1e9:.2f} GB are free, but the run's checkpoints take {needed / 1e9:.2f} GB"

@@ -1,6 +1,6 @@
 """The data modules: which files are read, and how they become batches, in which order."""
 
-import logging
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -273,6 +273,7 @@ class CocoDataModule(pl.LightningDataModule):
             num_workers=self.settings.num_workers,
             persistent_workers=self.settings.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_ignore_signals,
             collate_fn=collate,
             **batching,
         )
@@ -312,6 +313,13 @@ class CocoDataModule(pl.LightningDataModule):
             if images:
                 names.append(images if images.endswith(".zip") else f"{images}/ or {images}.zip")
         return f"expected in {self.root.absolute()}: {', '.join(names)}"
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave signals that a terminal or a cluster sends to all processes to the main process, which saves the run."""
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class ShapesDataModule(CocoDataModule):

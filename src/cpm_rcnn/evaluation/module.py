@@ -7,7 +7,8 @@ import pytorch_lightning as pl
 from torch import Tensor
 from torchmetrics import Metric
 
-from cpm_rcnn.data import CocoAnnotations
+from cpm_rcnn.data import CocoAnnotations, CocoDataset
+from cpm_rcnn.errors import UserError
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.inference.detector import Detector
 
@@ -17,6 +18,10 @@ Batch = tuple[list[Tensor], list[dict[str, Any]]]
 class EvaluationModule(pl.LightningModule):
     """Runs a detector over the validation or test split of a :class:`~cpm_rcnn.data.CocoDataModule`.
 
+    Without a data module, the loader's dataset must be a :class:`~cpm_rcnn.data.CocoDataset`, which knows its
+    annotations, with :func:`~cpm_rcnn.data.samplers.collate` as ``collate_fn``. ``Trainer.predict`` returns one list of
+    detections per batch.
+
     To use another metric, override :meth:`configure_metrics`.
 
     Args:
@@ -25,7 +30,8 @@ class EvaluationModule(pl.LightningModule):
     Attributes:
         model: the detector's ``nn.Module``.
         metric: the metric of the current or last evaluation.
-        metrics: the result of the last evaluation.
+        metrics: what it computed at the end of the last evaluation.
+        evaluated_step: the training step of that evaluation; None before the first one.
     """
 
     metric: Metric
@@ -36,6 +42,7 @@ class EvaluationModule(pl.LightningModule):
         self.model = detector.model
         self.detector = detector
         self.metrics = {}
+        self.evaluated_step: int | None = None
 
     def configure_metrics(self, annotations: CocoAnnotations) -> Metric:
         """The metric for a split.
@@ -65,6 +72,10 @@ class EvaluationModule(pl.LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch)
 
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
+        """Detections in pixels of the original images, one dict per image: ``boxes``, ``scores`` and ``labels``."""
+        return self._detect(batch)
+
     def on_validation_epoch_end(self) -> None:
         self._finish("val")
 
@@ -72,23 +83,45 @@ class EvaluationModule(pl.LightningModule):
         self._finish("test")
 
     def _start(self, split: str) -> None:
-        annotations = self.trainer.datamodule.annotations(split)  # type: ignore[attr-defined]
-        metric = self.configure_metrics(annotations).to(self.device)
+        metric = self.configure_metrics(self._annotations(split)).to(self.device)
         # Not as a submodule: a metric's persistent states and weights do not belong in a model's checkpoint.
         object.__setattr__(self, "metric", metric)
 
+    def _annotations(self, split: str) -> CocoAnnotations:
+        """The annotations of a split: the data module's, or those of the loader's dataset.
+
+        Raises:
+            UserError: neither has annotations.
+        """
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(datamodule, "annotations"):
+            return datamodule.annotations(split)
+        loaders = self.trainer.val_dataloaders if split == "val" else self.trainer.test_dataloaders
+        loaders = loaders if isinstance(loaders, (list, tuple)) else [loaders]
+        datasets = [getattr(loader, "dataset", None) for loader in loaders]
+        if len(datasets) == 1 and isinstance(datasets[0], CocoDataset):
+            return datasets[0].annotations
+        kinds = ", ".join(type(dataset).__name__ for dataset in datasets)
+        raise UserError(
+            f"{split} loader over {kinds}: an evaluation needs a CocoDataModule, or one loader over a CocoDataset, "
+            "which has the annotations"
+        )
+
     def _evaluate(self, batch: Batch) -> None:
+        self.metric.update([target["image_id"] for target in batch[1]], self._detect(batch))
+
+    def _detect(self, batch: Batch) -> list[dict[str, Tensor]]:
         images, targets = batch
         found = self.detector.detect_resized(images, [target["original_size"] for target in targets])
-        # An image that could not be read was replaced by a black one, whose detections are discarded.
-        found = [
+        # An image that could not be read was replaced by a black one, on which nothing counts as found.
+        return [
             detections if target["readable"] else {name: value[:0] for name, value in detections.items()}
             for detections, target in zip(found, targets)
         ]
-        self.metric.update([target["image_id"] for target in targets], found)
 
     def _finish(self, split: str) -> None:
         self.metrics = self.metric.compute()
+        self.evaluated_step = self.trainer.global_step
         for name, value in self.metrics.items():
             if isinstance(value, float):
                 # Every process holds the same value, gathered by the metric; sync_dist only tells Lightning so.

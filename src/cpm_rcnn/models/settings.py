@@ -75,8 +75,15 @@ class ModelSettings:
 
     def architecture(self) -> dict[str, Any]:
         """The options that decide the meaning or the shapes of the weights, by flat name."""
-        found = {f"backbone.{name}": value for name, value in self.backbone.architecture().items()}
-        return found | self.trunk.architecture() | self.rpn.architecture() | self.head.architecture()
+        return self._by_role("architecture")
+
+    def training(self) -> dict[str, Any]:
+        """The options that decide how the model is trained, by flat name."""
+        return self._by_role("training")
+
+    def _by_role(self, role: str) -> dict[str, Any]:
+        found = {f"backbone.{name}": value for name, value in self.backbone.by_role(role).items()}
+        return found | self.trunk.by_role(role) | self.rpn.by_role(role) | self.head.by_role(role)
 
 
 def inference_options() -> list[str]:

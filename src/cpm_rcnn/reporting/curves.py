@@ -1,6 +1,7 @@
 """Plots of a training run from Lightning's ``metrics.csv``."""
 
 import csv
+import logging
 import math
 from collections import defaultdict
 from os import PathLike
@@ -14,6 +15,8 @@ from cpm_rcnn.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_log = logging.getLogger(__name__)
 
 _AP_COLUMNS = ("val/AP", "val/AP50", "val/AP75")
 # Width of the moving average's window as a fraction of the run.
@@ -40,7 +43,7 @@ def plot_curves(csv_path: str | PathLike[str], out_dir: str | PathLike[str]) -> 
     Raises:
         UserError: the file cannot be read or has no ``step`` column.
     """
-    curves = _joined([_read(path) for path in [*_kept(Path(csv_path).parent), Path(csv_path)]])
+    curves = _joined([*_readable(_kept(Path(csv_path).parent)), _read(Path(csv_path))])
     losses = {name: curve for name, curve in curves.items() if name.startswith("train/loss")}
     precision = {name: curves[name] for name in _AP_COLUMNS if name in curves}
     figures = {}
@@ -74,6 +77,17 @@ def keep_metrics(run_dir: Path, resuming: bool) -> None:
 def _kept(folder: Path) -> list[Path]:
     """The earlier parts of a run's metrics, in order."""
     return sorted(folder.glob("metrics_[0-9][0-9][0-9].csv"))
+
+
+def _readable(paths: list[Path]) -> list[dict[str, _Curve]]:
+    """The earlier parts of a run but those that it could not write, for example because the disk was full."""
+    parts = []
+    for path in paths:
+        try:
+            parts.append(_read(path))
+        except UserError as error:
+            _log.warning("%s; the curves lack this part", error)
+    return parts
 
 
 def _joined(parts: list[dict[str, _Curve]]) -> dict[str, _Curve]:

@@ -28,9 +28,13 @@ class DetectionModule(EvaluationModule):
         data: settings of the data that the model is evaluated on, as in
             :attr:`CocoDataModule.evaluation_arguments <cpm_rcnn.data.CocoDataModule.evaluation_arguments>`.
         format: the checkpoint format of these arguments.
+        recipe: what else decided the weights, by name (:func:`cpm_rcnn.cli.recipe.training_recipe`); only recorded, so
+            that a run that resumes can be compared with it.
 
     Attributes:
-        losses: the losses of the last training step by name, scalar float32 tensors, detached.
+        losses: the losses of the last training step by name, () float32 each, without gradient.
+        schedule_counts: whether a run that resumes takes learning rates and other settings of the optimizer from its
+            schedule, in place of those that the checkpoint has restored.
 
     Raises:
         ArgumentError: a value of ``model`` or ``schedule`` is invalid.
@@ -46,12 +50,14 @@ class DetectionModule(EvaluationModule):
         schedule: Mapping[str, Any],
         data: Mapping[str, Any],
         format: int | None = FORMAT,
+        recipe: Mapping[str, Any] | None = None,
     ) -> None:
         check_format(format, "checkpoint")
         settings = ModelSettings.from_options(**model)
         super().__init__(Detector(build(settings, len(categories)), categories, **size_arguments(data)))
         # With all defaults filled in, so that a checkpoint does not depend on the defaults of a later version.
         self.schedule = Schedule.from_dict(schedule, "schedule")
+        self.schedule_counts = False
         model, schedule = settings.to_options(), self.schedule.to_dict()
         self.save_hyperparameters(
             {
@@ -60,6 +66,7 @@ class DetectionModule(EvaluationModule):
                 "schedule": schedule,
                 "data": dict(data),
                 "format": FORMAT,
+                "recipe": None if recipe is None else dict(recipe),
             }
         )
 
@@ -77,12 +84,28 @@ class DetectionModule(EvaluationModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         # The last step of a run is validated and saved even if it is not a multiple of the validation interval.
-        if self.trainer.global_step >= self.trainer.max_steps:
+        # With a number of epochs instead, ``max_steps`` is -1.
+        if 0 <= self.trainer.max_steps <= self.trainer.global_step:
             self.trainer.should_stop = True
+
+    def on_train_start(self) -> None:
+        if self.schedule_counts:
+            self._apply_schedule()
 
     def configure_optimizers(self) -> Any:
         world = self.trainer.world_size * self.trainer.accumulate_grad_batches
-        images_per_step = self.trainer.datamodule.batch_size * world  # type: ignore[attr-defined]
+        # With loaders instead of a data module, the batch size is the schedule's.
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
+        images_per_step = getattr(datamodule, "batch_size", self.schedule.images_per_device) * world
         optimizer = self.schedule.optimizer_for(self.model, images_per_step)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _apply_schedule(self) -> None:
+        """Replace the settings of the optimizer, which a checkpoint has restored, by those of the schedule."""
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        own = self.configure_optimizers()
+        scheduler.base_lrs = own["lr_scheduler"]["scheduler"].base_lrs
+        factor = self.schedule.rate_factor(scheduler.last_epoch)
+        for group, new, base_lr in zip(optimizer.param_groups, own["optimizer"].param_groups, scheduler.base_lrs):
+            group.update({name: value for name, value in new.items() if name != "params"}, lr=base_lr * factor)

@@ -24,7 +24,8 @@ class NonFiniteGuard(Callback):
     queued, so that a GPU does not become idle.
 
     Args:
-        action: ``raise`` ends the run; ``skip`` leaves the weights unchanged at this step, in all processes.
+        action: ``raise`` ends the run; ``skip`` leaves the weights unchanged at this step, in all processes. A step
+            with accumulated gradients is skipped as a whole.
         folder: where the batch of a non-finite loss is saved, so that it can be replayed.
 
     Raises:
@@ -38,10 +39,13 @@ class NonFiniteGuard(Callback):
         self._batch: tuple[Any, int] | None = None
         self._nonfinite: Tensor | None = None
         self._saved = 0
+        self._skips = False
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch until its losses have been checked."""
         self._batch = batch, batch_idx
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._skips = False  # the first batch of an optimizer step
 
     def on_before_backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
         """Start to reduce the check over all processes, without waiting for the result."""
@@ -50,19 +54,22 @@ class NonFiniteGuard(Callback):
             torch.distributed.all_reduce(self._nonfinite, torch.distributed.ReduceOp.MAX)
 
     def on_after_backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Act if the loss of any process was not finite."""
+        """Act if the loss of any process was not finite at any batch of this step."""
         assert self._nonfinite is not None
-        if not self._nonfinite.item():
+        if self._nonfinite.item():
+            message = self._describe(trainer, module)
+            if self.action == "raise":
+                raise UserError(f"{message}; with on_nonfinite=skip such steps are skipped")
+            _log.warning("%s; step skipped", message)
+            self._skips = True
+        if not self._skips:
             return
-        message = self._describe(trainer, module)
-        if self.action == "raise":
-            raise UserError(f"{message}; with on_nonfinite=skip such steps are skipped")
-        _log.warning("%s; step skipped", message)
         for parameter in module.parameters():
             if trainer.scaler is None:
                 parameter.grad = None
             elif parameter.grad is not None:
-                parameter.grad.zero_()  # a gradient scaler needs gradients to inspect
+                # A gradient scaler needs gradients to inspect. It skips the step if one is infinite.
+                parameter.grad.fill_(float("inf"))
 
     def _describe(self, trainer: pl.Trainer, module: pl.LightningModule) -> str:
         """One line that names the non-finite losses; the batch is saved if they are of this process."""

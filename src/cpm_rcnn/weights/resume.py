@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
-from cpm_rcnn.errors import UserError, check_path
+from cpm_rcnn.errors import UserError, check_choice
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.checkpoints import read_checkpoint
 from cpm_rcnn.weights.initialize import check_same_model
 
 _log = logging.getLogger(__name__)
+# Options without which the state of the optimizer or the position in the run have no meaning.
+_FIXED = ("schedule.optimizer", "trainer.accumulate_grad_batches", "backbone.frozen_stages")
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,49 @@ def find_resume_point(resume: str | None, run_dir: Path) -> ResumePoint | None:
     return None
 
 
+def checkpoint_step(path: Path) -> int:
+    """The step of an intact checkpoint, without reading its tensors."""
+    return int(torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"])
+
+
 def check_same_run(point: ResumePoint, settings: ModelSettings, categories: Sequence[Mapping[str, Any]]) -> None:
     """Raise :class:`UserError` unless a run with this model and these classes can resume from ``point``."""
     check_same_model(point.checkpoint, settings, f"resume={point.path}")
     if point.checkpoint["hyper_parameters"]["categories"] != list(categories):
         raise UserError(f"resume={point.path}: its classes differ from those of the training data")
+
+
+def check_recipe(point: ResumePoint, recipe: Mapping[str, Any], changes: str) -> list[str]:
+    """Compare what decides the weights of the run with what the checkpoint was trained with.
+
+    Options that only one of them has, because another version wrote the checkpoint, are not compared.
+
+    Args:
+        point: the checkpoint.
+        recipe: options of the run as plain values by name.
+        changes: ``refuse``, or ``allow`` to continue with the options of the run.
+
+    Returns:
+        Names of the options that change.
+
+    Raises:
+        UserError: an option differs and changes are refused, or it cannot change in a run that resumes.
+    """
+    check_choice("resume_changes", changes, ("refuse", "allow"))
+    arguments = point.checkpoint["hyper_parameters"]
+    stored = arguments.get("recipe") or {f"schedule.{name}": value for name, value in arguments["schedule"].items()}
+    changed = [name for name in recipe if name in stored and stored[name] != recipe[name]]
+    fixed = [name for name in changed if name in _FIXED]
+    values = "; ".join(f"{name} is {stored[name]} there and {recipe[name]} here" for name in fixed or changed)
+    if fixed:
+        raise UserError(
+            f"resume={point.path}: {values}; a run that resumes cannot change this: start from it with init="
+        )
+    if changed and changes == "refuse":
+        raise UserError(f"resume={point.path}: {values}; resume_changes=allow continues with the values here")
+    if changed:
+        _log.warning("resume=%s: %s; the values here are used from step %d", point.path, values, point.step)
+    return changed
 
 
 def _read(path: Path) -> ResumePoint:
@@ -75,7 +115,6 @@ def _read(path: Path) -> ResumePoint:
 def _newest_first(path: Path) -> tuple[int, bool]:
     """A sort key that reads the step of a checkpoint without its tensors. Damaged files come first and are reported."""
     try:
-        step = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["global_step"]
-        return -int(step), path.name != "last.ckpt"
+        return -checkpoint_step(path), path.name != "last.ckpt"
     except Exception:  # reported when the file is read
         return -sys.maxsize, path.name != "last.ckpt"
