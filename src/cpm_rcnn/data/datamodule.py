@@ -1,5 +1,6 @@
 """The data modules: which files are read, and how they become batches, in which order."""
 
+import logging
 import signal
 from collections.abc import Sequence
 from pathlib import Path

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cpm_rcnn.errors import UserError, check_choice
+from cpm_rcnn.errors import UserError, check_choice, check_path
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.checkpoints import read_checkpoint
 from cpm_rcnn.weights.initialize import check_same_model
