@@ -120,6 +120,23 @@ def test_ground_truth_boxes_train_every_stage(features, ground_truth, trained):
         assert sorted(rois.boxes.tolist()) == sorted(torch.cat(BOXES).tolist())
 
 
+def test_every_stage_is_limited_in_crowded_images(features, trained):
+    corner = torch.rand(200, 2, generator=torch.Generator().manual_seed(0)) * 90
+    crowd = torch.cat([corner, corner + 20], dim=1).tolist()
+    objects = GroundTruth.stack([make_target(*boxes, labels=[1] * len(boxes)) for boxes in (crowd, crowd[:4])])
+    make_head(max_grid_rois=8, samples=512).losses(features, no_rois(), objects)
+    assert [rois.images.bincount().tolist() for rois, _, _ in trained] == [[8, 4]] * 3
+    # Decoded boxes are added to the ground-truth boxes.
+    trained.clear()
+    shifted = objects.rois().with_boxes(objects.rois().boxes + 1)
+    head = make_head(max_grid_rois=8, samples=512)
+    for stage in head.stages:
+        stage.decode = lambda output, rois: rois
+    head.losses(features, shifted.compact()[0], objects)
+    assert all((rois.images.bincount() <= 16).all() for rois, _, _ in trained)
+    assert len(trained[1][0]) > 12
+
+
 def test_invalid_proposals_have_no_effect_on_losses_and_detections(features, proposals, ground_truth):
     invalid = proposals.with_boxes(proposals.boxes + 3).where(torch.zeros(len(proposals), dtype=torch.bool))
     head = make_head()

@@ -70,7 +70,7 @@ def test_next_stage_gets_the_decoded_boxes_and_each_ground_truth_box_once(ground
     rois = Rois.of(start, torch.tensor([0, 0, 1, 1]))
     decoded = rois.with_boxes(rois.boxes + 1)
     following, match = next_stage_rois(
-        rois, decoded, match_rois(rois, ground_truth, CONTINUOUS), ground_truth, CONTINUOUS
+        rois, decoded, match_rois(rois, ground_truth, CONTINUOUS), ground_truth, CONTINUOUS, limit=2
     )
     # RoIs 0 and 2 were ground-truth boxes.
     assert following.boxes.tolist() == [*decoded.boxes[[1, 3]].tolist(), FIRST, SECOND, THIRD]
@@ -85,5 +85,6 @@ def test_next_stage_gets_the_decoded_boxes_and_each_ground_truth_box_once(ground
 def test_decoded_box_is_matched_again_and_can_change_its_object(ground_truth):
     rois = Rois.of(torch.tensor([FIRST]) + 1, torch.tensor([0]))
     decoded = rois.with_boxes(torch.tensor([SECOND]) + 1)
-    _, match = next_stage_rois(rois, decoded, match_rois(rois, ground_truth, CONTINUOUS), ground_truth, CONTINUOUS)
+    before = match_rois(rois, ground_truth, CONTINUOUS)
+    _, match = next_stage_rois(rois, decoded, before, ground_truth, CONTINUOUS, limit=2)
     assert match.labels.tolist() == [2, 1, 2, 1]

@@ -17,6 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from cpm_rcnn.boxes import BoxConvention
 
 _R = TypeVar("_R", bound="Rows")
+# Pairs of RoI and object whose IoU is computed at once, which bounds the memory of crowded images.
+_CHUNK = 1 << 22
 
 
 class Rows:
@@ -29,9 +31,9 @@ class Rows:
         """The rows at ``index``: a bool mask (R,), int64 indices (K,) or a slice."""
         return type(self)(*(tensor[index] for tensor in self._tensors()))
 
-    def cat(self: _R, other: _R) -> _R:
-        """The rows of both, those of ``other`` last."""
-        return type(self)(*(torch.cat(pair) for pair in zip(self._tensors(), other._tensors())))
+    def cat(self: _R, *others: _R) -> _R:
+        """These rows and those of ``others``, in this order."""
+        return type(self)(*(torch.cat(parts) for parts in zip(*(rows._tensors() for rows in (self, *others)))))
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.__dataclass_fields__]  # type: ignore[attr-defined]
@@ -92,11 +94,13 @@ class GroundTruth(NamedTuple):
         boxes: (B, G, 4) float32, xyxy pixels at network size; zeros where padded.
         labels: (B, G) int64 in 1..C; 0 where padded.
         valid: (B, G) bool, False where padded.
+        counts: number of objects of each image, known without waiting for the device. Objects precede the padding.
     """
 
     boxes: Tensor
     labels: Tensor
     valid: Tensor
+    counts: tuple[int, ...]
 
     @classmethod
     def stack(cls, targets: Sequence[dict[str, Tensor]]) -> "GroundTruth":
@@ -105,7 +109,7 @@ class GroundTruth(NamedTuple):
         Args:
             targets: one dict per image with ``boxes`` (N, 4) in xyxy pixels and ``labels`` (N,) in 1..C.
         """
-        counts = [len(target["labels"]) for target in targets]
+        counts = tuple(len(target["labels"]) for target in targets)
         most = max(1, *counts)
         device = targets[0]["boxes"].device
         boxes = pad_sequence([t["boxes"].float() for t in targets], batch_first=True)
@@ -114,12 +118,21 @@ class GroundTruth(NamedTuple):
         if missing:
             boxes, labels = F.pad(boxes, (0, 0, 0, missing)), F.pad(labels, (0, missing))
         valid = torch.arange(most, device=device) < torch.tensor(counts).to(device, non_blocking=True)[:, None]
-        return cls(boxes, labels, valid)
+        return cls(boxes, labels, valid, counts)
 
-    def rois(self) -> Rois:
-        """The ground-truth boxes as B * G RoIs, image by image; padding is invalid."""
-        images = torch.arange(len(self.boxes), device=self.boxes.device).repeat_interleave(self.boxes.shape[1])
-        return Rois(self.boxes.flatten(0, 1), images, self.valid.flatten())
+    def rois(self, limit: int | None = None) -> Rois:
+        """The ground-truth boxes as B * G RoIs, image by image; padding is invalid.
+
+        Args:
+            limit: at most this many random objects per image are valid. No random number is drawn if no image has more.
+        """
+        batch, most = self.valid.shape
+        valid = self.valid
+        if limit is not None and most > limit:
+            key = torch.rand(valid.shape, device=valid.device).masked_fill(~valid, 2.0)
+            valid = valid & (key.argsort(dim=1).argsort(dim=1) < limit)
+        images = torch.arange(batch, device=valid.device).repeat_interleave(most)
+        return Rois(self.boxes.flatten(0, 1), images, valid.flatten())
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,16 @@ class Detections(Rows):
 
 def match_rois(rois: Rois, ground_truth: GroundTruth, convention: BoxConvention) -> Match:
     """Match every RoI with the ground-truth box of its own image that it overlaps most."""
+    step = max(1, _CHUNK // ground_truth.boxes.shape[1])
+    # A batch without RoIs is one empty chunk.
+    first, *rest = [
+        _match_chunk(rois[start : start + step], ground_truth, convention)
+        for start in range(0, max(1, len(rois)), step)
+    ]
+    return first.cat(*rest)
+
+
+def _match_chunk(rois: Rois, ground_truth: GroundTruth, convention: BoxConvention) -> Match:
     iou = convention.iou(rois.boxes[:, None], ground_truth.boxes[rois.images])
     best, index = iou.masked_fill(~ground_truth.valid[rois.images], -1.0).max(dim=1)
     return Match(best, ground_truth.boxes[rois.images, index], ground_truth.labels[rois.images, index])

@@ -58,7 +58,8 @@ class CPMSettings(Settings):
         point_channels: channels per grid point, a multiple of 4.
         grid_convs: number of 3x3 convolutions in a grid stage.
         samples: RoIs per image that train a classification branch.
-        max_grid_rois: positives per image that enter the first grid stage in training.
+        max_grid_rois: positives per image that enter the first grid stage in training. Each later stage gets at most
+            as many decoded boxes, and at most as many ground-truth boxes, chosen at random.
         score_threshold: only pairs of RoI and class with a higher score enter the grid stages at test.
         nms_iou: IoU threshold of the NMS before the grid stages.
         test_stages: number of grid stages that run at test; None runs all. ISM reads the last stage, so it is skipped
@@ -145,7 +146,12 @@ class CPMHead(RoIHead):
             losses[f"loss_grid{k}"] = stage.loss(output, rois, match)
             if k + 1 < len(self.stages):
                 next_rois, next_match = next_stage_rois(
-                    rois, stage.decode(output, rois), match, ground_truth, self.convention
+                    rois,
+                    stage.decode(output, rois),
+                    match,
+                    ground_truth,
+                    self.convention,
+                    self.settings.max_grid_rois,
                 )
                 positive = next_match.iou >= self.grid_stages[k + 1].settings.positive_iou
                 rois, match = next_rois.where(positive).compact(next_match)

@@ -67,7 +67,7 @@ def sample_rois(rois: Rois, ground_truth: GroundTruth, convention: BoxConvention
 
 @torch.no_grad()
 def next_stage_rois(
-    rois: Rois, decoded: Rois, match: Match, ground_truth: GroundTruth, convention: BoxConvention
+    rois: Rois, decoded: Rois, match: Match, ground_truth: GroundTruth, convention: BoxConvention, limit: int
 ) -> tuple[Rois, Match]:
     """The candidates of the next cascade stage: the decoded boxes and the ground-truth boxes, matched again.
 
@@ -80,7 +80,8 @@ def next_stage_rois(
         match: the ground truth of ``rois``.
         ground_truth: of the batch.
         convention: the box coordinate convention.
+        limit: at most this many random ground-truth boxes per image are appended.
     """
     is_ground_truth = (rois.boxes == match.boxes).all(dim=1)
-    (candidates,) = decoded.where(~is_ground_truth).cat(ground_truth.rois()).compact()
+    (candidates,) = decoded.where(~is_ground_truth).cat(ground_truth.rois(limit)).compact()
     return candidates, match_rois(candidates, ground_truth, convention)
