@@ -120,24 +120,6 @@ def test_rois_of_ground_truth_are_its_boxes_and_padding_is_invalid():
     assert rois.images.tolist() == [0, 2, 2]
 
 
-def test_rois_of_ground_truth_can_be_limited_to_random_objects_of_each_image():
-    boxes = [[k, k, k + 5, k + 5] for k in range(9)]
-    ground_truth = make_ground_truth(boxes, boxes[:3], [])
-    chosen = set()
-    for _ in range(20):
-        (rois,) = ground_truth.rois(limit=4).compact()
-        assert rois.images.tolist() == [0] * 4 + [1] * 3
-        assert rois.boxes[4:].tolist() == boxes[:3]
-        chosen |= {tuple(box) for box in rois.boxes[:4].tolist()}
-    assert len(chosen) == 9
-
-
-def test_limit_that_no_image_exceeds_draws_no_random_number():
-    ground_truth, state = make_ground_truth([A, B], [C]), torch.get_rng_state()
-    assert ground_truth.rois(limit=2).valid.tolist() == [True, True, True, False]
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_ground_truth_converts_other_dtypes():
     other = {"boxes": torch.tensor([A], dtype=torch.float64), "labels": torch.tensor([3], dtype=torch.int32)}
     ground_truth = GroundTruth.stack([other, make_target(B, C)])

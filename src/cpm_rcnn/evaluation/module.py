@@ -10,6 +10,7 @@ from torchmetrics import Metric
 from cpm_rcnn.data import CocoAnnotations
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.inference.detector import Detector
+from cpm_rcnn.models.finite import check_weights
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
@@ -72,6 +73,7 @@ class EvaluationModule(pl.LightningModule):
         self._finish("test")
 
     def _start(self, split: str) -> None:
+        check_weights(self.model.state_dict(), "the model")
         annotations = self.trainer.datamodule.annotations(split)  # type: ignore[attr-defined]
         metric = self.configure_metrics(annotations).to(self.device)
         # Not as a submodule: a metric's persistent states and weights do not belong in a model's checkpoint.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
 
 from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
 from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
@@ -83,6 +84,8 @@ class RegionProposalNetwork(nn.Module):
             level_anchors(self.convention, stride, size, feature.shape[-2:], feature.device)
             for stride, size, feature in zip(self.strides, self.settings.anchor_sizes, features)
         ]
+        if ground_truth is None:
+            check_output("rpn", self, *logits, *deltas)
         with torch.no_grad():
             proposals = self._propose(logits, deltas, anchors, image_sizes)
         if ground_truth is None:

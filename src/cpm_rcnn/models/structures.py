@@ -120,19 +120,10 @@ class GroundTruth(NamedTuple):
         valid = torch.arange(most, device=device) < torch.tensor(counts).to(device, non_blocking=True)[:, None]
         return cls(boxes, labels, valid, counts)
 
-    def rois(self, limit: int | None = None) -> Rois:
-        """The ground-truth boxes as B * G RoIs, image by image; padding is invalid.
-
-        Args:
-            limit: at most this many random objects per image are valid. No random number is drawn if no image has more.
-        """
-        batch, most = self.valid.shape
-        valid = self.valid
-        if limit is not None and most > limit:
-            key = torch.rand(valid.shape, device=valid.device).masked_fill(~valid, 2.0)
-            valid = valid & (key.argsort(dim=1).argsort(dim=1) < limit)
-        images = torch.arange(batch, device=valid.device).repeat_interleave(most)
-        return Rois(self.boxes.flatten(0, 1), images, valid.flatten())
+    def rois(self) -> Rois:
+        """The ground-truth boxes as B * G RoIs, image by image; padding is invalid."""
+        images = torch.arange(len(self.boxes), device=self.boxes.device).repeat_interleave(self.boxes.shape[1])
+        return Rois(self.boxes.flatten(0, 1), images, self.valid.flatten())
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.structures import Match, Rois
 
@@ -40,9 +41,14 @@ class RefinementStage(nn.Module, ABC):
 
 
 def refine(stages: Sequence[RefinementStage], features: Sequence[Tensor], rois: Rois) -> tuple[Rois, list[StageOutput]]:
-    """Run ``rois`` through all ``stages`` at test: the refined RoIs, and the output of each stage."""
+    """Run ``rois`` through all ``stages`` at test: the refined RoIs, and the output of each stage.
+
+    Raises:
+        UserError: a stage decodes boxes that are not finite.
+    """
     outputs = []
-    for stage in stages:
+    for k, stage in enumerate(stages):
         outputs.append(stage(features, rois))
         rois = stage.decode(outputs[-1], rois)
+        check_output(f"head.stages.{k}", stage, rois.boxes)
     return rois, outputs
