@@ -329,11 +329,11 @@ def test_detection_with_weights_that_are_not_finite_names_the_first_part(weights
         detector([random_image(64, 64)])
 
 
-@pytest.mark.parametrize("part", ["backbone", "rpn", "head.classifier", "head.stages.0", "head.ism", "head.rsm"])
+@pytest.mark.parametrize("part", ["backbone", "rpn", "head.classifier", "head.rsm"])
 def test_detection_whose_values_overflow_names_the_first_part(part):
     detector = make_noisy_detector()
     for parameter in detector.get_submodule(part).parameters():
-        parameter.data.abs_().add_(1e-3).mul_(1e18)
+        parameter.data.abs_().add_(1e-3).mul_(1e30)
     with pytest.raises(UserError, match=rf"^the model's {part} gives NaN or infinite values although its weights are"):
         detector([random_image(64, 64)])
 
