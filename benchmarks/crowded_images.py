@@ -65,7 +65,7 @@ def measure(objects: int, options: argparse.Namespace) -> None:
     memory = PeakMemory(options.limit * _GIB)
     start = time.process_time()
     loss = torch.stack(list(model(images, targets).values())).sum()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     seconds = time.process_time() - start
     print(f"{(memory.peak - memory.start) / _GIB:.2f} {seconds:.1f} {loss.item():.3g}")
 
