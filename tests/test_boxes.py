@@ -203,6 +203,14 @@ def test_empty_inputs_give_empty_results(convention):
     assert convention.clip(none, torch.tensor([4, 4])).shape == (0, 4)
 
 
+def test_boxes_that_end_before_they_begin_are_inverted():
+    boxes = torch.tensor([[5.0, 5, 9, 9], [5, 5, 5, 5], [9, 5, 5, 9], [5, 50, 9, 5]])
+    assert CONTINUOUS.inverted(boxes).tolist() == [False, False, True, True]
+    # Half a pixel wide, and enlarged eight times.
+    narrow = INCLUSIVE.from_xywh(torch.tensor([10.0, 10, 0.5, 20])) * 8
+    assert INCLUSIVE.inverted(torch.cat([boxes, narrow[None]])).tolist() == [False, False, False, True, False]
+
+
 def test_only_the_inclusive_convention_pads_before_normalization_and_pools_unaligned():
     assert (CONTINUOUS.aligned, CONTINUOUS.pads_raw) == (True, False)
     assert (INCLUSIVE.aligned, INCLUSIVE.pads_raw) == (False, True)

@@ -41,7 +41,7 @@ class BoxConvention:
 
     @property
     def pads_raw(self) -> bool:
-        """Whether images are padded with zeros before normalization; otherwise after it."""
+        """Whether images are padded with zeros before normalization at test; otherwise, and in training, after it."""
         return self.extra != 0.0
 
     def cell_anchors(self, stride: int, size: float, ratios: Sequence[float]) -> Tensor:
@@ -73,6 +73,14 @@ class BoxConvention:
         """Areas (...) in square pixels of boxes (..., 4)."""
         width, height = self.sizes(boxes)
         return width * height
+
+    def inverted(self, boxes: Tensor) -> Tensor:
+        """Whether boxes (..., 4) end before they begin, (...) bool.
+
+        In the inclusive convention, a box that is narrower than a pixel has x2 < x1. Resizing an image multiplies the
+        difference, so only boxes that end more than 32 pixels before they begin are inverted there.
+        """
+        return (boxes[..., 2:] - boxes[..., :2] < -32 * self.extra).any(dim=-1)
 
     def iou(self, a: Tensor, b: Tensor) -> Tensor:
         """Intersection over union, elementwise with broadcasting.

@@ -77,6 +77,14 @@ def test_detections_are_evaluated_in_pixels_of_the_original_images(root):
         torch.testing.assert_close(ours.sort(0).values, boxes.sort(0).values, rtol=1e-4, atol=1e-3)
 
 
+def test_evaluation_of_weights_that_are_not_finite_does_not_start(root):
+    data = shapes_data(root)
+    module = shapes_module(data)
+    next(module.model.rpn.parameters()).data[0] = float("nan")
+    with pytest.raises(UserError, match=r"^the model: 1 of \d+ tensors .* the first is rpn\.head\."):
+        small_trainer().validate(module, data, verbose=False)
+
+
 class CountDetections(Metric):
     """The number of detections per image."""
 

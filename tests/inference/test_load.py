@@ -43,6 +43,7 @@ def test_the_loaded_detector_gives_the_same_detections_as_the_model_in_the_run(t
 OVERRIDES = {
     "score_threshold": 0.4,
     "nms_iou": 0.6,
+    "final_nms_iou": 0.5,
     "test_stages": 1,
     "proposals_test": 7,
     "test_short_side": 50,
@@ -55,7 +56,7 @@ OVERRIDES = {
 def values_of(detector):
     """The values that a detector uses, by the names of the overrides."""
     head, rpn = detector.model.head, detector.model.rpn
-    names = ("score_threshold", "nms_iou", "test_stages")
+    names = ("score_threshold", "nms_iou", "final_nms_iou", "test_stages")
     return {name: getattr(head.settings, name) for name in names} | {
         "proposals_test": rpn.settings.proposals_test,
         "test_short_side": detector.short_side,
@@ -90,6 +91,7 @@ def test_other_settings_are_refused_with_the_allowed_ones(checkpoint, name):
     [
         ("score_threshold", 2),
         ("nms_iou", "high"),
+        ("final_nms_iou", 1.5),
         ("proposals_test", 0),
         ("test_stages", 4),
         ("test_short_side", 0),
@@ -135,3 +137,15 @@ def test_the_original_size_is_kept_if_the_data_of_the_run_kept_it(checkpoint, tm
 def test_sizes_that_the_checkpoint_does_not_have_are_the_default(checkpoint, tmp_path):
     detector = cpm_rcnn.load(change_checkpoint(checkpoint, tmp_path / "bare.ckpt", data={}))
     assert (detector.short_side, detector.max_size) == (800, 1333)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    module = write_trained(tmp_path / "good.ckpt")
+    name = "head.stages.1.convs.0.weight"
+    module.model.state_dict()[name][0, 0, 0, 0] = float("nan")
+    module.model.state_dict()["head.rsm.predictor.bias"][0] = float("inf")
+    checkpoint = torch.load(tmp_path / "good.ckpt", weights_only=True)
+    checkpoint["state_dict"] = module.state_dict()
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    with pytest.raises(UserError, match=rf"^path=.*bad\.ckpt: 2 of \d+ tensors .* the first is {name}; .*diverged"):
+        cpm_rcnn.load(tmp_path / "bad.ckpt")

@@ -71,6 +71,18 @@ def test_no_boxes_give_no_boxes():
     assert scores.shape == labels.shape == (0,)
 
 
+def test_scores_and_boxes_that_are_not_finite_are_dropped_and_the_rest_of_their_class_is_kept():
+    boxes = torch.tensor([[10.0 * k, 0, 10.0 * k + 9, 9] for k in range(5)])
+    boxes[3, 1] = float("nan")
+    boxes[4, 2] = float("inf")
+    scores = torch.tensor([0.9, float("nan"), 0.7, 0.8, 0.6])
+    kept, found, labels = soft_nms(boxes, scores, torch.tensor([1, 1, 1, 1, 2]))
+    assert found.tolist() == pytest.approx([0.9, 0.7])
+    assert torch.equal(kept, boxes[[0, 2]])
+    assert labels.tolist() == [1, 1]
+    assert [len(part) for part in soft_nms(boxes, scores * float("nan"), torch.ones(5).long())] == [0, 0, 0]
+
+
 def test_boxes_without_area_do_not_suppress_each_other():
     boxes = torch.tensor([[5.0, 5, 5, 5], [5.0, 5, 5, 5]])
     _, scores, _ = soft_nms(boxes, torch.tensor([0.9, 0.8]), torch.tensor([1, 1]))

@@ -1,6 +1,7 @@
 """Small inputs that several tests of the model share."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpm_rcnn.boxes import CONTINUOUS
 from cpm_rcnn.models.heads import HeadInputs
@@ -44,3 +45,19 @@ def make_ground_truth(*boxes_per_image):
 
 def head_inputs(channels=8, num_classes=3):
     return HeadInputs(channels, STRIDES, num_classes, CONTINUOUS)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that was computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else [result]:
+            # Expanded tensors have no memory of their own.
+            if isinstance(value, torch.Tensor) and not func.is_view:
+                self.elements = max(self.elements, value.numel())
+        return result

@@ -120,6 +120,14 @@ def test_ground_truth_boxes_train_every_stage(features, ground_truth, trained):
         assert sorted(rois.boxes.tolist()) == sorted(torch.cat(BOXES).tolist())
 
 
+def test_every_stage_is_limited_in_crowded_images(features, trained):
+    corner = torch.rand(200, 2, generator=torch.Generator().manual_seed(0)) * 90
+    crowd = torch.cat([corner, corner + 20], dim=1).tolist()
+    objects = GroundTruth.stack([make_target(*boxes, labels=[1] * len(boxes)) for boxes in (crowd, crowd[:4])])
+    make_head(max_grid_rois=8, samples=512).losses(features, no_rois(), objects)
+    assert [rois.images.bincount().tolist() for rois, _, _ in trained] == [[8, 4]] * 3
+
+
 def test_invalid_proposals_have_no_effect_on_losses_and_detections(features, proposals, ground_truth):
     invalid = proposals.with_boxes(proposals.boxes + 3).where(torch.zeros(len(proposals), dtype=torch.bool))
     head = make_head()
@@ -227,3 +235,22 @@ def test_detection_classifies_refines_and_rescores(features, proposals, test_sta
     assert torch.equal(found.images, rois.images)
     torch.testing.assert_close(found.scores, scores)
     assert torch.equal(found.labels, labels)
+
+
+def test_final_nms_drops_refined_boxes_that_overlap_a_better_one_of_their_class(features, proposals, monkeypatch):
+    # Every box is refined to the same object of its image.
+    monkeypatch.setattr(
+        GridStage,
+        "decode",
+        lambda _, output, rois: rois.with_boxes(torch.stack([BOXES[0][0], BOXES[1][0]])[rois.images]),
+    )
+    head = make_head(CMM_STAGES[:2]).eval()
+    with torch.no_grad():
+        published = head.detect(features, proposals)
+        head.settings = replace(head.settings, final_nms_iou=0.5)
+        found = head.detect(features, proposals)
+    pairs = {(image, label) for image, label in zip(published.images.tolist(), published.labels.tolist())}
+    assert len(published) > len(pairs) == len(found) > 2
+    for image, label, score in zip(found.images, found.labels, found.scores):
+        same = (published.images == image) & (published.labels == label)
+        assert score == published.scores[same].max()

@@ -305,3 +305,80 @@ def test_grid_stages_run_only_on_boxes_that_remain_after_classification_at_test(
     with torch.no_grad():
         [found] = make_noisy_detector()([random_image(64, 64)])
     assert counts == [len(found["scores"])] * 3
+
+
+PARTS = [
+    ("backbone.body", "backbone"),
+    ("backbone.fpn", "backbone"),
+    ("rpn.head.cls_logits", "rpn"),
+    ("head.classifier.predictor", "head.classifier"),
+    ("head.stages.0.convs.0", "head.stages.0"),
+    ("head.stages.1.deconvs", "head.stages.1"),
+    ("head.stages.2.convs.0", "head.stages.2"),
+    ("head.ism.predictor", "head.ism"),
+    ("head.rsm.mlp", "head.rsm"),
+]
+
+
+@pytest.mark.parametrize(("weights", "part"), PARTS)
+def test_detection_with_weights_that_are_not_finite_names_the_first_part(weights, part):
+    detector = make_noisy_detector()
+    name, parameter = next(item for item in detector.named_parameters() if item[0].startswith(weights))
+    parameter.data.fill_(float("nan"))
+    with pytest.raises(UserError, match=rf"^the model's {part}: 1 of \d+ tensors have NaN .* first is {name};"):
+        detector([random_image(64, 64)])
+
+
+@pytest.mark.parametrize("part", ["backbone", "rpn", "head.classifier", "head.rsm"])
+def test_detection_whose_values_overflow_names_the_first_part(part):
+    detector = make_noisy_detector()
+    for parameter in detector.get_submodule(part).parameters():
+        parameter.data.abs_().add_(1e-3).mul_(1e30)
+    with pytest.raises(UserError, match=rf"^the model's {part} gives NaN or infinite values although its weights are"):
+        detector([random_image(64, 64)])
+
+
+def target_with(**entries):
+    return two_objects()[1] | entries
+
+
+NAN, INF = float("nan"), float("inf")
+INVALID_TARGETS = [
+    (target_with(labels=torch.tensor([1, 0])), r'\["labels"\]\[1\] is 0: must be 1 to 2; 0 is background'),
+    (target_with(labels=torch.tensor([3, 1])), r'\["labels"\]\[0\] is 3: must be 1 to 2'),
+    (target_with(labels=torch.tensor([-1, 1])), r'\["labels"\]\[0\] is -1: must be 1 to 2'),
+    (target_with(labels=torch.tensor([1])), r" has 2 boxes and 1 labels"),
+    (target_with(labels=torch.tensor([1.0, 2.0])), r'\["labels"\] is torch.float32 \(2,\): must be int64 \(N,\)'),
+    (target_with(labels=torch.tensor([[1, 2]])), r'\["labels"\] is torch.int64 \(1, 2\): must be int64'),
+    (target_with(labels=[1, 2]), r'\["labels"\] is a list: must be a tensor'),
+    (
+        target_with(boxes=torch.tensor([[1.0, 2, 3, 4], [1, 2, NAN, 4]])),
+        r'\["boxes"\]\[1\] is \(1, 2, nan, 4\): .*finite',
+    ),
+    (
+        target_with(boxes=torch.tensor([[1.0, 2, INF, 4], [1, 2, 3, 4]])),
+        r'\["boxes"\]\[0\] is \(1, 2, inf, 4\): .*finite',
+    ),
+    (
+        target_with(boxes=torch.tensor([[1.0, 2, 3, 4], [60, 2, 3, 4]])),
+        r'\["boxes"\]\[1\] is \(60, 2, 3, 4\): .*x1 <= x2',
+    ),
+    (target_with(boxes=torch.zeros(2, 5)), r'\["boxes"\] is torch.float32 \(2, 5\): must be float32 \(N, 4\)'),
+    (target_with(boxes=torch.zeros(4)), r'\["boxes"\] is torch.float32 \(4,\): must be float32 \(N, 4\)'),
+    (target_with(boxes=torch.zeros(2, 4, dtype=torch.bool)), r'\["boxes"\] is torch.bool \(2, 4\): must be float32'),
+    (target_with(boxes=torch.zeros(2, 4, device="meta")), r'\["boxes"\] is on meta, but the images are on cpu'),
+    ({"boxes": torch.zeros(0, 4)}, r' has no "labels"'),
+    ([1, 2], r' is a list: must be a dict with "boxes" and "labels"'),
+]
+
+
+@pytest.mark.parametrize(("target", "message"), INVALID_TARGETS, ids=range(len(INVALID_TARGETS)))
+def test_invalid_target_is_named_with_its_entry(target, message):
+    with pytest.raises(UserError, match=rf"^targets\[1\]{message}"):
+        make_detector()([two_objects()[0]] * 2, [two_objects()[1], target])
+
+
+def test_targets_of_other_dtypes_and_boxes_without_area_are_accepted():
+    target = {"boxes": torch.tensor([[4, 6, 34, 40], [9, 9, 9, 9]]), "labels": torch.tensor([1, 2], dtype=torch.int32)}
+    losses = make_detector()([two_objects()[0]], [target])
+    assert all(loss.isfinite() for loss in losses.values())

@@ -21,9 +21,10 @@ def test_values_are_scaled_and_normalized_in_the_channel_order_of_the_backbone(i
 
 
 @both_formats
-def test_images_are_at_the_top_left_of_a_batch_padded_to_multiples_of_32(input_format, convention):
+@pytest.mark.parametrize("training", [True, False], ids=["train", "test"])
+def test_images_are_at_the_top_left_of_a_batch_padded_to_multiples_of_32(input_format, convention, training):
     images = [random_image(33, 20), random_image(10, 65, seed=1)]
-    batch, sizes = ImagePreprocessor(input_format, convention)(images)
+    batch, sizes = ImagePreprocessor(input_format, convention).train(training)(images)
     assert batch.shape == (2, 3, 64, 96)
     assert (sizes.tolist(), sizes.dtype) == ([[33, 20], [10, 65]], torch.int64)
     for row, image in zip(batch, images):
@@ -33,8 +34,9 @@ def test_images_are_at_the_top_left_of_a_batch_padded_to_multiples_of_32(input_f
         outside = torch.ones(64, 96, dtype=torch.bool)
         outside[:height, :width] = False
         for channel in range(3):
-            # The inclusive convention pads before the normalization.
-            value = -input_format.mean[channel] / input_format.std[channel] if convention is INCLUSIVE else 0.0
+            # At test, the inclusive convention pads before the normalization.
+            raw = convention is INCLUSIVE and not training
+            value = -input_format.mean[channel] / input_format.std[channel] if raw else 0.0
             torch.testing.assert_close(row[channel, outside], torch.full((int(outside.sum()),), value))
 
 

@@ -3,7 +3,7 @@ import torch
 from inputs import make_ground_truth
 
 from cpm_rcnn.boxes import CONTINUOUS
-from cpm_rcnn.models.heads.roi_sampling import next_stage_rois, sample_rois
+from cpm_rcnn.models.heads.roi_sampling import limit_crowded, next_stage_rois, sample_rois
 from cpm_rcnn.models.structures import Rois, match_rois
 
 FIRST, SECOND, THIRD = [10.0, 10, 50, 60], [60.0, 50, 110, 100], [30.0, 30, 90, 90]
@@ -87,3 +87,28 @@ def test_decoded_box_is_matched_again_and_can_change_its_object(ground_truth):
     decoded = rois.with_boxes(torch.tensor([SECOND]) + 1)
     _, match = next_stage_rois(rois, decoded, match_rois(rois, ground_truth, CONTINUOUS), ground_truth, CONTINUOUS)
     assert match.labels.tolist() == [2, 1, 2, 1]
+
+
+def test_rois_of_later_stages_are_limited_in_images_with_more_objects_decoded_boxes_first():
+    boxes = [[k, k, k + 20, k + 20] for k in range(9)]
+    objects = make_ground_truth(boxes, boxes[:3])
+    decoded = Rois.of(torch.tensor([[1.0, 0, 20, 20], [3, 2, 20, 20], [0, 1, 20, 20]]), torch.tensor([0, 0, 1]))
+    (rois,) = decoded.cat(objects.rois()).compact()
+    match = match_rois(rois, objects, CONTINUOUS)
+    chosen = set()
+    for _ in range(20):
+        (kept,) = limit_crowded(rois, match, objects, 4).compact()
+        assert kept.images.tolist() == [0, 0, 1, 0, 0, 1, 1, 1]
+        assert torch.equal(kept.boxes[:3], decoded.boxes)
+        chosen |= {tuple(box) for box in kept.boxes[3:5].tolist()}
+    assert len(chosen) == 9
+    # Invalid RoIs do not count.
+    (kept,) = limit_crowded(rois.where(torch.arange(len(rois)) > 0), match, objects, 3).compact()
+    assert kept.images.tolist() == [0, 1, 0, 0, 1, 1, 1]
+    assert torch.equal(kept.boxes[:2], decoded.boxes[1:])
+
+
+def test_limit_of_later_stages_that_no_image_exceeds_draws_no_random_number(rois, ground_truth):
+    state = torch.get_rng_state()
+    assert limit_crowded(rois, match_rois(rois, ground_truth, CONTINUOUS), ground_truth, 2) is rois
+    assert torch.equal(torch.get_rng_state(), state)

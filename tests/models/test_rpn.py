@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import make_ground_truth, random_pyramid
+from inputs import LargestTensor, make_ground_truth, random_pyramid, random_rois
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -190,6 +190,37 @@ def test_padding_of_the_ground_truth_makes_no_anchor_positive():
     assert labels[0].tolist() == [0, 1]
 
 
+def crowd(count, seed):
+    """Boxes of ``count`` objects, some of them equal, so that several have the same IoU with an anchor."""
+    boxes = random_rois(count, 1, torch.Generator().manual_seed(seed)).boxes
+    return torch.cat([boxes, boxes[:5]]).tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 1000, 5000])
+def test_matching_does_not_depend_on_how_many_objects_are_compared_at_once(convention, monkeypatch, chunk):
+    rpn = make_rpn(convention=convention)
+    anchors = level_anchors(convention, 8, 32, (16, 16), CPU)
+    sizes, objects = torch.tensor([[128, 128]] * 3), make_ground_truth(crowd(40, 0), [], crowd(7, 1))
+    iou = convention.iou(objects.boxes[:, :, None], anchors).masked_fill(~objects.valid[:, :, None], -1.0)
+    best, index = iou.max(dim=1)
+    is_best = ((iou == iou.amax(dim=2, keepdim=True)) & (iou > 0)).any(dim=1)
+    labels = torch.where((best >= 0.7) | is_best, 1, torch.where(best < 0.3, 0, -1))
+    monkeypatch.setattr(rpn_module, "_CHUNK", chunk)
+    found, boxes = rpn._assign(anchors, sizes, objects)
+    assert torch.equal(found, labels)
+    assert torch.equal(boxes, objects.boxes.gather(1, index[..., None].expand(-1, -1, 4)))
+
+
+def test_memory_of_matching_does_not_depend_on_the_number_of_objects(monkeypatch):
+    monkeypatch.setattr(rpn_module, "_CHUNK", 4000)
+    anchors = level_anchors(CONTINUOUS, 8, 32, (16, 16), CPU)
+    for count in (3, 300):
+        with LargestTensor() as largest:
+            make_rpn()._assign(anchors, torch.tensor([[128, 128]] * 2), make_ground_truth(crowd(count, 0), crowd(1, 1)))
+        # The matched boxes have four numbers for each anchor of the batch.
+        assert largest.elements == 2 * len(anchors) * 4
+
+
 def test_losses_are_means_over_the_sampled_anchors_of_the_batch():
     rpn = make_rpn()
     features, sizes = pyramid(), torch.tensor([[128, 128]] * 2)
@@ -235,6 +266,7 @@ def test_ignored_anchors_and_padded_objects_have_no_effect_on_losses_and_gradien
         torch.cat([objects.boxes, torch.tensor([[[8.0, 8, 16, 16]]])], dim=1),
         torch.tensor([[1, 0]]),
         torch.tensor([[True, False]]),
+        (1,),
     )
     losses, *with_ignored = losses_and_gradients(torch.cat([inside, crossing]), padded, logits, deltas)
     assert expected["loss_rpn_box"].total > 0

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from inputs import make_ground_truth, make_target, no_rois
+from inputs import LargestTensor, make_ground_truth, make_target, no_rois, random_rois
 
 from cpm_rcnn.boxes import CONTINUOUS
+from cpm_rcnn.models import structures
 from cpm_rcnn.models.structures import Detections, GroundTruth, Match, Rois, match_rois
 
 A, B, C = (0, 0, 10, 10), (20, 20, 40, 30), (5, 5, 15, 15)
@@ -161,3 +162,16 @@ def test_padding_is_never_a_match_even_for_a_roi_with_the_same_box(convention):
 def test_no_rois_have_no_match():
     match = match_rois(no_rois(), make_ground_truth([A]), CONTINUOUS)
     assert (match.iou.shape, match.boxes.shape, match.labels.shape) == ((0,), (0, 4), (0,))
+
+
+def test_match_and_its_memory_do_not_depend_on_how_many_rois_are_compared_at_once(convention, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    ground_truth = make_ground_truth(random_rois(300, 1, generator).boxes.tolist(), [A])
+    rois = random_rois(500, 2, generator)
+    expected = match_rois(rois, ground_truth, convention)
+    for chunk, elements in ((1, 4 * 300), (7000, 4 * 23 * 300)):  # 23 RoIs with the 4 numbers of each object
+        monkeypatch.setattr(structures, "_CHUNK", chunk)
+        with LargestTensor() as largest:
+            match = match_rois(rois, ground_truth, convention)
+        assert all(torch.equal(a, b) for a, b in zip(fields_of(match), fields_of(expected)))
+        assert largest.elements == max(elements, 4 * 500)

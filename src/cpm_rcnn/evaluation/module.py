@@ -11,6 +11,7 @@ from cpm_rcnn.data import CocoAnnotations, CocoDataset
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.inference.detector import Detector
+from cpm_rcnn.models.finite import check_weights
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
@@ -83,6 +84,7 @@ class EvaluationModule(pl.LightningModule):
         self._finish("test")
 
     def _start(self, split: str) -> None:
+        check_weights(self.model.state_dict(), "the model")
         metric = self.configure_metrics(self._annotations(split)).to(self.device)
         # Not as a submodule: a metric's persistent states and weights do not belong in a model's checkpoint.
         object.__setattr__(self, "metric", metric)

@@ -8,6 +8,7 @@ from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.inference.detector import SIZE_OPTIONS, Detector, size_arguments
 from cpm_rcnn.inference.multi_scale import MultiScaleSettings
 from cpm_rcnn.models.build import build
+from cpm_rcnn.models.finite import check_weights
 from cpm_rcnn.models.heads import HEADS
 from cpm_rcnn.models.settings import inference_options
 from cpm_rcnn.weights.checkpoints import detector_state, read_checkpoint
@@ -27,7 +28,8 @@ def load(path: str | Path, **overrides: Any) -> Detector:
 
     Raises:
         ArgumentError: an override is unknown or its value invalid.
-        UserError: the file does not exist, is damaged, or is a checkpoint of another program or format.
+        UserError: the file does not exist, is damaged, is a checkpoint of another program or format, or its weights are
+            not finite.
     """
     checkpoint = read_checkpoint(path, "path")
     return detector_from(checkpoint, f"path={path}", **overrides)
@@ -65,5 +67,6 @@ def detector_from(
         if overrides.get(name) is False:
             state = {key: value for key, value in state.items() if not key.startswith(f"head.{name}.")}
     check_names(source, state, {name: value.shape for name, value in model.state_dict().items()})
+    check_weights(state, source)
     model.load_state_dict(state)
     return Detector(model.eval(), hyper_parameters["categories"], multi_scale=multi_scale, **size_arguments(sizes))

@@ -15,6 +15,8 @@ def soft_nms(
     has its score multiplied by 1 - IoU. This repeats with the remaining boxes. All classes are processed in
     parallel, one box per class and round, until no class has a score above ``min_score`` left.
 
+    Boxes whose score or coordinates are not finite are dropped.
+
     Args:
         boxes: (N, 4) float, xyxy pixels; widths are x2 - x1 in both box conventions
             (docs/method.md section 9).
@@ -26,6 +28,9 @@ def soft_nms(
     Returns:
         Boxes (M, 4), reduced scores (M,) in descending order, and labels (M,).
     """
+    # A score of NaN would be the highest of its class and end it.
+    finite = scores.isfinite() & boxes.isfinite().all(dim=1)
+    boxes, scores, labels = boxes[finite], scores[finite], labels[finite]
     if len(scores) == 0:
         return boxes, scores, labels
 

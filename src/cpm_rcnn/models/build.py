@@ -54,6 +54,7 @@ def build(settings: ModelSettings, num_classes: int) -> TwoStageDetector:
     inputs = HeadInputs(trunk.fpn_channels, STRIDES[:-1], num_classes, convention)
     return TwoStageDetector(
         settings,
+        num_classes,
         ImagePreprocessor(settings.backbone.resolved_format, convention),
         FPNBackbone(body, trunk.fpn_channels),
         RegionProposalNetwork(settings.rpn, trunk.fpn_channels, STRIDES, convention),

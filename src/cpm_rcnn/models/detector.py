@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cpm_rcnn.errors import UserError
+from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.fpn import FPNBackbone
 from cpm_rcnn.models.heads import RoIHead
 from cpm_rcnn.models.losses import reduce_losses
@@ -14,6 +15,7 @@ from cpm_rcnn.models.preprocess import ImagePreprocessor
 from cpm_rcnn.models.rpn import RegionProposalNetwork
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.models.structures import Detections, GroundTruth
+from cpm_rcnn.models.targets import check_targets
 
 
 class TwoStageDetector(nn.Module):
@@ -21,6 +23,7 @@ class TwoStageDetector(nn.Module):
 
     Args:
         settings: the settings that the other arguments were built from.
+        num_classes: number of foreground classes.
         preprocessor: converts uint8 images to a normalized batch.
         backbone: computes the feature pyramid P2..P6 of the batch.
         rpn: predicts proposals from the pyramid.
@@ -30,6 +33,7 @@ class TwoStageDetector(nn.Module):
     def __init__(
         self,
         settings: ModelSettings,
+        num_classes: int,
         preprocessor: ImagePreprocessor,
         backbone: FPNBackbone,
         rpn: RegionProposalNetwork,
@@ -37,6 +41,7 @@ class TwoStageDetector(nn.Module):
     ) -> None:
         super().__init__()
         self.settings = settings
+        self.num_classes = num_classes
         self.preprocessor = preprocessor
         # Convolutions are fastest in channels_last. The head stays contiguous, because GroupNorm would copy its input.
         self.backbone = backbone.to(memory_format=torch.channels_last)
@@ -59,7 +64,8 @@ class TwoStageDetector(nn.Module):
             In train mode, a dict of scalar float32 losses, whose sum is to be minimized.
 
         Raises:
-            UserError: an image is not uint8 (3, H, W), or there is not one target per image in train mode.
+            UserError: an image is not uint8 (3, H, W); in train mode, there is not one valid target per image; in eval
+                mode, weights or outputs are not finite.
         """
         for i, image in enumerate(images):
             if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
@@ -70,11 +76,17 @@ class TwoStageDetector(nn.Module):
             raise UserError("images is empty: at least one is needed")
         if self.training and (targets is None or len(targets) != len(images)):
             raise UserError(f"train mode needs one target for each of the {len(images)} images")
+        if self.training:
+            assert targets is not None
+            check_targets(targets, self.num_classes, self.preprocessor.convention, images[0].device)
         batch, sizes = self.preprocessor(images)
         features = list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values())
         if not self.training:
+            check_output("backbone", self.backbone, *features)
             proposals, _ = self.rpn(features, sizes)
-            return _per_image(self.head.detect(pooling_format(features), proposals), len(images))
+            detections = self.head.detect(pooling_format(features), proposals)
+            check_output("head", self.head, detections.boxes, detections.scores)
+            return _per_image(detections, len(images))
         assert targets is not None
         ground_truth = GroundTruth.stack(targets)
         proposals, losses = self.rpn(features, sizes, ground_truth)

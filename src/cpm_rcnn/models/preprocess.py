@@ -16,7 +16,8 @@ class ImagePreprocessor(nn.Module):
 
     Args:
         input_format: channel order, range, mean and std that the backbone expects.
-        convention: decides whether padding is zero before or after the normalization.
+        convention: decides whether padding is zero before or after the normalization at test. In training it is zero
+            after the normalization, as in the release (spec section 11).
     """
 
     mean: Tensor
@@ -43,7 +44,7 @@ class ImagePreprocessor(nn.Module):
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         height, width = (-(-max(side) // _DIVISOR) * _DIVISOR for side in zip(*sizes))
         batch = self.mean.new_zeros(len(images), 3, height, width)
-        if self.convention.pads_raw:
+        if self.convention.pads_raw and not self.training:
             batch -= self.mean / self.std
         for row, image, (h, w) in zip(batch, images, sizes):
             channels = image.flip(0) if self.flip_channels else image

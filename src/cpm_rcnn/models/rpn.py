@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import RPNHead
 
 from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
 from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
@@ -20,6 +21,8 @@ _POSITIVE_IOU, _NEGATIVE_IOU = 0.7, 0.3
 _SAMPLES, _POSITIVE_FRACTION = 256, 0.5
 _SMOOTH_L1_BETA = 1 / 9
 _NMS_IOU = 0.7
+# Pairs of object and anchor whose IoU is computed at once. Fastest on a CPU, whose caches hold the result.
+_CHUNK = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class RegionProposalNetwork(nn.Module):
             level_anchors(self.convention, stride, size, feature.shape[-2:], feature.device)
             for stride, size, feature in zip(self.strides, self.settings.anchor_sizes, features)
         ]
+        if ground_truth is None:
+            check_output("rpn", self, *logits, *deltas)
         with torch.no_grad():
             proposals = self._propose(logits, deltas, anchors, image_sizes)
         if ground_truth is None:
@@ -135,18 +140,43 @@ class RegionProposalNetwork(nn.Module):
     @torch.no_grad()
     def _assign(self, anchors: Tensor, image_sizes: Tensor, ground_truth: GroundTruth) -> tuple[Tensor, Tensor]:
         """Labels (B, A), 1 for object, 0 for background, -1 for ignored, and the matched boxes (B, A, 4)."""
-        iou = self.convention.iou(ground_truth.boxes[:, :, None], anchors)  # (B, G, A)
-        iou.masked_fill_(~ground_truth.valid[:, :, None], -1.0)
-        best, index = iou.max(dim=1)
-        # Each object's best-overlapping anchors are positive, whatever their IoU, as long as they overlap at all.
-        best_of_object = iou.amax(dim=2, keepdim=True)
-        is_best = ((iou == best_of_object) & (iou > 0)).any(dim=1)
+        best, index, is_best = self._match(anchors, ground_truth)
         positive = (best >= _POSITIVE_IOU) | is_best
         labels = torch.where(positive, 1, torch.where(best < _NEGATIVE_IOU, 0, -1))
         if self.settings.ignore_border_anchors:
             clipped = self.convention.clip(anchors, image_sizes[:, None].to(anchors.dtype))
             labels = labels.masked_fill((clipped != anchors).any(dim=-1), -1)
         return labels, ground_truth.boxes.gather(1, index[..., None].expand(-1, -1, 4))
+
+    def _match(self, anchors: Tensor, ground_truth: GroundTruth) -> tuple[Tensor, Tensor, Tensor]:
+        """Match every anchor with the object that it overlaps most.
+
+        Objects are compared with all anchors one image and one chunk at a time, so that neither the memory nor the time
+        of a batch depends on the number of objects in its most crowded image.
+
+        Returns:
+            The best IoU of each anchor (B, A), -1 where the image has no object; the index of that object (B, A); and
+            whether the anchor is one of the best-overlapping anchors of any object (B, A).
+        """
+        shape = len(ground_truth.counts), len(anchors)
+        best = anchors.new_full(shape, -1.0)
+        index = torch.zeros(shape, dtype=torch.int64, device=anchors.device)
+        is_best = torch.zeros(shape, dtype=torch.bool, device=anchors.device)
+        step = max(1, _CHUNK // len(anchors))
+        for image, count in enumerate(ground_truth.counts):
+            for start in range(0, count, step):
+                objects = ground_truth.boxes[image, start : min(start + step, count)]
+                iou = self.convention.iou(objects[:, None], anchors)
+                chunk_best, chunk_index = iou.max(dim=0)
+                # Of objects with the same IoU the first is matched, as a maximum over all objects would do.
+                better = chunk_best > best[image]
+                best[image] = torch.where(better, chunk_best, best[image])
+                index[image] = torch.where(better, chunk_index + start, index[image])
+                # Each object's best-overlapping anchors are positive, whatever their IoU, as long as they overlap at
+                # all. A chunk has all anchors, so the best of its objects are final; no IoU is 2.
+                best_of_object = iou.amax(dim=1, keepdim=True)
+                is_best[image] |= (iou == torch.where(best_of_object > 0, best_of_object, 2.0)).any(dim=0)
+        return best, index, is_best
 
 
 def level_anchors(

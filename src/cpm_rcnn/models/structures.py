@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from cpm_rcnn.boxes import BoxConvention
 
 _R = TypeVar("_R", bound="Rows")
+# Pairs of RoI and object whose IoU is computed at once, which bounds the memory of crowded images.
+_CHUNK = 1 << 22
 
 
 class Rows:
@@ -33,10 +35,10 @@ class Rows:
         """The rows at ``index``, which is a bool mask (R,), int64 indices (K,) or a slice."""
         return self._replace({name: getattr(self, name)[index] for name in self._row_names()})
 
-    def cat(self: _R, other: _R) -> _R:
-        """Concatenate the rows of both, those of ``other`` last."""
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in self._row_names()}
-        return self._replace({name: torch.cat(pair) for name, pair in pairs.items()})
+    def cat(self: _R, *others: _R) -> _R:
+        """Concatenate these rows and those of ``others``, in this order."""
+        names = self._row_names()
+        return self._replace({name: torch.cat([getattr(rows, name) for rows in (self, *others)]) for name in names})
 
     def _row_names(self) -> list[str]:
         return [name for name in self.__dataclass_fields__ if name not in self._shared]  # type: ignore[attr-defined]
@@ -114,11 +116,13 @@ class GroundTruth(NamedTuple):
         boxes: (B, G, 4) float32, xyxy pixels at network size; zeros where padded.
         labels: (B, G) int64 in 1..C; 0 where padded.
         valid: (B, G) bool, False where padded.
+        counts: number of objects of each image, known without waiting for the device. Objects precede the padding.
     """
 
     boxes: Tensor
     labels: Tensor
     valid: Tensor
+    counts: tuple[int, ...]
 
     @classmethod
     def stack(cls, targets: Sequence[dict[str, Tensor]]) -> "GroundTruth":
@@ -127,7 +131,7 @@ class GroundTruth(NamedTuple):
         Args:
             targets: one dict per image with ``boxes`` (N, 4) in xyxy pixels and ``labels`` (N,) in 1..C.
         """
-        counts = [len(target["labels"]) for target in targets]
+        counts = tuple(len(target["labels"]) for target in targets)
         most = max(1, *counts)
         device = targets[0]["boxes"].device
         boxes = pad_sequence([t["boxes"].float() for t in targets], batch_first=True)
@@ -136,7 +140,7 @@ class GroundTruth(NamedTuple):
         if missing:
             boxes, labels = F.pad(boxes, (0, 0, 0, missing)), F.pad(labels, (0, missing))
         valid = torch.arange(most, device=device) < torch.tensor(counts).to(device, non_blocking=True)[:, None]
-        return cls(boxes, labels, valid)
+        return cls(boxes, labels, valid, counts)
 
     def rois(self) -> Rois:
         """The ground-truth boxes as B * G RoIs in the order of the images; padded rows are invalid."""
@@ -165,6 +169,16 @@ class Detections(Rows):
 
 def match_rois(rois: Rois, ground_truth: GroundTruth, convention: BoxConvention) -> Match:
     """Match every RoI with the ground-truth box of its image that has the highest IoU with it."""
+    step = max(1, _CHUNK // ground_truth.boxes.shape[1])
+    # A batch without RoIs is one empty chunk.
+    first, *rest = [
+        _match_chunk(rois[start : start + step], ground_truth, convention)
+        for start in range(0, max(1, len(rois)), step)
+    ]
+    return first.cat(*rest)
+
+
+def _match_chunk(rois: Rois, ground_truth: GroundTruth, convention: BoxConvention) -> Match:
     iou = convention.iou(rois.boxes[:, None], ground_truth.boxes[rois.images])
     best, index = iou.masked_fill(~ground_truth.valid[rois.images], -1.0).max(dim=1)
     return Match(best, ground_truth.boxes[rois.images, index], ground_truth.labels[rois.images, index])

@@ -7,6 +7,7 @@ from typing import Any
 
 from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.models.detector import TwoStageDetector
+from cpm_rcnn.models.finite import check_weights
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.backbone import load_backbone
 from cpm_rcnn.weights.checkpoints import class_names as names_in
@@ -28,7 +29,8 @@ def initialize(detector: TwoStageDetector, class_names: Sequence[str] = (), *, i
             differ; everything else must fit.
 
     Raises:
-        UserError: the file does not exist, is damaged, or contains the weights of another model.
+        UserError: the file does not exist, is damaged, or contains the weights of another model or weights that are not
+            finite.
     """
     if init is not None:
         _start_from(detector, class_names, init)
@@ -46,6 +48,7 @@ def _start_from(detector: TwoStageDetector, class_names: Sequence[str], path: st
         _log.warning("%s: has other classes; reinitialized: %s", source, ", ".join(reinitialized))
         state = {name: own[name] if name in reinitialized else value for name, value in state.items()}
     check_names(source, state, {name: value.shape for name, value in own.items()})
+    check_weights(state, source)
     detector.load_state_dict(state)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor, nn
 
 from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.heads.roi_sampling import next_stage_rois
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.structures import GroundTruth, Match, Rois
@@ -59,11 +60,15 @@ def refine(stages: Sequence[RefinementStage], features: Sequence[Tensor], rois: 
 
     Returns:
         The refined RoIs, and the output of each stage.
+
+    Raises:
+        UserError: a stage decodes boxes that are not finite.
     """
     outputs = []
-    for stage in stages:
+    for k, stage in enumerate(stages):
         outputs.append(stage(features, rois))
         rois = stage.decode(outputs[-1], rois)
+        check_output(f"head.stages.{k}", stage, rois.boxes)
     return rois, outputs
 
 

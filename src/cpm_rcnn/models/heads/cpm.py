@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from cpm_rcnn.errors import ArgumentError
+from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.heads.base import RoIHead
 from cpm_rcnn.models.heads.cascade import refine, train_cascade
 from cpm_rcnn.models.heads.classification import Classifier, classification_loss, select_detections
 from cpm_rcnn.models.heads.grid_stage import FEATURE_SIZE, GridStage, StageSettings
 from cpm_rcnn.models.heads.inputs import HeadInputs
-from cpm_rcnn.models.heads.roi_sampling import sample_rois
+from cpm_rcnn.models.heads.roi_sampling import limit_crowded, sample_rois
 from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring
 from cpm_rcnn.models.heatmaps import NUM_POINTS
 from cpm_rcnn.models.losses import LossTerm
+from cpm_rcnn.models.nms import grouped_nms
 from cpm_rcnn.models.structures import Detections, GroundTruth, Match, Rois
 from cpm_rcnn.settings import (
     Settings,
@@ -60,9 +62,12 @@ class CPMSettings(Settings):
         point_channels: channels per grid point, a multiple of 4.
         grid_convs: number of 3x3 convolutions in a grid stage.
         samples: RoIs per image that train a classification branch.
-        max_grid_rois: positives per image that enter the first grid stage in training.
+        max_grid_rois: positives per image that enter the first grid stage in training. Later stages get no more than
+            that from an image with more objects than that, and from other images all decoded and ground-truth boxes.
         score_threshold: only pairs of RoI and class with a higher score enter the grid stages at test.
         nms_iou: IoU threshold of the NMS before the grid stages.
+        final_nms_iou: IoU threshold of a second NMS per class, after the grid stages and with the final scores, which
+            drops boxes that were refined to the same object; None, as published, keeps them.
         test_stages: number of grid stages that run at test; None runs all. ISM reads the last stage, so it is skipped
             when fewer stages run.
     """
@@ -78,6 +83,7 @@ class CPMSettings(Settings):
     max_grid_rois: int = training(96, check=integer())
     score_threshold: float = inference(0.03, check=number(0, 1))
     nms_iou: float = inference(0.3, check=number(0, 1))
+    final_nms_iou: float | None = inference(None, check=optional(number(0, 1)))
     test_stages: int | None = inference(None, check=optional(integer()))
 
     def __post_init__(self) -> None:
@@ -121,9 +127,10 @@ class CPMHead(RoIHead):
 
     def detect(self, features: Sequence[Tensor], proposals: Rois) -> Detections:
         """Detections from ``proposals``; boxes are not clipped to the image."""
-        probabilities = torch.softmax(self.classifier(features, proposals).float(), dim=1)
+        logits = self.classifier(features, proposals).float()
+        check_output("head.classifier", self.classifier, logits)
         rois, scores, labels = select_detections(
-            probabilities,
+            torch.softmax(logits, dim=1),
             proposals,
             score_threshold=self.settings.score_threshold,
             nms_iou=self.settings.nms_iou,
@@ -131,9 +138,15 @@ class CPMHead(RoIHead):
         rois, outputs = refine(self.grid_stages[: self.settings.test_stages], features, rois)
         if self.ism is not None and len(outputs) == len(self.stages):
             scores = self.ism.rescale(scores, outputs[-1].features)
+            check_output("head.ism", self.ism, scores)
         if self.rsm is not None:
             scores = self.rsm.rescore(scores, labels, features, rois)
-        return Detections(rois.boxes, rois.images, scores, labels, rois.valid)
+            check_output("head.rsm", self.rsm, scores)
+        detections = Detections(rois.boxes, rois.images, scores, labels, rois.valid)
+        if self.settings.final_nms_iou is None:
+            return detections
+        group = rois.images * logits.shape[1] + labels
+        return detections[grouped_nms(rois.boxes, scores, group, self.settings.final_nms_iou)]
 
     def losses(self, features: Sequence[Tensor], proposals: Rois, ground_truth: GroundTruth) -> dict[str, LossTerm]:
         """The losses of all parts: ``loss_cls``, ``loss_grid0``, ..., ``loss_ism``, ``loss_rsm``."""
@@ -143,8 +156,9 @@ class CPMHead(RoIHead):
         losses = {"loss_cls": classification_loss(logits, sampled.labels, sampled.rois.valid)}
 
         def select(stage: GridStage, rois: Rois, match: Match) -> tuple[Rois, Match]:
-            """Only RoIs that overlap an object by the stage's threshold train it."""
-            return rois.where(match.iou >= stage.settings.positive_iou).compact(match)
+            """RoIs that overlap an object by the stage's threshold, and not too many in crowded images."""
+            positive = rois.where(match.iou >= stage.settings.positive_iou)
+            return limit_crowded(positive, match, ground_truth, self.settings.max_grid_rois).compact(match)
 
         rois, match = sampled.positives(self.settings.max_grid_rois)
         cascade = train_cascade(self.grid_stages, features, rois, match, ground_truth, self.convention, select)

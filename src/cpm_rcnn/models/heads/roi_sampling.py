@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cpm_rcnn.boxes import BoxConvention
-from cpm_rcnn.models.sampling import sample_balanced
+from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
 from cpm_rcnn.models.structures import GroundTruth, Match, Rois, match_rois
 
 # RoIs with at least this IoU with an object are positive; at most a quarter of the samples are.
@@ -89,3 +89,28 @@ def next_stage_rois(
     is_ground_truth = (rois.boxes == match.boxes).all(dim=1)
     (candidates,) = decoded.where(~is_ground_truth).cat(ground_truth.rois()).compact()
     return candidates, match_rois(candidates, ground_truth, convention)
+
+
+@torch.no_grad()
+def limit_crowded(rois: Rois, match: Match, ground_truth: GroundTruth, limit: int) -> Rois:
+    """Bound the RoIs of a later cascade stage in images with more than ``limit`` objects.
+
+    In such an image at most ``limit`` RoIs stay valid: first decoded boxes, then ground-truth boxes, at random within
+    each. A stage has nothing to correct in a ground-truth box, and at test it gets only decoded boxes. Other images
+    have at most ``limit`` decoded boxes and ``limit`` ground-truth boxes, and keep all of them. If no image of the
+    batch has more objects, no random number is drawn.
+
+    Args:
+        rois: the positives of the stage.
+        match: their ground truth.
+        ground_truth: of the batch.
+        limit: maximum number of RoIs per image.
+    """
+    if max(ground_truth.counts) <= limit:
+        return rois
+    batch = len(ground_truth.counts)
+    crowded = torch.tensor([count > limit for count in ground_truth.counts]).to(rois.images.device, non_blocking=True)
+    is_ground_truth = (rois.boxes == match.boxes).all(dim=1)
+    key = torch.rand(len(rois), device=rois.images.device) + is_ground_truth
+    rank, _ = rank_in_group(key, torch.where(rois.valid, rois.images, batch), batch + 1)
+    return rois.where((rank < limit) | ~crowded[rois.images])
