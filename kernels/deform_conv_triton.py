@@ -332,7 +332,7 @@ def _forward(
     for piece in range(PIECES):
         offset_group = (pack * PIECES + piece) * OFFSET_GROUPS // (PACKS * PIECES)
         for tap in range(TAPS):
-            y0, x0, ly, lx, inside, factor, moves = _sample_at(
+            y0, x0, ly, lx, inside, factor, _ = _sample_at(
                 offset, mask, n, row, column, valid, tap, offset_group, H, W, H_OUT, W_OUT, KERNEL_W, TAPS,
                 STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, OFFSET_GROUPS, HAS_MASK,
             )  # fmt: skip
@@ -437,7 +437,7 @@ def _backward_weight(
     for block in range(blocks):
         rows = (tl.program_id(0) * blocks + block) * BLOCK_M + tl.arange(0, BLOCK_M)
         n, row, column, valid = _pixel(rows, pixels, H_OUT, W_OUT)
-        y0, x0, ly, lx, inside, factor, moves = _sample_at(
+        y0, x0, ly, lx, inside, factor, _ = _sample_at(
             offset, mask, n, row, column, valid, tap, offset_group, H, W, H_OUT, W_OUT, KERNEL_W, TAPS,
             STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, OFFSET_GROUPS, HAS_MASK,
         )  # fmt: skip

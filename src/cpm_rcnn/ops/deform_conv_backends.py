@@ -173,7 +173,7 @@ def _torchvision_arguments(
     The operator requires a mask and a bias even where they are not used.
 
     The operator reads outside the input for a NaN offset. Offsets that are not finite are therefore replaced by one
-    that moves a tap above the input, where it samples zeros.
+    that moves a tap past the input's upper or left border, where it samples zeros.
     """
     dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
     use_mask = mask is not None
@@ -181,8 +181,8 @@ def _torchvision_arguments(
     groups, offset_groups = input.shape[1] // weight.shape[1], offset.shape[1] // (2 * taps)
     mask = input.new_zeros(input.shape[0], 1) if mask is None else mask
     bias = weight.new_zeros(weight.shape[0])
-    lowest_tap = input.shape[2] + geometry[1][0]
-    offset = offset.to(dtype).where(offset.isfinite(), -(lowest_tap + 2))
+    last_tap = max(side + padding for side, padding in zip(input.shape[2:], geometry[1]))
+    offset = offset.to(dtype).where(offset.isfinite(), -(last_tap + 2))
     tensors = (x.to(dtype).contiguous() for x in (input, weight, offset, mask, bias))
     return (*tensors, *(side for pair in geometry for side in pair), groups, offset_groups, use_mask)
 
