@@ -22,6 +22,8 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <limits>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -139,10 +141,13 @@ Problem make_problem(const at::Tensor& input, const at::Tensor& offset, const c1
   p.offset_groups = offset.size(1) / (2 * p.taps());
   TORCH_CHECK(p.in_channels % p.offset_groups == 0, "deform_conv2d: input has ", p.in_channels,
               " channels, not a multiple of ", p.offset_groups, " offset groups");
-  p.out_height = (p.height + 2 * p.pad_h - (p.dilation_h * (p.kernel_h - 1) + 1)) / p.stride_h + 1;
-  p.out_width = (p.width + 2 * p.pad_w - (p.dilation_w * (p.kernel_w - 1) + 1)) / p.stride_w + 1;
-  TORCH_CHECK(p.height > 0 && p.width > 0 && p.out_height > 0 && p.out_width > 0,
-              "deform_conv2d: calculated output size too small: ", p.out_height, "x", p.out_width);
+  // The distances from the first to the last row and column where the kernel fits. Division would round them up to
+  // zero.
+  const std::int64_t last_y = p.height + 2 * p.pad_h - (p.dilation_h * (p.kernel_h - 1) + 1);
+  const std::int64_t last_x = p.width + 2 * p.pad_w - (p.dilation_w * (p.kernel_w - 1) + 1);
+  TORCH_CHECK(last_y >= 0 && last_x >= 0, "deform_conv2d: kernel is larger than the padded input of ",
+              p.height + 2 * p.pad_h, "x", p.width + 2 * p.pad_w);
+  p.out_height = last_y / p.stride_h + 1, p.out_width = last_x / p.stride_w + 1;
   TORCH_CHECK(offset.size(0) == p.images && (!mask || mask->size(0) == p.images), "deform_conv2d: input has ", p.images,
               " images, but offset has ", offset.size(0));
   TORCH_CHECK(offset.size(2) == p.out_height && offset.size(3) == p.out_width, "deform_conv2d: offset is ",
@@ -156,10 +161,31 @@ Problem make_problem(const at::Tensor& input, const at::Tensor& offset, const c1
   return p;
 }
 
-template <typename S, typename Tensor>
-View<S> view(Tensor& tensor) {
-  return {static_cast<S*>(const_cast<void*>(tensor.const_data_ptr())), tensor.stride(0), tensor.stride(1),
-          tensor.stride(2), tensor.stride(3)};
+// Checks that a Tap can hold the index of every pixel of the packed plane.
+template <typename S>
+void check_corners(const Problem& p) {
+  using Corner = decltype(Tap<Compute<S>>::corner);
+  TORCH_CHECK(std::uint64_t(p.packed_pixels()) <= std::numeric_limits<Corner>::max(), "deform_conv2d: an input of ",
+              p.height, "x", p.width, " is too large");
+}
+
+// A view of a tensor with any strides. The stride of a side of length 1 is arbitrary, so it must only be multiplied by
+// indices of its own side. Kernels that step over pixels or assume contiguous channels need dense_view().
+template <typename S>
+View<const S> view(const at::Tensor& tensor) {
+  return {static_cast<const S*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2),
+          tensor.stride(3)};
+}
+
+// A view of a tensor that is contiguous or channels-last. Its strides are computed from the sizes, because
+// is_contiguous() ignores the stride of a side of length 1.
+template <typename S>
+View<S> dense_view(const at::Tensor& tensor) {
+  S* const data = static_cast<S*>(const_cast<void*>(tensor.const_data_ptr()));
+  const std::int64_t channels = tensor.size(1), height = tensor.size(2), width = tensor.size(3);
+  if (tensor.is_contiguous(at::MemoryFormat::ChannelsLast))
+    return {data, channels * height * width, 1, channels * width, channels};
+  return {data, channels * height * width, height * width, width, 1};
 }
 
 // The output is channels-last if the input is.
@@ -168,15 +194,18 @@ at::MemoryFormat format_like(const at::Tensor& input) {
                                                                          : at::MemoryFormat::Contiguous;
 }
 
-// Returns a tensor whose pixels are evenly spaced in memory and whose pixels or channels are contiguous.
-at::Tensor evenly_spaced(const at::Tensor& tensor) {
+// Returns a contiguous or channels-last tensor with these values.
+at::Tensor dense(const at::Tensor& tensor) {
   return tensor.is_contiguous(at::MemoryFormat::ChannelsLast) ? tensor : tensor.contiguous();
 }
 
+// Returns the values of one offset group of one image: `each` values of a contiguous offset or mask tensor, or null for
+// an undefined mask.
 template <typename S>
-const S* offsets_of(const at::Tensor& offset, std::int64_t image, std::int64_t group, std::int64_t each) {
-  return offset.defined() ? static_cast<const S*>(offset.const_data_ptr()) + image * offset.stride(0) + group * each
-                          : nullptr;
+const S* group_values(const Problem& p, const at::Tensor& tensor, std::int64_t image, std::int64_t group,
+                      std::int64_t each) {
+  if (!tensor.defined()) return nullptr;
+  return static_cast<const S*>(tensor.const_data_ptr()) + (image * p.offset_groups + group) * each;
 }
 
 // ------------------------------------------------------------------------------------------------------------ forward
@@ -301,8 +330,8 @@ class Forward {
     const std::int64_t plane = p_.pixels() * p_.taps();
     const std::int64_t rows = tiles_ * (tile_ / table_.lanes);
     at::parallel_for(0, rows, divide_up(rows, threads_), [&](std::int64_t first, std::int64_t last) {
-      table_.make_taps(p_, offsets_of<S>(offset_, image_, group, 2 * plane), offsets_of<S>(mask_, image_, group, plane),
-                       taps_, first, last);
+      table_.make_taps(p_, group_values<S>(p_, offset_, image_, group, 2 * plane),
+                       group_values<S>(p_, mask_, image_, group, plane), taps_, first, last);
     });
   }
 
@@ -320,11 +349,11 @@ class Forward {
       const at::Tensor out = scratch(plan_.most_groups * p_.out_per_group() * tile_);
       for (std::int64_t number; counter.next(number);) {
         const Unit& unit = units[number];
-        table_.pack(p_, unit, view<const S>(input_), image_, packed.data_ptr<T>(), width_, 0, p_.height);
+        table_.pack(p_, unit, view<S>(input_), image_, packed.data_ptr<T>(), width_, 0, p_.height);
         for (std::int64_t tile = 0; tile < tiles_; ++tile) {
           forward_tile_(p_, unit, packed.data_ptr<T>(), taps_of(tile), weight_.const_data_ptr(), columns.data_ptr<T>(),
                         out.data_ptr<T>(), tile_, false);
-          table_.store_tile(out.data_ptr<T>(), tile_, view<S>(output_), image_, unit.first_output(),
+          table_.store_tile(out.data_ptr<T>(), tile_, dense_view<S>(output_), image_, unit.first_output(),
                             unit.segments.size() * p_.out_per_group(), tile * tile_, pixels_of(tile));
         }
       }
@@ -334,7 +363,7 @@ class Forward {
   void process_unit_with_all_threads(const Unit& unit) {
     const at::Tensor packed = at::zeros({p_.packed_pixels() * width_}, options_);
     at::parallel_for(0, p_.height, divide_up(p_.height, threads_), [&](std::int64_t first, std::int64_t last) {
-      table_.pack(p_, unit, view<const S>(input_), image_, packed.data_ptr<T>(), width_, first, last);
+      table_.pack(p_, unit, view<S>(input_), image_, packed.data_ptr<T>(), width_, first, last);
     });
     Counter counter(tiles_);
     for_each_worker(std::min(threads_, tiles_), [&](std::int64_t) {
@@ -348,8 +377,8 @@ class Forward {
   void store_sums() {
     at::parallel_for(0, tiles_, divide_up(tiles_, threads_), [&](std::int64_t first, std::int64_t last) {
       for (std::int64_t tile = first; tile < last; ++tile)
-        table_.store_tile(sums_.data_ptr<T>() + tile * p_.out_channels * tile_, tile_, view<S>(output_), image_, 0,
-                          p_.out_channels, tile * tile_, pixels_of(tile));
+        table_.store_tile(sums_.data_ptr<T>() + tile * p_.out_channels * tile_, tile_, dense_view<S>(output_), image_,
+                          0, p_.out_channels, tile * tile_, pixels_of(tile));
     });
   }
 
@@ -389,7 +418,7 @@ class Backward {
         plan_(make_plan(p_, width_)),
         needed_(needed),
         options_(input.options().dtype(kScalarType<T>)),
-        grad_output_(evenly_spaced(grad_output)),
+        grad_output_(dense(grad_output)),
         input_(input),
         offset_(offset.contiguous()),
         mask_(mask.defined() ? mask.contiguous() : mask),
@@ -423,8 +452,8 @@ class Backward {
     const std::int64_t plane = p_.pixels() * p_.taps();
     const std::int64_t rows = tiles_ * (tile_ / table_.lanes);
     at::parallel_for(0, rows, divide_up(rows, threads_), [&](std::int64_t first, std::int64_t last) {
-      table_.make_taps(p_, offsets_of<S>(offset_, image, group, 2 * plane), offsets_of<S>(mask_, image, group, plane),
-                       taps_, first, last);
+      table_.make_taps(p_, group_values<S>(p_, offset_, image, group, 2 * plane),
+                       group_values<S>(p_, mask_, image, group, plane), taps_, first, last);
     });
     const std::int64_t workers = std::min(threads_, count), sums = (needed_.mask ? 3 : 2) * p_.taps() * tiles_ * tile_;
     const bool geometry = needed_.offset || needed_.mask;
@@ -465,8 +494,8 @@ class Backward {
     s.weight_sums = scratch(needed_.weight ? taps * most_sums + table_.sum_tile : 0);
     s.offset_sums = offset_sums;
     for (const Unit* unit = first; unit != last; ++unit)
-      backward_unit_(p_, *unit, view<const S>(grad_output_), view<const S>(input_), weight_.data_ptr<T>(), taps_, tile_,
-                     image, needed_, s, needed_.input ? view<S>(grad_input_) : View<S>{},
+      backward_unit_(p_, *unit, dense_view<const S>(grad_output_), view<S>(input_), weight_.data_ptr<T>(), taps_, tile_,
+                     image, needed_, s, needed_.input ? dense_view<S>(grad_input_) : View<S>{},
                      needed_.weight ? grad_weight_.data_ptr<T>() : nullptr);
   }
 
@@ -482,7 +511,7 @@ class Backward {
         at::Tensor& grad = kind == 2 ? grad_mask_ : grad_offset_;
         if (!grad.defined()) continue;
         const std::int64_t channel = kind == 2 ? group * taps + tap : 2 * (group * taps + tap) + kind;
-        table_.store_tile(total, padded, view<S>(grad), image, channel, 1, 0, p_.pixels());
+        table_.store_tile(total, padded, dense_view<S>(grad), image, channel, 1, 0, p_.pixels());
       }
     });
   }
@@ -523,6 +552,7 @@ at::Tensor forward(const at::Tensor& input, const at::Tensor& offset, const c10:
                    at::IntArrayRef dilation) {
   const Problem problem = make_problem(input, offset, mask, weight, stride, padding, dilation);
   return with_stored_type(input, [&](auto stored) {
+    check_corners<decltype(stored)>(problem);
     return Forward<decltype(stored)>(problem, input, offset, mask ? *mask : at::Tensor(), weight).run();
   });
 }
@@ -536,6 +566,7 @@ Gradients backward(const at::Tensor& grad_output, const at::Tensor& input, const
                       at::IntArrayRef({problem.images, problem.out_channels, problem.out_height, problem.out_width}),
               "deform_conv2d: grad_output must have the shape and dtype of the output");
   return with_stored_type(input, [&](auto stored) {
+    check_corners<decltype(stored)>(problem);
     return Backward<decltype(stored)>(problem, grad_output, input, offset, mask ? *mask : at::Tensor(), weight,
                                       {needed[0], needed[1], needed[2] && mask, needed[3]})
         .run();

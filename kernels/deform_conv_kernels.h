@@ -8,7 +8,8 @@ namespace CPM_ISA {
 
 // Computes the samples of the output pixels in the groups of L pixels [first, last), as [group][tap][pixel of the
 // group]. `offset` and `mask` point to one offset group of one image; `mask` may be null. Pixels past the last output
-// pixel sample zeros.
+// pixel sample zeros. A sample with a NaN or infinite offset is NaN: its weights and fractions are NaN, and its corners
+// are zeros, so every value that depends on it becomes NaN, but no input's gradient does.
 template <typename S>
 void make_taps(const Problem& problem, const S* offset, const S* mask, Tap<Compute<S>>* taps, std::int64_t first,
                std::int64_t last) {
@@ -28,16 +29,21 @@ void make_taps(const Problem& problem, const S* offset, const S* mask, Tap<Compu
                          Stored<S>::get(offset[2 * tap * pixels + pixel]);
           const T at_x = T(x * problem.stride_w - problem.pad_w + j * problem.dilation_w) +
                          Stored<S>::get(offset[(2 * tap + 1) * pixels + pixel]);
+          const T factor = mask ? Stored<S>::get(mask[tap * pixels + pixel]) : T(1);
           // At exactly -1 the sample is zero, but its derivative is not. NaN fails every comparison.
           if (at_y >= -1 && at_y < height && at_x >= -1 && at_x < width) {
             const T low_y = std::floor(at_y), low_x = std::floor(at_x);
             const T down = at_y - low_y, right = at_x - low_x, up = 1 - down, left = 1 - right;
-            const T factor = mask ? Stored<S>::get(mask[tap * pixels + pixel]) : T(1);
             sample = {{up * left * factor, up * right * factor, down * left * factor, down * right * factor},
                       down,
                       right,
                       factor,
                       decltype(Tap<T>::corner)(problem.packed_index(std::int64_t(low_y), std::int64_t(low_x)))};
+          } else {
+            // The difference of a number from itself is 0, or NaN if the number is not finite. A non-finite factor
+            // makes zeros NaN, as it does for all samples.
+            const T lost = (at_y - at_y) + (at_x - at_x), weight = lost + 0 * factor;
+            sample = {{weight, weight, weight, weight}, lost, lost, factor, sample.corner};
           }
         }
         row[tap * L + lane] = sample;
@@ -88,6 +94,7 @@ void convert_row(const From* from, To* to, std::int64_t count) {
 template <typename S>
 void pack(const Problem& problem, const Unit& unit, View<const S> input, std::int64_t image, Compute<S>* packed,
           std::int64_t width, std::int64_t first, std::int64_t last) {
+  if (problem.width == 0) return;  // The image has no memory.
   for (std::int64_t y = first; y < last; ++y) {
     const S* const from = input.data + image * input.image + unit.first_channel * input.channel + y * input.row;
     Compute<S>* const to = packed + problem.packed_index(y, 0) * width;
@@ -108,6 +115,7 @@ void pack(const Problem& problem, const Unit& unit, View<const S> input, std::in
 template <typename S>
 void unpack(const Problem& problem, const Unit& unit, const Compute<S>* packed, std::int64_t width, View<S> output,
             std::int64_t image) {
+  if (problem.width == 0) return;  // The image has no memory.
   for (std::int64_t y = 0; y < problem.height; ++y) {
     S* const to = output.data + image * output.image + unit.first_channel * output.channel + y * output.row;
     const Compute<S>* const from = packed + problem.packed_index(y, 0) * width;
@@ -122,7 +130,7 @@ void unpack(const Problem& problem, const Unit& unit, const Compute<S>* packed, 
 
 // load_tile and store_tile copy the pixels [first, first + count) of the channels [channel, channel + rows) between an
 // image and a tile [rows][pitch]. The pixels of the image must be evenly spaced in memory, and its pixels or its
-// channels must be contiguous. load_tile fills the rest of each row of the tile with zeros.
+// channels must be contiguous, as in dense_view(). load_tile fills the rest of each row of the tile with zeros.
 template <typename S>
 void load_tile(View<const S> image, std::int64_t number, std::int64_t channel, std::int64_t rows, std::int64_t first,
                std::int64_t count, Compute<S>* tile, std::int64_t pitch) {
@@ -153,7 +161,7 @@ void store_tile(const Compute<S>* tile, std::int64_t pitch, View<S> image, std::
 template <typename T>
 CPM_INLINE Vec<T> sample(const Tap<T>& tap, const T* upper, const T* lower, std::int64_t width) {
   using V = Simd<T>;
-  const std::size_t corner = std::size_t(tap.corner) * width;
+  const std::int64_t corner = std::int64_t(tap.corner) * width;
   Vec<T> value = tap.weight[0] * V::load(upper + corner);
   value += tap.weight[1] * V::load(upper + width + corner);
   value += tap.weight[2] * V::load(lower + corner);
@@ -242,7 +250,8 @@ CPM_INLINE void scatter(const Tap<T>* taps, std::int64_t row, const BackwardScra
   alignas(CPM_VECTOR_BYTES) T dots[3][L][L];
   for (int pixel = 0; pixel < L; ++pixel) {
     const Tap<T>& tap = taps[pixel];
-    const std::int64_t corner = tap.corner * width;
+    // The corner has 32 bits in float32, where the product would wrap.
+    const std::int64_t corner = std::int64_t(tap.corner) * width;
     Vec<T> dot_y{}, dot_x{}, dot_mask{};
 #pragma GCC unroll 2
     for (int v = 0; v < Vectors; ++v) {

@@ -21,18 +21,24 @@ _MAX_BLOCK = 64
 # The weight gradient is computed as this many partial sums over blocks of pixels, so that there are enough programs to
 # occupy the GPU. The partial sums are added at the end.
 _WEIGHT_SPLITS = 64
+# Pixels and packed weights are numbered with 32 bits. This leaves room for the last, incomplete block of each program.
+_MAX_INDEX = 2**31 - 1 - _BLOCK_M * _WEIGHT_SPLITS
 
 
 def supports(input: Tensor, offset: Tensor, weight: Tensor) -> bool:
     """Return whether the kernels support this case.
 
-    They support float32, float16 and bfloat16, if one of the numbers of groups and of offset groups divides the other.
+    They support float32, float16 and bfloat16, if one of the numbers of groups and of offset groups divides the other,
+    and if the output pixels of the batch and the packed weights can be numbered with 32 bits.
     """
     if input.dtype not in _PACK_CHANNELS:
         return False
     groups = input.shape[1] // weight.shape[1]
     offset_groups = offset.shape[1] // (2 * weight.shape[2] * weight.shape[3])
-    return groups % offset_groups == 0 or offset_groups % groups == 0
+    if groups % offset_groups and offset_groups % groups:
+        return False
+    plan = Plan(input, offset, weight)
+    return max(plan.pixels, plan.packs * plan.taps * plan.pack_in * plan.pack_out) <= _MAX_INDEX
 
 
 class Plan:
@@ -254,8 +260,11 @@ def _sample_at(
 ):  # fmt: skip
     """Return where a tap of each pixel samples the input.
 
-    The results are the floor of y and x, the fractions of y and x, whether any corner is inside the image, and the mask
-    factor.
+    The results are the floor of y and x, the fractions of y and x, whether any corner is inside the image, the mask
+    factor, and whether the gradient of the offset is not zero.
+
+    The fractions of a sample with a NaN or infinite offset are NaN, and none of its corners is inside the image: the
+    sample becomes NaN, and no input's gradient does.
     """
     plane: tl.constexpr = H_OUT * W_OUT
     place = row * W_OUT + column
@@ -264,12 +273,16 @@ def _sample_at(
     dx = tl.load(offset + channel * (2 * plane) + plane + place, mask=valid, other=0.0).to(tl.float32)
     y = (row * STRIDE_H - PAD_H + tap // KERNEL_W * DILATION_H).to(tl.float32) + dy
     x = (column * STRIDE_W - PAD_W + tap % KERNEL_W * DILATION_W).to(tl.float32) + dx
-    # Comparisons with NaN are false, so NaN offsets sample zeros.
+    # Comparisons with NaN are false.
     inside = valid & (y >= -1) & (y < H) & (x >= -1) & (x < W)
+    # The difference of a number from itself is 0, or NaN if the number is not finite.
+    lost = (y - y) + (x - x)
     y, x = tl.where(inside, y, 0.0), tl.where(inside, x, 0.0)
     y0, x0 = tl.floor(y), tl.floor(x)
+    ly, lx = tl.where(inside, y - y0, lost), tl.where(inside, x - x0, lost)
     factor = tl.load(mask + channel * plane + place, mask=valid, other=0.0).to(tl.float32) if HAS_MASK else 1.0
-    return y0.to(tl.int32), x0.to(tl.int32), y - y0, x - x0, inside, factor
+    moves = inside | (valid & (lost + 0 * factor != 0))
+    return y0.to(tl.int32), x0.to(tl.int32), ly, lx, inside, factor, moves
 
 
 @triton.jit
@@ -319,7 +332,7 @@ def _forward(
     for piece in range(PIECES):
         offset_group = (pack * PIECES + piece) * OFFSET_GROUPS // (PACKS * PIECES)
         for tap in range(TAPS):
-            y0, x0, ly, lx, inside, factor = _sample_at(
+            y0, x0, ly, lx, inside, factor, _ = _sample_at(
                 offset, mask, n, row, column, valid, tap, offset_group, H, W, H_OUT, W_OUT, KERNEL_W, TAPS,
                 STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, OFFSET_GROUPS, HAS_MASK,
             )  # fmt: skip
@@ -371,7 +384,7 @@ def _backward_data(
             place = ((pack * TAPS + tap) * PACK_IN + inputs)[None] * PACK_OUT + outputs[:, None]
             matrix = tl.load(weight + place, mask=valid_k[None] & valid_n[:, None], other=0.0)
             grad_sample = tl.dot(grad_out.to(matrix.dtype), matrix, grad_sample, input_precision=PRECISION)
-        y0, x0, ly, lx, inside, factor = _sample_at(
+        y0, x0, ly, lx, inside, factor, moves = _sample_at(
             offset, mask, n, row, column, valid, tap, offset_group, H, W, H_OUT, W_OUT, KERNEL_W, TAPS,
             STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, OFFSET_GROUPS, HAS_MASK,
         )  # fmt: skip
@@ -385,8 +398,8 @@ def _backward_data(
         fy, fx = ly[:, None], lx[:, None]
         along_y = tl.sum(grad_sample * ((1 - fx) * (v10 - v00) + fx * (v11 - v01)), axis=1)
         along_x = tl.sum(grad_sample * ((1 - fy) * (v01 - v00) + fy * (v11 - v10)), axis=1)
-        tl.atomic_add(grad_offset + place * (2 * plane) + pixel, along_y, mask=inside, sem="relaxed")
-        tl.atomic_add(grad_offset + place * (2 * plane) + plane + pixel, along_x, mask=inside, sem="relaxed")
+        tl.atomic_add(grad_offset + place * (2 * plane) + pixel, along_y, mask=moves, sem="relaxed")
+        tl.atomic_add(grad_offset + place * (2 * plane) + plane + pixel, along_x, mask=moves, sem="relaxed")
         if NEEDS_INPUT:
             s00, i00 = _corner(n, y0, x0, inside, H, W, C)
             s01, i01 = _corner(n, y0, x0 + 1, inside, H, W, C)
@@ -424,7 +437,7 @@ def _backward_weight(
     for block in range(blocks):
         rows = (tl.program_id(0) * blocks + block) * BLOCK_M + tl.arange(0, BLOCK_M)
         n, row, column, valid = _pixel(rows, pixels, H_OUT, W_OUT)
-        y0, x0, ly, lx, inside, factor = _sample_at(
+        y0, x0, ly, lx, inside, factor, _ = _sample_at(
             offset, mask, n, row, column, valid, tap, offset_group, H, W, H_OUT, W_OUT, KERNEL_W, TAPS,
             STRIDE_H, STRIDE_W, PAD_H, PAD_W, DILATION_H, DILATION_W, OFFSET_GROUPS, HAS_MASK,
         )  # fmt: skip

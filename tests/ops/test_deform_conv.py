@@ -4,6 +4,7 @@ import copy
 import warnings
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -174,6 +175,47 @@ def test_half_precision_accepts_float32_offsets_and_masks(dtype):
     assert finer["offset"].grad.dtype is torch.float32
 
 
+def test_meta_tensors_give_the_output_shape_and_gradients_of_torchvision():
+    given = {k: v.to("meta").requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in tensors().items()}
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output, expected = deform_conv2d(**given), torchvision.ops.deform_conv2d(**given)
+        assert (output.shape, output.dtype, output.device) == (expected.shape, expected.dtype, expected.device)
+    grads = torch.autograd.grad(output.sum(), [v for v in given.values() if isinstance(v, torch.Tensor)])
+    assert [g.shape for g in grads] == [v.shape for v in given.values() if isinstance(v, torch.Tensor)]
+    layer = pack_like().to("meta")
+    assert layer(torch.empty(2, 8, 9, 12, device="meta")).shape == (2, 6, 9, 12)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, lambda n: (n, n), lambda n: [np.int64(n)] * 2])
+def test_strides_padding_and_dilation_may_be_any_integers_or_pairs(kind):
+    given = tensors()
+    shape = {k: kind(1) for k in ("stride", "padding", "dilation")}
+    assert torch.equal(deform_conv2d(**given | shape), deform_conv2d(**given))
+
+
+@pytest.mark.parametrize("backend", ["compiled", "torchvision"])
+@pytest.mark.parametrize("size", [(0, 6), (6, 0), (0, 0)])
+@pytest.mark.parametrize("images", [0, 2])
+def test_an_input_without_rows_or_columns_gives_the_bias_if_it_is_padded(size, images, backend, monkeypatch):
+    monkeypatch.setattr(backends, "_backend", backend)
+    height, width = (side + 2 for side in size)  # the output is as large as that of a 3x3 kernel with padding 2
+    given = tensors() | {
+        "input": torch.randn(images, 8, *size),
+        "offset": torch.randn(images, 18, height, width),
+        "mask": torch.rand(images, 9, height, width),
+        "padding": 2,
+    }
+    leaves = [v.requires_grad_() for v in given.values() if isinstance(v, torch.Tensor)]
+    output = deform_conv2d(**given)
+    assert torch.equal(output, torchvision.ops.deform_conv2d(**given))
+    if 0 in size:
+        assert torch.equal(output, given["bias"][:, None, None].expand(images, 6, height, width))
+    grads = torch.autograd.grad(output.sum(), leaves)
+    assert [g.shape for g in grads] == [x.shape for x in leaves]
+    assert not any(g.any() for g, x in zip(grads, leaves) if x is not given["bias"])
+
+
 def test_output_has_the_memory_format_of_the_input():
     given = tensors()
     assert deform_conv2d(**given).is_contiguous()
@@ -197,6 +239,7 @@ INVALID = {
     "offset has another batch size": ({"offset": torch.zeros(1, 18, 7, 9)}, "must be (2, 18, 7, 9)"),
     "mask has another size": ({"mask": torch.zeros(2, 9, 7, 8)}, "mask must be (2, 9, 7, 9)"),
     "stride is zero": ({"stride": 0}, "stride is (0, 0)"),
+    "stride has three numbers": ({"stride": (1, 1, 1)}, "(1, 1, 1) must be one number or two"),
     "padding is negative": ({"padding": -1}, "padding is (-1, -1)"),
     "kernel is larger than the image": ({"dilation": 9}, "output size would be"),
     "kernel is empty": ({"weight": torch.zeros(6, 4, 0, 3)}, "must not be empty"),

@@ -1,9 +1,11 @@
 """The compiled CPU kernel, compared with torchvision's operator in float64."""
 
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cpm_rcnn.ops import deform_conv_backends
 from cpm_rcnn.ops.deform_conv_backends import load_cpu_kernel
+from ops import deform_conv_sweep
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -204,18 +208,72 @@ def test_only_the_gradients_that_are_needed_are_returned(wanted):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, -3e38])
-def test_non_finite_and_huge_offsets_sample_zeros(dtype, value):
-    input, offset, _, weight = inputs(dtype=dtype)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_offsets_give_nan_in_the_gradients_that_are_needed(dtype, value):
+    """Every combination of needed gradients is another kernel. test_deform_conv_nonfinite.py tests the values."""
+    input, offset, mask, weight = inputs(groups=2, per_group=3, masked=True, dtype=dtype)
     geometry = ((1, 1), (1, 1), (1, 1))
     offset[:, :, 4] = value
-    outside = offset.clone()
-    outside[:, :, 4] = 1000
-    output = torch.ops.cpm_rcnn_cpu.deform_conv2d(input, offset, None, weight, *geometry)
-    torch.testing.assert_close(output, torch.ops.cpm_rcnn_cpu.deform_conv2d(input, outside, None, weight, *geometry))
-    needed = [True, True, False, True]
-    grads = torch.ops.cpm_rcnn_cpu.deform_conv2d_backward(output, input, offset, None, weight, *geometry, needed)
-    assert all(grads[i].isfinite().all() for i in (0, 1, 3))
+    output = torch.ops.cpm_rcnn_cpu.deform_conv2d(input, offset, mask, weight, *geometry)
+    assert output[:, :, 4].isnan().all()
+    assert output[:, :, [*range(4), *range(5, 9)]].isfinite().all()
+    for needed in itertools.product([False, True], repeat=4):
+        grads = torch.ops.cpm_rcnn_cpu.deform_conv2d_backward(
+            torch.ones_like(output), input, offset, mask, weight, *geometry, needed
+        )
+        for i, rows_that_are_nan in ((1, [4]), (2, [4]), (3, [0, 1, 2])):
+            if needed[i]:
+                assert grads[i].isnan().any(3).any(1).any(0).nonzero().flatten().tolist() == rows_that_are_nan
+        assert not needed[0] or grads[0].isfinite().all()
+
+
+def test_random_layouts_and_sides_of_length_0_and_1_equal_torchvision():
+    # This test also runs once per instruction set.
+    failures = deform_conv_sweep.run(range(60 if os.environ.get("ATEN_CPU_CAPABILITY") else 200))
+    assert not failures, "\n".join(failures[:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [(300, 3), (3, 300), (3, 3)])
+def test_an_output_that_is_one_pixel_wide_or_high_has_correct_gradients_for_any_stride_of_that_side(dtype, size):
+    tensors = inputs(images=2, out_per_group=4, size=size, geometry=((1, 1), (0, 0), (1, 1)), dtype=dtype)
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 2e-2}[dtype]
+
+    def transposed(x):
+        # The gradient of a transposed output. Its sides of length 1 have the stride of another side.
+        return x.transpose(2, 3).contiguous().transpose(2, 3)
+
+    assert_equals_torchvision(tensors, ((1, 1), (0, 0), (1, 1)), tolerance, transposed)
+
+
+@pytest.mark.parametrize("size", [(0, 4), (4, 0), (0, 0)])
+@pytest.mark.parametrize("images", [0, 2])
+def test_an_input_without_rows_or_columns_gives_zeros(size, images):
+    geometry = ((1, 1), (2, 2), (1, 1))
+    assert_equals_torchvision(inputs(images=images, size=size, geometry=geometry, masked=True), geometry, 0)
+
+
+def test_an_input_too_large_for_the_index_of_a_sample_raises_an_error():
+    # 4.9e9 pixels that share one number in memory.
+    input = torch.zeros(1, 1, 1, 1).expand(1, 1, 70000, 70000)
+    with pytest.raises(RuntimeError, match="an input of 70000x70000 is too large"):
+        torch.ops.cpm_rcnn_cpu.deform_conv2d(
+            input, torch.zeros(1, 2, 1, 1), None, torch.ones(1, 1, 1, 1), (70000, 70000), (0, 0), (1, 1)
+        )
+
+
+def test_elements_past_the_first_2_to_the_32_are_addressed(tmp_path):
+    """Compile and run a program that reserves large planes, but only touches the pages of one sample."""
+    compiler = shutil.which("c++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs a C++ compiler on Linux")
+    source, program = Path(__file__).with_name("large_plane.cpp"), tmp_path / "large_plane"
+    kernels = Path(deform_conv_backends.__file__).parents[1] / "kernels"
+    subprocess.run([compiler, "-std=c++20", "-O1", f"-I{kernels}", str(source), "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    if done.returncode == 77:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, done.stdout
 
 
 def test_samples_outside_the_image_do_not_read_it():
@@ -275,7 +333,7 @@ def test_these_tests_pass_for_every_instruction_set(capability):
     if os.environ.get("ATEN_CPU_CAPABILITY"):
         pytest.skip("this run already tests one instruction set")
     environment = dict(os.environ, ATEN_CPU_CAPABILITY=capability)
-    names = "grouped or non_finite or derivatives or channels_last"
+    names = "grouped or non_finite or derivatives or channels_last or random_layouts or one_pixel"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", names, __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

@@ -97,14 +97,16 @@ def test_kernels_equal_torchvision_for_integer_offsets_and_samples_on_the_border
         assert_close(mine, theirs, 1e-5)
 
 
-def test_non_finite_offsets_sample_zeros():
+def test_non_finite_offsets_give_nan():
+    """test_deform_conv_nonfinite.py tests all that they change, under the interpreter. This test also runs on a GPU."""
     case = make(1, 8, 8, 1, 1, (4, 4), 1, 1, 0, 1, False, 0.5)
-    case["offset"][..., 0, 0] = float("nan")
-    case["offset"][..., 1, 1] = float("inf")
-    output, (grad_input, *_) = triton_results(case, torch.ones(1, 8, 4, 4, device=DEVICE))
-    assert not output[..., 0, 0].any()
-    assert not output[..., 1, 1].any()
-    assert output.isfinite().all()
+    case["offset"][:, 0, 0, 0] = float("nan")
+    case["offset"][:, 1, 1, 1] = float("inf")
+    lost = torch.zeros(4, 4, dtype=torch.bool, device=DEVICE)
+    lost[0, 0] = lost[1, 1] = True
+    output, (grad_input, grad_offset, _, _) = triton_results(case, torch.ones(1, 8, 4, 4, device=DEVICE))
+    assert torch.equal(output.isnan(), lost.expand_as(output))
+    assert torch.equal(grad_offset.isnan(), lost.expand_as(grad_offset))
     assert grad_input.isfinite().all()
 
 
@@ -153,6 +155,9 @@ def test_unsupported_cases_are_reported_as_such():
     assert kernels.supports(supported["input"], supported["offset"], supported["weight"])
     assert not kernels.supports(crossing["input"], crossing["offset"], crossing["weight"])
     assert not kernels.supports(supported["input"].double(), supported["offset"], supported["weight"])
+    input, offset, weight = (x.to("meta") for x in (supported["input"], supported["offset"], supported["weight"]))
+    # 2^31 output pixels.
+    assert not kernels.supports(input.expand(2**27, -1, -1, -1), offset.expand(2**27, -1, -1, -1), weight)
 
 
 def test_kernels_compile_for_an_h100():

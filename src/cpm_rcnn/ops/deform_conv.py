@@ -4,7 +4,10 @@ The function checks its arguments; ``deform_conv_op.py`` registers the operator 
 ``deform_conv_backends.py`` chooses the implementation.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import SupportsIndex
 
 import torch
 import torchvision.ops
@@ -30,8 +33,15 @@ def deform_conv2d(
 
     The CPU kernel supports float32, float64 and bfloat16; the GPU kernel supports float32, bfloat16 and float16. All
     other cases use torchvision's operator. Sums are computed in float64 for float64 inputs and in float32 otherwise.
-    Under autocast, input, weight, bias and mask are converted to the autocast dtype, unless the input is float64;
-    offsets keep their dtype. Offsets and mask may be float32 with a half-precision input.
+    Offsets and mask may be float32 with a half-precision input.
+
+    Under autocast, tensors of any floating-point dtypes are accepted. Input, weight, bias and mask are converted to the
+    autocast dtype. Offsets keep this dtype and float32, and are converted to float32 otherwise. With a float64 input,
+    everything is converted to float64 instead.
+
+    A NaN or infinite offset makes its sample NaN: in the output, the pixel is NaN in all channels that read the sample;
+    in the gradients, the two offsets of the tap, its mask factor, and the weights that multiply the sample are NaN. The
+    input's gradient omits the sample. See docs/deform_conv.md for masks and inputs that are not finite.
 
     Args:
         input: (N, C_in, H, W) floating-point tensor.
@@ -50,14 +60,18 @@ def deform_conv2d(
         RuntimeError: shapes, dtypes or devices do not match.
     """
     device = input.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        if input.dtype is not torch.float64:
-            input, weight = input.to(dtype), weight.to(dtype)
-            bias, mask = (None if x is None else x.to(dtype) for x in (bias, mask))
+    # Devices without autocast, such as meta, raise an error when asked whether it is enabled.
+    has_autocast = torch.amp.is_autocast_available(device)
+    if has_autocast and torch.is_autocast_enabled(device):
+        double = input.dtype is torch.float64
+        dtype = torch.float64 if double else torch.get_autocast_dtype(device)
+        input, weight = (x.to(dtype) if x.is_floating_point() else x for x in (input, weight))
+        bias, mask = (x.to(dtype) if x is not None and x.is_floating_point() else x for x in (bias, mask))
+        if offset.is_floating_point() and (double or offset.dtype not in (dtype, torch.float32)):
+            offset = offset.to(torch.float64 if double else torch.float32)
     geometry = (_pair(stride), _pair(padding), _pair(dilation))
     _check(input, offset, weight, bias, *geometry, mask)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         output = deform_conv2d_op(input, offset, mask, weight, *geometry)
         return output if bias is None else output + bias[:, None, None]
 
@@ -148,8 +162,11 @@ class DeformConv2dPack(DeformConv2d):
         return super().forward(input, predicted[:, : 2 * taps], predicted[:, 2 * taps :].sigmoid())
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def _pair(value: SupportsIndex | Iterable[SupportsIndex]) -> tuple[int, int]:
+    """Return a pair of ints from one integer, which may be numpy's, or from two."""
+    values = tuple(value) if isinstance(value, Iterable) else (value, value)
+    _require(len(values) == 2, f"{values} must be one number or two")
+    return operator.index(values[0]), operator.index(values[1])
 
 
 def _check(

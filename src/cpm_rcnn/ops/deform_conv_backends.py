@@ -115,8 +115,15 @@ def _cpu_kernel_supports(input: Tensor, offset: Tensor, mask: Tensor | None) -> 
 def _torchvision_forward(
     input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, *geometry: tuple[int, int]
 ) -> Tensor:
+    lost = _lost_samples(offset, weight)
     arguments = _torchvision_arguments(input, offset, mask, weight, geometry)
-    return torch.ops.torchvision.deform_conv2d(*arguments).to(input.dtype)
+    output = torch.ops.torchvision.deform_conv2d(*arguments).to(input.dtype)
+    # An output channel reads the input channels of its group.
+    groups = input.shape[1] // weight.shape[1]
+    lost_inputs = lost.any(2).repeat_interleave(input.shape[1] // lost.shape[1], 1)  # (N, C_in, H_out, W_out)
+    lost_groups = lost_inputs.unflatten(1, (groups, weight.shape[1])).any(2)
+    lost_outputs = lost_groups.repeat_interleave(weight.shape[0] // groups, 1)
+    return output.masked_fill_(lost_outputs, torch.nan)
 
 
 def _torchvision_backward(
@@ -131,15 +138,30 @@ def _torchvision_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute all gradients, because torchvision's operator cannot skip those that are not ``needed``."""
+    lost = _lost_samples(offset, weight)
     arguments = _torchvision_arguments(input, offset, mask, weight, (stride, padding, dilation))
     grad = grad_output.to(arguments[0].dtype).contiguous()
     grad_input, grad_weight, grad_offset, grad_mask, _ = torch.ops.torchvision._deform_conv2d_backward(grad, *arguments)
+    grad_offset.masked_fill_(lost.flatten(1, 2).repeat_interleave(2, 1), torch.nan)
+    if mask is not None:
+        grad_mask.masked_fill_(lost.flatten(1, 2), torch.nan)
+    # A weight is multiplied by one tap's samples of one input channel.
+    groups, (out_channels, group_in, *kernel) = input.shape[1] // weight.shape[1], weight.shape
+    lost_inputs = lost.any(4).any(3).any(0).repeat_interleave(input.shape[1] // lost.shape[1], 0)  # (C_in, taps)
+    lost_weights = lost_inputs.view(groups, group_in, *kernel).repeat_interleave(out_channels // groups, 0)
+    grad_weight.masked_fill_(lost_weights, torch.nan)
     return (
         grad_input.to(input.dtype),
         grad_offset.to(offset.dtype),
         grad_mask.to(input.dtype if mask is None else mask.dtype),
         grad_weight.to(weight.dtype),
     )
+
+
+def _lost_samples(offset: Tensor, weight: Tensor) -> Tensor:
+    """Return whether each sample has a NaN or infinite offset, as (N, offset_groups, taps, H_out, W_out)."""
+    taps = weight.shape[2] * weight.shape[3]
+    return ~offset.unflatten(1, (-1, taps, 2)).isfinite().all(3)
 
 
 def _torchvision_arguments(
@@ -149,6 +171,9 @@ def _torchvision_arguments(
 
     Half-precision tensors are converted to float32, because torchvision's operator does not train in half precision.
     The operator requires a mask and a bias even where they are not used.
+
+    The operator reads outside the input for a NaN offset. Offsets that are not finite are therefore replaced by one
+    that moves a tap past the input's upper or left border, where it samples zeros.
     """
     dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
     use_mask = mask is not None
@@ -156,6 +181,8 @@ def _torchvision_arguments(
     groups, offset_groups = input.shape[1] // weight.shape[1], offset.shape[1] // (2 * taps)
     mask = input.new_zeros(input.shape[0], 1) if mask is None else mask
     bias = weight.new_zeros(weight.shape[0])
+    last_tap = max(side + padding for side, padding in zip(input.shape[2:], geometry[1]))
+    offset = offset.to(dtype).where(offset.isfinite(), -(last_tap + 2))
     tensors = (x.to(dtype).contiguous() for x in (input, weight, offset, mask, bias))
     return (*tensors, *(side for pair in geometry for side in pair), groups, offset_groups, use_mask)
 
