@@ -52,9 +52,10 @@ def build_trainer(config: DictConfig, run_dir: Path, resume_point: ResumePoint |
             # Without a monitor it is written after every validation; ``save_last`` would follow a new best only.
             ModelCheckpoint(folder, filename="last", enable_version_counter=False),
             ModelCheckpoint(folder, filename="last", every_n_train_steps=interval, enable_version_counter=False),
-            LearningRateMonitor("step"),
             Interruption(folder / "last.ckpt"),
         ]
+        if config.logger:
+            callbacks.append(LearningRateMonitor("step"))
     return instantiate_allowed(
         config.trainer,
         max_steps=steps,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import UserError, check_path
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.checkpoints import read_checkpoint
 from cpm_rcnn.weights.initialize import check_same_model
@@ -35,20 +35,21 @@ class ResumePoint:
         return self.checkpoint["global_step"]
 
 
-def find_resume_point(resume: str | None, run_dir: Path) -> ResumePoint | None:
+def find_resume_point(resume: str | bool | None, run_dir: Path) -> ResumePoint | None:
     """The checkpoint to resume from, or None to start at step 0.
 
     Args:
-        resume: None, ``auto`` (the newest intact checkpoint of the run's folder, if there is one), or a file.
+        resume: None or False; ``auto`` or True (the newest intact checkpoint of the run's folder, if there is one); or a
+            file.
         run_dir: the run's folder.
 
     Raises:
         UserError: no such file, a damaged one, or one that contains weights but no training state.
     """
-    if resume is None:
+    if resume is None or resume is False:
         return None
-    if resume != "auto":
-        return _read(Path(resume).expanduser())
+    if resume not in ("auto", True):
+        return _read(check_path("resume", resume))
     for path in sorted((run_dir / "checkpoints").glob("*.ckpt"), key=_newest_first):
         try:
             return _read(path)
