@@ -11,10 +11,11 @@ from omegaconf import DictConfig
 from rich.progress import track
 
 from cpm_rcnn.cli.assembly import load_detector
+from cpm_rcnn.cli.config import as_path
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.data import ImageSource
 from cpm_rcnn.data.validation import counted
-from cpm_rcnn.errors import UserError, check_range
+from cpm_rcnn.errors import UserError, check_path, check_range
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.pictures import draw, save
 
@@ -32,7 +33,7 @@ def predict(config: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
     check_range("min_score", config.min_score, 0, 1)
-    folder, names = find_images(Path(config.source).expanduser())
+    folder, names = find_images(check_path("source", as_path(config.source)))
     device = choose_device(config.device)
     detector, _ = load_detector(config)
     detector.to(device)

@@ -16,9 +16,10 @@ from cpm_rcnn.cli.assembly import build_datamodule, build_module
 from cpm_rcnn.cli.config import config_keys
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.recipe import training_recipe
+from cpm_rcnn.cli.run_folder import clear_run_folder
 from cpm_rcnn.cli.trainer import build_trainer, check_disk_space, checkpoint_size
 from cpm_rcnn.data import CocoDataModule
-from cpm_rcnn.errors import UserError, check_choice, check_count
+from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.curves import keep_metrics, plot_curves
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
@@ -40,9 +41,12 @@ def train(config: DictConfig) -> None:
     use_deform_backend(config.ops.deform)
     check_count("sheet_images", config.sheet_images, 0)
     check_count("seed", config.seed, 0)
-    if config.init is not None and config.resume not in (None, "auto"):
+    check_flag("overwrite", config.overwrite)
+    if config.init is not None and config.resume not in (None, False, "auto", True):
         raise UserError("init and resume: give only one of them; a resumed run has its weights already")
     check_choice("resume_changes", config.resume_changes, ("refuse", "allow"))
+    if config.resume in (None, False):
+        clear_run_folder(run_dir, overwrite=config.overwrite)
     resume_point = find_resume_point(config.resume, run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = build_datamodule(config)
@@ -120,7 +124,7 @@ def _report(
     config: DictConfig, trainer: pl.Trainer, module: DetectionModule, datamodule: CocoDataModule, run_dir: Path
 ) -> None:
     write_metrics(module.metrics, run_dir / "metrics.json")
-    if not config.trainer.fast_dev_run:
+    if not config.trainer.fast_dev_run and (run_dir / "metrics.csv").exists():
         plot_curves(run_dir / "metrics.csv", run_dir)
     if config.sheet_images:
         # Lightning has moved the model back to the CPU.

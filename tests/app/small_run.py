@@ -16,4 +16,5 @@ SMALL = [
     "detector.proposals_test=20",
     "trainer.log_every_n_steps=1",
     "sheet_images=3",
+    "overwrite=true",
 ]

@@ -1,20 +1,19 @@
 """Construction of data modules, models and detectors from a config."""
 
-from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from cpm_rcnn.cli.config import config_keys, non_null, to_dict
+from cpm_rcnn.cli.config import as_path, config_keys, non_null, to_dict
 from cpm_rcnn.cli.instantiate import instantiate_allowed
-from cpm_rcnn.data import CocoDataModule
-from cpm_rcnn.errors import UserError, check_count
+from cpm_rcnn.data import CocoDataModule, DataSettings
+from cpm_rcnn.errors import UserError, check_count, check_keys, check_path
 from cpm_rcnn.inference import Detector, MultiScaleSettings
 from cpm_rcnn.inference.detector import SIZE_OPTIONS
 from cpm_rcnn.inference.load import detector_from
 from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.training.schedule import Schedule
-from cpm_rcnn.weights.checkpoints import read_checkpoint
+from cpm_rcnn.weights.checkpoints import checkpoint_file, read_checkpoint
 
 
 def schedule_settings(config: DictConfig) -> Schedule:
@@ -25,6 +24,8 @@ def schedule_settings(config: DictConfig) -> Schedule:
     """
     values = to_dict(config.schedule)
     with config_keys(config, "schedule"):
+        # The image sizes are read from the data node, which refers to them.
+        check_keys(None, values, [*Schedule.names(), *DataSettings.names()])
         return Schedule.from_dict({name: values[name] for name in Schedule.names()})
 
 
@@ -38,7 +39,7 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
     check_count("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
     with config_keys(config, "data"):
         datamodule = instantiate_allowed(
-            config.data,
+            _with_paths(config.data),
             batch_size=schedule.images_per_device,
             max_steps=schedule.max_steps * config.trainer.accumulate_grad_batches,
             seed=config.seed,
@@ -49,6 +50,12 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
         # So does this, but faulty files are better reported before a model is built and loggers start.
         datamodule.setup("fit")
     return datamodule
+
+
+def _with_paths(data: DictConfig) -> DictConfig:
+    """The ``data`` node with all paths as strings."""
+    names = [name for name in data if name == "root" or str(name).endswith(("_json", "_images"))]
+    return OmegaConf.merge(data, {name: as_path(data[name]) for name in names})  # type: ignore[return-value]
 
 
 def build_module(config: DictConfig, datamodule: CocoDataModule) -> DetectionModule:
@@ -75,12 +82,13 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
         UserError: the file does not exist, is damaged, or is a checkpoint of another program or format, or a value is
             invalid.
     """
-    checkpoint = read_checkpoint(config.ckpt, "ckpt")
-    data = checkpoint["hyper_parameters"]["data"] | non_null(config.data)
+    path = checkpoint_file(config.ckpt, "ckpt")
+    checkpoint = read_checkpoint(path, "ckpt")
+    data = checkpoint["hyper_parameters"]["data"] | non_null(_with_paths(config.data))
     overrides = non_null(config.detector) | {name: data[name] for name in SIZE_OPTIONS if name in data}
     multi_scale = multi_scale_settings(config)
     with config_keys(config, "detector"):
-        detector = detector_from(checkpoint, f"ckpt={config.ckpt}", multi_scale=multi_scale, **overrides)
+        detector = detector_from(checkpoint, f"ckpt={path}", multi_scale=multi_scale, **overrides)
     return detector, data
 
 
@@ -107,10 +115,13 @@ def evaluation_data(config: DictConfig, detector: Detector, data: dict[str, Any]
     """
     if config.split not in ("val", "test"):
         if config.images is None:
-            raise UserError(f"split={config.split}: must be val, test, or a COCO-style json with images=FOLDER_OR_ZIP")
+            raise UserError(
+                f"split={config.split}: must be val, test, or a COCO-style json with images=FOLDER_OR_ZIP, also for the "
+                "training images"
+            )
         data = data | {
-            "test_json": str(Path(config.split).expanduser().absolute()),
-            "test_images": str(Path(config.images).expanduser().absolute()),
+            "test_json": str(check_path("split", as_path(config.split)).absolute()),
+            "test_images": str(check_path("images", as_path(config.images)).absolute()),
         }
     if detector.multi_scale is not None:
         # The detector resizes the images itself.

@@ -5,9 +5,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from cpm_rcnn.errors import ArgumentError, UserError
+
+# Nodes whose entries are arguments of something that refuses unknown ones itself.
+_CHECKED_NODES = ("backbone", "data", "detector", "hydra", "logger", "trainer")
+
+
+def check_added_keys(config: DictConfig) -> None:
+    """Refuse keys that the user has added with ``+`` and that nothing reads.
+
+    Raises:
+        UserError: there is such a key.
+    """
+    hydra = HydraConfig.get()
+    for override in hydra.overrides.task:
+        if not override.startswith("+"):
+            continue
+        key = override.lstrip("+").partition("=")[0]
+        parent, _, _ = key.rpartition(".")
+        if key.partition(".")[0] in _CHECKED_NODES or key in hydra.runtime.choices:
+            continue
+        node = config.get(parent, config) if parent else config
+        allowed = sorted(str(name) for name in node if str(name) != key.rpartition(".")[2])
+        raise UserError(f"{key}: unknown option; {parent or 'the config'} has {', '.join(allowed)}")
+
+
+def as_path(value: Any) -> Any:
+    """A path that looks like a number, such as a folder named 2017, as a string; other values unchanged."""
+    return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
 def to_dict(node: DictConfig) -> dict[str, Any]:

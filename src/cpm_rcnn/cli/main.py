@@ -10,7 +10,10 @@ from collections.abc import Callable
 import hydra
 from omegaconf import DictConfig
 
+from cpm_rcnn.cli.arguments import normalize
+from cpm_rcnn.cli.config import check_added_keys
 from cpm_rcnn.cli.error_lines import one_line
+from cpm_rcnn.cli.help import help_text
 from cpm_rcnn.cli.overrides import register_overrides
 
 
@@ -22,12 +25,23 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     An error caused by user input ends the program with status 2 and one line on standard error. Any other exception is
     a defect of the program and keeps its traceback.
     """
+    if "--help" in sys.argv[1:]:
+        print(help_text(config_name))
+        return
     _silence_libraries()
     register_overrides()
     # Without it Hydra prints errors itself and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    main = hydra.main(version_base="1.3", config_path="pkg://cpm_rcnn.conf", config_name=config_name)(task)
+
+    def checked(config: DictConfig) -> None:
+        check_added_keys(config)
+        task(config)
+
+    # Hydra names its job after the function.
+    checked.__name__, checked.__module__ = task.__name__, task.__module__
+    main = hydra.main(version_base="1.3", config_path="pkg://cpm_rcnn.conf", config_name=config_name)(checked)
     try:
+        sys.argv[1:] = normalize(sys.argv[1:])
         main()
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C into SystemExit.

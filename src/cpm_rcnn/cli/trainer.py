@@ -67,8 +67,9 @@ def build_trainer(
             # Without a monitor it is written after every validation; ``save_last`` would follow a new best only.
             ModelCheckpoint(folder, filename="last", **options),
             ModelCheckpoint(folder, filename="last", every_n_train_steps=interval, **options),
-            LearningRateMonitor("step"),
         ]
+        if config.logger:
+            callbacks.append(LearningRateMonitor("step"))
         # It must come first.
         callbacks.insert(0, Interruption(folder / "last.ckpt", reserve=checkpoint_size))
     trainer = instantiate_allowed(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.settings import Settings, choice, flag, inference, integer, list_of, number, optional, text, training
 
 OnError = Literal["raise", "skip"]
@@ -53,6 +54,15 @@ class DataSettings(Settings):
     flip_probability: float = training(0.5, check=number(0, 1))
     on_error: Literal["raise", "skip"] = inference("raise", check=choice("raise", "skip"))
     check_images: bool = inference(False, check=flag)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_size < min(self.short_sides):
+            raise ArgumentError("max_size", f"={self.max_size}: must be at least short_sides, {list(self.short_sides)}")
+        if self.test_short_side is not None and self.test_max_size < self.test_short_side:
+            raise ArgumentError(
+                "test_max_size", f"={self.test_max_size}: must be at least test_short_side, {self.test_short_side}"
+            )
 
 
 @dataclass(frozen=True)

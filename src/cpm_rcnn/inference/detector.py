@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from cpm_rcnn.boxes import CONVENTIONS, BoxConvention
 from cpm_rcnn.data.transforms import network_size
-from cpm_rcnn.errors import check_count, check_range
+from cpm_rcnn.errors import ArgumentError, check_count, check_range
 from cpm_rcnn.inference.images import to_image
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector, MultiScaleSettings
 from cpm_rcnn.models.detector import TwoStageDetector
@@ -61,7 +61,7 @@ class Detector:
         short_side: length in pixels to which the shorter side of an image is resized; None keeps the original size.
         max_size: maximum length in pixels of the longer side; it takes precedence over ``short_side``. Not used
             if ``short_side`` is None.
-        multi_scale: settings of the multi-scale test, which replaces ``short_side`` and ``max_size``.
+        multi_scale: settings of the multi-scale test; its scales are factors of ``short_side``.
 
     Raises:
         ArgumentError: a length is not a positive integer; named ``test_short_side`` or ``test_max_size``, as in the
@@ -91,6 +91,8 @@ class Detector:
         self.short_side = short_side
         self.max_size = max_size
         self.multi_scale = multi_scale
+        if multi_scale is not None and short_side is None:
+            raise ArgumentError("test_short_side", "=None: the multi-scale test needs a size that its scales refer to")
 
     @property
     def class_names(self) -> list[str]:
@@ -165,7 +167,8 @@ class Detector:
         """
         find: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]] = self.model
         if self.multi_scale is not None:
-            find = MultiScaleDetector(self.model, self.multi_scale, self.convention)
+            assert self.short_side is not None
+            find = MultiScaleDetector(self.model, self.multi_scale, self.convention, self.short_side)
         return [
             found | {"boxes": _rescale(found["boxes"], _size(image), original)}
             for found, image, original in zip(find(images), images, original_sizes, strict=True)

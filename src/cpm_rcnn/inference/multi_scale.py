@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as F
 from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.data.transforms import network_size
 from cpm_rcnn.inference.soft_nms import soft_nms
-from cpm_rcnn.settings import Settings, flag, inference, integer, list_of
+from cpm_rcnn.settings import Settings, flag, inference, list_of, number
 
 # docs/method.md section 8.
 _SOFT_NMS_IOU = 0.5
@@ -21,14 +21,20 @@ _MAX_DETECTIONS = 100
 class MultiScaleSettings(Settings):
     """Settings of the multi-scale test (docs/method.md section 8).
 
+    Sizes are relative to the size at which the model is tested, so that they suit every model. At 800 pixels the
+    defaults are the paper's 400, 500, .., 1200 with a longer side of at most 2000.
+
     Attributes:
-        scales: lengths in pixels to which an image's shorter side is resized.
-        max_size: maximum length in pixels of the longer side; it takes precedence over ``scales``.
+        scales: factors of the model's shorter side, 0.05 to 20.
+        max_size: maximum of the longer side, as a factor of the model's shorter side; it takes precedence over
+            ``scales``.
         flip: whether the horizontally flipped images are used in addition.
     """
 
-    scales: Sequence[int] = inference((400, 500, 600, 700, 800, 900, 1000, 1100, 1200), check=list_of(integer()))
-    max_size: int = inference(2000, check=integer())
+    scales: Sequence[float] = inference(
+        (0.5, 0.625, 0.75, 0.875, 1.0, 1.125, 1.25, 1.375, 1.5), check=list_of(number(0.05, 20))
+    )
+    max_size: float = inference(2.5, check=number(0.05, 20))
     flip: bool = inference(True, check=flag)
 
 
@@ -43,13 +49,17 @@ class MultiScaleDetector(nn.Module):
             pixels of the given image, ``scores`` (N,) and ``labels`` (N,).
         settings: scales and flip.
         convention: the box coordinate convention of the detector.
+        short_side: length in pixels of the shorter side at which the model is tested otherwise.
     """
 
-    def __init__(self, detector: nn.Module, settings: MultiScaleSettings, convention: BoxConvention) -> None:
+    def __init__(
+        self, detector: nn.Module, settings: MultiScaleSettings, convention: BoxConvention, short_side: int
+    ) -> None:
         super().__init__()
         self.detector = detector
         self.settings = settings
         self.convention = convention
+        self.short_side = short_side
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Detect objects in images of their original size.
@@ -69,9 +79,10 @@ class MultiScaleDetector(nn.Module):
                 views.append(self._detect(images, resized, mirrored=True))
         return [self._merge(found) for found in zip(*views)]
 
-    def _resized(self, image: Tensor, scale: int) -> Tensor:
+    def _resized(self, image: Tensor, scale: float) -> Tensor:
         _, height, width = image.shape
-        size = network_size((height, width), scale, self.settings.max_size)
+        short_side, max_size = (max(1, round(factor * self.short_side)) for factor in (scale, self.settings.max_size))
+        size = network_size((height, width), short_side, max_size)
         return F.resize(image, list(size), antialias=True)
 
     def _detect(self, images: Sequence[Tensor], resized: list[Tensor], mirrored: bool) -> list[dict[str, Tensor]]:

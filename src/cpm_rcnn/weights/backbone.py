@@ -82,8 +82,7 @@ def _pretrained_timm(timm: Any, body: TimmBackbone, weights: str) -> Any:
         except Exception as error:  # each hub client raises its own errors
             raise ArgumentError(
                 _ARGUMENT,
-                f"=pretrained: timm cannot download {name} ({type(error).__name__}); download it elsewhere and give "
-                "the file",
+                f"=pretrained: timm cannot download {name} ({_reason(error)}); download it elsewhere and give the file",
             ) from None
     check_file(_ARGUMENT, weights, "null, pretrained (from timm), a local file")
     state = read_weights(weights, _ARGUMENT)
@@ -99,6 +98,11 @@ def _pretrained_timm(timm: Any, body: TimmBackbone, weights: str) -> Any:
         return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **arguments)
     except (RuntimeError, KeyError, ValueError) as error:
         raise ArgumentError(_ARGUMENT, f"={weights}: does not fit {name}: {str(error).splitlines()[0]}") from None
+
+
+def _reason(error: Exception) -> str:
+    """The kind and the first line of an error."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
 
 
 def _without_head(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

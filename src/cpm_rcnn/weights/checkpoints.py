@@ -1,5 +1,6 @@
 """Checkpoint files of this project. Only tensors and plain values are read from them; no code is executed."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import UserError, check_path
 from cpm_rcnn.weights.reading import named_tensors, read_file
 from cpm_rcnn.weights.writing import write_atomically
+
+_log = logging.getLogger(__name__)
 
 # Increased whenever the meaning of stored settings or parameter names changes. Version 0.1.0 stored no number.
 FORMAT = 2
@@ -38,6 +41,26 @@ def read_checkpoint(path: str | Path, argument: str = "ckpt") -> dict[str, Any]:
     checkpoint = read_file(path, argument)
     check_checkpoint(checkpoint, source)
     return checkpoint
+
+
+def checkpoint_file(value: Any, argument: str) -> Any:
+    """The checkpoint that the user means: a file, or the best (else the last) of a run's folder.
+
+    Args:
+        value: a path.
+        argument: the argument that named it, for messages.
+
+    Raises:
+        UserError: a folder without a checkpoint.
+    """
+    path = check_path(argument, value)
+    if not path.is_dir():
+        return value
+    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt"):
+        if (path / name).is_file():
+            _log.warning("%s=%s: using %s", argument, value, path / name)
+            return path / name
+    raise UserError(f"{argument}={value}: is a folder without checkpoints/best.ckpt and checkpoints/last.ckpt")
 
 
 def check_checkpoint(checkpoint: Any, source: str) -> None:

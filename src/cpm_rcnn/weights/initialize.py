@@ -10,8 +10,8 @@ from cpm_rcnn.models.detector import TwoStageDetector
 from cpm_rcnn.models.finite import check_weights
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.backbone import load_backbone
+from cpm_rcnn.weights.checkpoints import checkpoint_file, detector_state, read_checkpoint
 from cpm_rcnn.weights.checkpoints import class_names as names_in
-from cpm_rcnn.weights.checkpoints import detector_state, read_checkpoint
 from cpm_rcnn.weights.reading import check_names
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def initialize(detector: TwoStageDetector, class_names: Sequence[str] = (), *, i
 
 def _start_from(detector: TwoStageDetector, class_names: Sequence[str], path: str | Path) -> None:
     source = f"init={path}"
+    path = checkpoint_file(path, "init")
     checkpoint = read_checkpoint(path, "init")
     check_same_model(checkpoint, detector.settings, source)
     state, own = detector_state(checkpoint), detector.state_dict()

@@ -37,19 +37,20 @@ class ResumePoint:
         return self.checkpoint["global_step"]
 
 
-def find_resume_point(resume: str | None, run_dir: Path) -> ResumePoint | None:
+def find_resume_point(resume: str | bool | None, run_dir: Path) -> ResumePoint | None:
     """The checkpoint to resume from, or None to start at step 0.
 
     Args:
-        resume: None, ``auto`` (the newest intact checkpoint of the run's folder, if there is one), or a file.
+        resume: None or False; ``auto`` or True (the newest intact checkpoint of the run's folder, if there is one); or a
+            file.
         run_dir: the run's folder.
 
     Raises:
         UserError: the file does not exist, is damaged, or contains weights but no training state.
     """
-    if resume is None:
+    if resume is None or resume is False:
         return None
-    if resume != "auto":
+    if resume not in ("auto", True):
         return _read(check_path("resume", resume))
     for path in sorted((run_dir / "checkpoints").glob("*.ckpt"), key=_newest_first):
         try:
