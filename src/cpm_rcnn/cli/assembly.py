@@ -116,8 +116,8 @@ def evaluation_data(config: DictConfig, detector: Detector, data: dict[str, Any]
     if config.split not in ("val", "test"):
         if config.images is None:
             raise UserError(
-                f"split={config.split}: must be val, test, or a COCO-style json with images=FOLDER_OR_ZIP, also for the "
-                "training images"
+                f"split={config.split}: must be val, test, or a COCO-style json with images=FOLDER_OR_ZIP, also "
+                "for the training images"
             )
         data = data | {
             "test_json": str(check_path("split", as_path(config.split)).absolute()),

@@ -41,8 +41,8 @@ def find_resume_point(resume: str | bool | None, run_dir: Path) -> ResumePoint |
     """The checkpoint to resume from, or None to start at step 0.
 
     Args:
-        resume: None or False; ``auto`` or True (the newest intact checkpoint of the run's folder, if there is one); or a
-            file.
+        resume: None or False; ``auto`` or True (the newest intact checkpoint of the run's folder, if there is one); or
+            a file.
         run_dir: the run's folder.
 
     Raises:
