@@ -92,8 +92,8 @@ def test_multi_scale_eval_uses_the_given_scales(command, checkpoint):
         f"ckpt={checkpoint}",
         "trainer=cpu",
         "multi_scale=on",
-        "multi_scale.scales=[96,128]",
-        "multi_scale.max_size=256",
+        "multi_scale.scales=[0.5,0.75]",
+        "multi_scale.max_size=1.5",
     )
     assert answer.status == 0, answer.err
     assert set(metrics(answer.folder)) == KEYS

@@ -241,11 +241,11 @@ def test_short_side_none_keeps_the_original_size(detector):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_multi_scale_detection_equals_the_multi_scale_detector(detector, batch_size):
-    settings = MultiScaleSettings(scales=[40, 64], max_size=96)
+    settings = MultiScaleSettings(scales=[0.8, 1.28], max_size=1.92)
     images = [random_image(50, 80, seed) for seed in range(2)]
-    multi_scale = Detector(detector.model, CATEGORIES, multi_scale=settings)
+    multi_scale = Detector(detector.model, CATEGORIES, short_side=50, multi_scale=settings)
     found = multi_scale.detect(images, batch_size=batch_size)
-    reference = MultiScaleDetector(detector.model, settings, detector.convention)
+    reference = MultiScaleDetector(detector.model, settings, detector.convention, 50)
     for k in range(0, 2, batch_size):
         with torch.inference_mode():
             expected = reference(images[k : k + batch_size])

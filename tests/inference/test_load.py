@@ -75,7 +75,7 @@ def test_every_test_time_setting_can_be_overridden(checkpoint):
 
 
 def test_multi_scale_can_be_set(checkpoint):
-    settings = MultiScaleSettings(scales=[40, 60], flip=False)
+    settings = MultiScaleSettings(scales=[0.5, 0.75], flip=False)
     assert cpm_rcnn.load(checkpoint, multi_scale=settings).multi_scale is settings
 
 

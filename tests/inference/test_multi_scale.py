@@ -9,8 +9,13 @@ from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector, MultiScaleSettings
 
 
-def _multi_scale(detector, convention=CONTINUOUS, **settings):
-    return MultiScaleDetector(detector, MultiScaleSettings(**settings), convention)
+SHORT_SIDE = 100
+
+
+def _multi_scale(detector, convention=CONTINUOUS, *, scales, max_size=2000, flip=True):
+    """A detector whose scales and maximum size are given in pixels; the settings are factors of ``SHORT_SIDE``."""
+    settings = MultiScaleSettings([scale / SHORT_SIDE for scale in scales], max_size / SHORT_SIDE, flip)
+    return MultiScaleDetector(detector, settings, convention, SHORT_SIDE)
 
 
 class _ColorDetector(nn.Module):
@@ -115,14 +120,14 @@ def test_at_most_100_detections_are_returned_best_first():
     assert torch.allclose(found["scores"], torch.linspace(0.1, 0.9, 150).flip(0)[:100])
 
 
-def test_the_default_is_the_release_s_multi_scale_test():
+def test_at_800_pixels_the_default_is_the_release_s_multi_scale_test():
     settings = MultiScaleSettings()
-    assert settings.scales == (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)
-    assert settings.max_size == 2000
+    assert [factor * 800 for factor in settings.scales] == [400, 500, 600, 700, 800, 900, 1000, 1100, 1200]
+    assert settings.max_size * 800 == 2000
     assert settings.flip
 
 
-@pytest.mark.parametrize("values", [{"scales": []}, {"scales": [0]}, {"scales": 400}, {"max_size": 0}, {"flip": 1}])
+@pytest.mark.parametrize("values", [{"scales": []}, {"scales": [0]}, {"scales": 400}, {"scales": [400]}, {"max_size": 0}, {"flip": 1}])
 def test_invalid_settings_are_refused_by_name(values):
     with pytest.raises(ArgumentError, match=f"^{next(iter(values))}="):
         MultiScaleSettings(**values)
