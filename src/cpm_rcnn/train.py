@@ -16,7 +16,7 @@ from cpm_rcnn.cli.assembly import build_datamodule, build_module
 from cpm_rcnn.cli.config import config_keys
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.recipe import training_recipe
-from cpm_rcnn.cli.run_folder import clear_run_folder
+from cpm_rcnn.cli.run_folder import refuse_earlier_run, remove_checkpoints
 from cpm_rcnn.cli.trainer import build_trainer, check_disk_space, checkpoint_size
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag
@@ -45,8 +45,8 @@ def train(config: DictConfig) -> None:
     if config.init is not None and config.resume not in (None, False, "auto", True):
         raise UserError("init and resume: give only one of them; a resumed run has its weights already")
     check_choice("resume_changes", config.resume_changes, ("refuse", "allow"))
-    if config.resume in (None, False):
-        clear_run_folder(run_dir, overwrite=config.overwrite)
+    if config.resume in (None, False) and not config.overwrite:
+        refuse_earlier_run(run_dir)
     resume_point = find_resume_point(config.resume, run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = build_datamodule(config)
@@ -64,13 +64,17 @@ def train(config: DictConfig) -> None:
         check_recipe(resume_point, module.hparams["recipe"], config.resume_changes)
         module.schedule_counts = True
     if trainer.is_global_zero:
+        if resume_point is None:
+            remove_checkpoints(run_dir)
         keep_metrics(run_dir, resuming=resume_point is not None)
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     with config_keys(config, "data"):
         _fit(trainer, module, datamodule, resume_point, run_dir)
     # A run with fast_dev_run leaves no checkpoint.
     best = None if config.trainer.fast_dev_run else _best_or_last(run_dir)
-    evaluated = best is not None and module.evaluated_step == trainer.global_step == checkpoint_step(best)
+    # Only the first process is sure to have the file.
+    evaluated = trainer.is_global_zero and best is not None
+    evaluated = evaluated and module.evaluated_step == trainer.global_step == checkpoint_step(best)
     # Without name=, the folder is named by the time, which can differ between machines: take the first process's.
     best, evaluated = trainer.strategy.broadcast((best, evaluated))
     if not evaluated:

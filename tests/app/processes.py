@@ -168,6 +168,23 @@ class Hang:
 
 
 @dataclass
+class OlderBest:
+    """A fault and a condition: the best checkpoint is older than the last step, so it is validated after training."""
+
+    fault: Callable[[], None]
+
+    def __call__(self) -> None:
+        from cpm_rcnn import train
+
+        train.checkpoint_step = lambda path: -1
+        self.fault()
+
+
+def no_fault() -> None:
+    """Nothing."""
+
+
+@dataclass
 class NotANumber:
     """A fault: a loss of this process is NaN at a training step."""
 

@@ -150,7 +150,9 @@ SAME_MODEL = [
 
 
 def test_training_starts_from_a_converted_checkpoint_with_other_classes(command, converted, released):
-    answer = command("train", "experiment=release_r50", f"init={converted}", *SAME_MODEL, *FINE_TUNING)
+    answer = command(
+        "train", "experiment=release_r50", "overwrite=true", f"init={converted}", *SAME_MODEL, *FINE_TUNING
+    )
     assert answer.status == 0, answer.err
     assert "head.rsm.predictor.weight" in answer.out + answer.err
     tuned = load(answer.folder / "checkpoints/last.ckpt")
@@ -164,12 +166,14 @@ def test_training_starts_from_a_converted_checkpoint_with_other_classes(command,
     assert ours["head.classifier.predictor.weight"].shape == (6, 64)
     # Resuming does not need the ImageNet file that the config names.
     more = [*SAME_MODEL, *FINE_TUNING, "schedule.max_steps=3", f"resume={answer.folder}/checkpoints/last.ckpt"]
-    answer = command("train", "experiment=release_r50", *more)
+    answer = command("train", "experiment=release_r50", "overwrite=true", *more)
     assert answer.status == 0, answer.err
 
 
 def test_starting_from_another_model_and_resuming_without_a_run_are_refused(command, converted):
-    line = refused(command("train", "experiment=release_r50", f"init={converted}", *SAME_MODEL[2:], *FINE_TUNING))
+    line = refused(
+        command("train", "experiment=release_r50", "overwrite=true", f"init={converted}", *SAME_MODEL[2:], *FINE_TUNING)
+    )
     assert "backbone.layout.blocks is [1, 1, 1, 1] in the checkpoint and None in this model" in line
     line = refused(command("train", *SMALL, f"init={converted}"))
     for difference in (

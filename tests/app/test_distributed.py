@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Hang, NotANumber, Signal, call, free_port, slurm, together
+from processes import Hang, NotANumber, OlderBest, Signal, call, free_port, no_fault, slurm, together
 from runs import last_checkpoint, same, same_run
 from small_run import SMALL
 from torch.nn.parallel import DistributedDataParallel
@@ -291,7 +291,7 @@ def test_a_signal_to_one_process_stops_both_and_both_resume_to_the_same_weights(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_in_the_last_validation_ends_the_run_immediately(workplace, tmp_path, rank):
-    faults = {rank: Signal(signal.SIGTERM, 1, "validation_step", "validate")}
+    faults = {0: OlderBest(no_fault)} | {rank: OlderBest(Signal(signal.SIGTERM, 1, "validation_step", "validate"))}
     options = ["schedule.max_steps=1", "data.eval_batch_size=1", f"name=validation_stopped_{rank}"]
     outcomes = on_two(tmp_path, workplace, faults, *options)
     assert outcomes[rank].status == -signal.SIGTERM, outcomes

@@ -8,7 +8,6 @@ from cpm_rcnn.boxes import CONTINUOUS, CONVENTIONS
 from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector, MultiScaleSettings
 
-
 SHORT_SIDE = 100
 
 
@@ -127,7 +126,9 @@ def test_at_800_pixels_the_default_is_the_release_s_multi_scale_test():
     assert settings.flip
 
 
-@pytest.mark.parametrize("values", [{"scales": []}, {"scales": [0]}, {"scales": 400}, {"scales": [400]}, {"max_size": 0}, {"flip": 1}])
+@pytest.mark.parametrize(
+    "values", [{"scales": []}, {"scales": [0]}, {"scales": 400}, {"scales": [400]}, {"max_size": 0}, {"flip": 1}]
+)
 def test_invalid_settings_are_refused_by_name(values):
     with pytest.raises(ArgumentError, match=f"^{next(iter(values))}="):
         MultiScaleSettings(**values)

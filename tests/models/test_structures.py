@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from inputs import LargestTensor, make_ground_truth, make_target, no_rois, random_rois
@@ -37,7 +39,7 @@ all_rows = pytest.mark.parametrize(
 
 
 def fields_of(rows):
-    return [getattr(rows, name) for name in rows.__dataclass_fields__]
+    return [getattr(rows, name) for name in rows.__dataclass_fields__ if name != "image_sizes"]
 
 
 @all_rows
@@ -75,6 +77,15 @@ def test_where_only_makes_rows_invalid():
     assert rois.valid.tolist() == [True, False, False, True]
     assert torch.equal(rois.boxes, make_rois().boxes)
     assert torch.equal(rois.images, make_rois().images)
+
+
+def test_image_sizes_are_shared_by_all_rows_and_clip_the_boxes():
+    sizes = torch.tensor([[30, 40], [50, 60], [10, 20], [70, 80]])
+    rois = replace(make_rois(), image_sizes=sizes, boxes=torch.tensor([[-5.0, -5.0, 100.0, 100.0]]).expand(4, 4))
+    chosen = rois[torch.tensor([2, 0])].cat(rois[:1])
+    assert chosen.image_sizes is sizes
+    expected = [[0, 0, sizes[image][1], sizes[image][0]] for image in chosen.images]
+    assert torch.equal(chosen.clip(CONTINUOUS).boxes, torch.tensor(expected).float())
 
 
 def test_with_boxes_keeps_images_and_validity():
