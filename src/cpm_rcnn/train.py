@@ -73,8 +73,9 @@ def train(config: DictConfig) -> None:
     # A run with fast_dev_run leaves no checkpoint.
     best = None if config.trainer.fast_dev_run else _best_or_last(run_dir)
     # Only the first process is sure to have the file.
-    evaluated = trainer.is_global_zero and best is not None
-    evaluated = evaluated and module.evaluated_step == trainer.global_step == checkpoint_step(best)
+    evaluated = False
+    if trainer.is_global_zero and best is not None:
+        evaluated = module.evaluated_step == trainer.global_step == checkpoint_step(best)
     # Without name=, the folder is named by the time, which can differ between machines: take the first process's.
     best, evaluated = trainer.strategy.broadcast((best, evaluated))
     if not evaluated:

@@ -120,6 +120,7 @@ def test_a_test_list_without_annotations_gives_the_server_s_json(command, conver
     assert all(set(each) == {"image_id", "category_id", "bbox", "score"} for each in detections)
 
 
+RELEASE = ["experiment=release_r50", "overwrite=true"]
 FINE_TUNING = [
     "schedule.max_steps=2",
     "schedule.val_interval=2",
@@ -166,14 +167,12 @@ def test_training_starts_from_a_converted_checkpoint_with_other_classes(command,
     assert ours["head.classifier.predictor.weight"].shape == (6, 64)
     # Resuming does not need the ImageNet file that the config names.
     more = [*SAME_MODEL, *FINE_TUNING, "schedule.max_steps=3", f"resume={answer.folder}/checkpoints/last.ckpt"]
-    answer = command("train", "experiment=release_r50", "overwrite=true", *more)
+    answer = command("train", *RELEASE, *more)
     assert answer.status == 0, answer.err
 
 
 def test_starting_from_another_model_and_resuming_without_a_run_are_refused(command, converted):
-    line = refused(
-        command("train", "experiment=release_r50", "overwrite=true", f"init={converted}", *SAME_MODEL[2:], *FINE_TUNING)
-    )
+    line = refused(command("train", *RELEASE, f"init={converted}", *SAME_MODEL[2:], *FINE_TUNING))
     assert "backbone.layout.blocks is [1, 1, 1, 1] in the checkpoint and None in this model" in line
     line = refused(command("train", *SMALL, f"init={converted}"))
     for difference in (
