@@ -13,7 +13,6 @@ import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cpm_rcnn.ops import deform_conv_backends
 from cpm_rcnn.ops.deform_conv_backends import load_cpu_kernel
 from ops import deform_conv_sweep
 
