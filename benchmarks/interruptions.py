@@ -28,10 +28,11 @@ from typing import Any
 
 import torch
 
+STEPS = 120
 RUN = [
     *(sys.executable, "-m", "cpm_rcnn.train", "experiment=quickstart", "data.train_count=40", "data.val_count=4"),
     *(
-        "schedule.max_steps=120",
+        f"schedule.max_steps={STEPS}",
         "schedule.milestones=[80,100]",
         "schedule.val_interval=60",
         "schedule.images_per_device=2",
@@ -190,13 +191,18 @@ def stop_in_ways(ways: list[str], stops: int, workers: int, seed: int) -> int:
             size = (folder / "outputs/whole/checkpoints/last.ckpt").stat().st_size
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={6 * size}", "none", run], check=True)
             stack.callback(lambda: subprocess.run(["umount", run], check=True))
-        complete = [stop(ways[k % len(ways)], folder, workers) for k in range(stops)]
+        complete: list[bool] = []
+        while len(complete) < stops:
+            complete.append(stop(ways[len(complete) % len(ways)], folder, workers))
+            if parts(run / "checkpoints/last.ckpt")[0] == STEPS:
+                print("the run ended before all stops")
+                break
         finish(start(folder, "stopped", workers))
         equal = same(
             parts(folder / "outputs/whole/checkpoints/last.ckpt"),
             parts(folder / "outputs/stopped/checkpoints/last.ckpt"),
         )
-        print(f"{stops} stops ({', '.join(ways)}), {sum(complete)} saved the last finished step; {workers} workers")
+        print(f"{len(complete)} stops ({', '.join(ways)}), {sum(complete)} saved the last finished step; {workers} workers")
         print("the final state is " + ("the same, bit for bit" if equal else "DIFFERENT"))
         return 0 if equal and all(complete) else 1
 
