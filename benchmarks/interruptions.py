@@ -202,7 +202,8 @@ def stop_in_ways(ways: list[str], stops: int, workers: int, seed: int) -> int:
             parts(folder / "outputs/whole/checkpoints/last.ckpt"),
             parts(folder / "outputs/stopped/checkpoints/last.ckpt"),
         )
-        print(f"{len(complete)} stops ({', '.join(ways)}), {sum(complete)} saved the last finished step; {workers} workers")
+        saved = f"{sum(complete)} saved the last finished step"
+        print(f"{len(complete)} stops ({', '.join(ways)}), {saved}; {workers} workers")
         print("the final state is " + ("the same, bit for bit" if equal else "DIFFERENT"))
         return 0 if equal and all(complete) else 1
 
