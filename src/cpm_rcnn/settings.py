@@ -166,16 +166,6 @@ def list_of(check: Check, length: int | None = None) -> Check:
     return check_all
 
 
-def nested(kind: type[Settings]) -> Check:
-    """An instance of ``kind``; its own fields were checked when it was constructed."""
-
-    def check_kind(argument: str, value: Any) -> None:
-        if not isinstance(value, kind):
-            raise ArgumentError(argument, f"={value}: must be {kind.__name__}")
-
-    return check_kind
-
-
 def settings_list(kind: type[_S], values: Any, argument: str) -> tuple[_S, ...]:
     """Settings of one kind from a list of mappings; items that are settings already are kept.
 

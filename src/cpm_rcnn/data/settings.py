@@ -52,7 +52,7 @@ class DataSettings(Settings):
     test_short_side: int | None = inference(800, check=optional(integer()))
     test_max_size: int = inference(1333, check=integer())
     flip_probability: float = training(0.5, check=number(0, 1))
-    on_error: Literal["raise", "skip"] = inference("raise", check=choice("raise", "skip"))
+    on_error: OnError = inference("raise", check=choice("raise", "skip"))
     check_images: bool = inference(False, check=flag)
 
     def __post_init__(self) -> None:
