@@ -9,7 +9,7 @@ from torchvision.ops import box_iou
 from cpm_rcnn.models.build import build_detector
 from cpm_rcnn.models.heads import HEADS
 
-STEPS = 45
+STEPS = 60
 
 
 def batch():
@@ -57,7 +57,8 @@ def test_one_batch_is_learned(head, ism, rsm):
         for box, label in zip(target["boxes"], target["labels"]):
             iou = box_iou(box[None], detections["boxes"])[0]
             hits = (detections["labels"] == label) & (iou > 0.6)
-            assert detections["scores"][hits].max() > 0.3, (iou, detections)
+            assert hits.any()
+            assert detections["scores"][hits].max() > 0.3
             # Nothing of the other class scores as high.
             wrong = detections["labels"] != label
             on_object = wrong & (iou > 0.6)
