@@ -18,6 +18,7 @@ from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.recipe import training_recipe
 from cpm_rcnn.cli.run_folder import refuse_earlier_run, remove_checkpoints
 from cpm_rcnn.cli.trainer import build_trainer, check_disk_space, checkpoint_size
+from cpm_rcnn.cli.trainer_options import lightning_errors
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag
 from cpm_rcnn.ops import use_deform_backend
@@ -68,7 +69,7 @@ def train(config: DictConfig) -> None:
             remove_checkpoints(run_dir)
         keep_metrics(run_dir, resuming=resume_point is not None)
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    with config_keys(config, "data"):
+    with config_keys(config, "data"), lightning_errors(config):
         _fit(trainer, module, datamodule, resume_point, run_dir)
     # A run with fast_dev_run leaves no checkpoint.
     best = None if config.trainer.fast_dev_run else _best_or_last(run_dir)
