@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from cpm_rcnn.cli.assembly import schedule_settings
-from cpm_rcnn.cli.config import config_keys, non_null
+from cpm_rcnn.cli.config import config_keys, overrides_in
 from cpm_rcnn.cli.instantiate import instantiate_allowed
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.data.annotations import CocoAnnotations
@@ -29,7 +29,7 @@ def convert(config: DictConfig) -> None:
         raise UserError(f"dst={target}: exists already; delete it, or give another name")
     state, source = read_weights(config.src, "src"), f"src={config.src}"
     with config_keys(config, "detector"):
-        settings, num_classes = release_settings(state, source, **non_null(config.detector))
+        settings, num_classes = release_settings(state, source, **overrides_in(config.detector))
     weights = convert_state(state, build(settings, num_classes), source)
     hyper_parameters = {
         "model": settings.to_options(),

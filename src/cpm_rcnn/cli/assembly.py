@@ -1,13 +1,15 @@
 """Construction of data modules, models and detectors from a config."""
 
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cpm_rcnn.cli.config import as_path, config_keys, non_null, to_dict
+from cpm_rcnn.cli.config import as_path, config_keys, overrides_in, to_dict
 from cpm_rcnn.cli.instantiate import instantiate_allowed
 from cpm_rcnn.data import CocoDataModule, DataSettings
-from cpm_rcnn.errors import UserError, check_count, check_keys, check_path
+from cpm_rcnn.errors import UserError, check_count, check_file, check_flag, check_keys, check_path
 from cpm_rcnn.inference import Detector, MultiScaleSettings
 from cpm_rcnn.inference.detector import SIZE_OPTIONS
 from cpm_rcnn.inference.load import detector_from
@@ -84,8 +86,8 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
     """
     path = checkpoint_file(config.ckpt, "ckpt")
     checkpoint = read_checkpoint(path, "ckpt")
-    data = checkpoint["hyper_parameters"]["data"] | non_null(_with_paths(config.data))
-    overrides = non_null(config.detector) | {name: data[name] for name in SIZE_OPTIONS if name in data}
+    data = checkpoint["hyper_parameters"]["data"] | overrides_in(_with_paths(config.data))
+    overrides = overrides_in(config.detector) | {name: data[name] for name in SIZE_OPTIONS if name in data}
     multi_scale = multi_scale_settings(config)
     with config_keys(config, "detector"):
         detector = detector_from(checkpoint, f"ckpt={path}", multi_scale=multi_scale, **overrides)
@@ -95,9 +97,10 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
 def multi_scale_settings(config: DictConfig) -> MultiScaleSettings | None:
     """The settings of ``multi_scale``; None if it is off or the command has no such node."""
     values = to_dict(config.multi_scale) if "multi_scale" in config else {"enabled": False}
-    if not values.pop("enabled"):
-        return None
     with config_keys(config, "multi_scale"):
+        check_flag("enabled", values["enabled"])
+        if not values.pop("enabled"):
+            return None
         return MultiScaleSettings.from_dict(values)
 
 
@@ -114,17 +117,24 @@ def evaluation_data(config: DictConfig, detector: Detector, data: dict[str, Any]
         UserError: there is no such split, or a value is invalid.
     """
     if config.split not in ("val", "test"):
+        allowed = "val, test, or a COCO-style json with images=FOLDER_OR_ZIP, also for the training images"
+        if config.split is None:
+            raise UserError(f"split=null: must be {allowed}")
+        json = check_file("split", as_path(config.split), allowed)
         if config.images is None:
-            raise UserError(
-                f"split={config.split}: must be val, test, or a COCO-style json with images=FOLDER_OR_ZIP, also "
-                "for the training images"
-            )
-        data = data | {
-            "test_json": str(check_path("split", as_path(config.split)).absolute()),
-            "test_images": str(check_path("images", as_path(config.images)).absolute()),
-        }
+            raise UserError(f"split={config.split}: give its images with images=FOLDER_OR_ZIP")
+        images = check_path("images", as_path(config.images))
+        if not images.exists() and not Path(f"{images}.zip").is_file():
+            raise UserError(f"images={images}: no such folder and no such .zip")
+        data = data | {"test_json": str(json.absolute()), "test_images": str(images.absolute())}
     if detector.multi_scale is not None:
         # The detector resizes the images itself.
         data = data | {"test_short_side": None}
-    with config_keys(config, "data"):
+    with evaluation_keys(config):
         return CocoDataModule(**data, categories=detector.categories, convention=detector.convention.name)
+
+
+def evaluation_keys(config: DictConfig) -> AbstractContextManager[None]:
+    """:func:`~cpm_rcnn.cli.config.config_keys` for the arguments of the data on which a detector is evaluated."""
+    own = config.split not in ("val", "test")
+    return config_keys(config, "data", {"test_json": "split", "test_images": "images"} if own else None)

@@ -5,7 +5,7 @@ import errno
 import re
 from collections.abc import Iterator
 
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -32,6 +32,8 @@ def one_line(error: BaseException) -> str | None:
     for cause in chain:
         if isinstance(cause, OSError) and cause.errno in _PATH_ERRORS and cause.filename:
             return f"{cause.filename}: {cause.strerror}"
+    if isinstance(error, OverrideParseException):
+        return _join(f"{error.override}: not an override that Hydra can read ({error})")
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _join(str(error))
     return None
@@ -43,7 +45,7 @@ def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
     allowed = sorted(str(option) for option in error.parent_node)
     close = difflib.get_close_matches(name, allowed, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"{key}: unknown option{hint}; {parent or 'the config'} has {', '.join(allowed)}"
+    return f"{key}: unknown option{hint}; {parent or 'the config'} has {', '.join(allowed) or 'no options'}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

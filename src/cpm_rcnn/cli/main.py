@@ -10,8 +10,8 @@ from collections.abc import Callable
 import hydra
 from omegaconf import DictConfig
 
-from cpm_rcnn.cli.arguments import normalize
-from cpm_rcnn.cli.config import check_added_keys
+from cpm_rcnn.cli.arguments import check_choices, normalize
+from cpm_rcnn.cli.config import check_added_keys, check_nodes, check_required
 from cpm_rcnn.cli.error_lines import one_line
 from cpm_rcnn.cli.help import help_text
 from cpm_rcnn.cli.overrides import register_overrides
@@ -34,6 +34,8 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
     def checked(config: DictConfig) -> None:
+        check_nodes(config)
+        check_required(config)
         check_added_keys(config)
         task(config)
 
@@ -42,6 +44,7 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     main = hydra.main(version_base="1.3", config_path="pkg://cpm_rcnn.conf", config_name=config_name)(checked)
     try:
         sys.argv[1:] = normalize(sys.argv[1:])
+        check_choices(sys.argv[1:], config_name)
         main()
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C into SystemExit.
