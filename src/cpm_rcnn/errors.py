@@ -1,6 +1,7 @@
 """Errors caused by user input, and the checks that raise them."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,18 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def check_range(argument: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Raise :class:`ArgumentError` unless ``value`` is a number with ``low <= value <= high``; NaN fails."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        allowed = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+def check_range(argument: str, value: Any, low: float, high: float = inf) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is a finite number with ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or value == inf:
+        allowed = f"at least {low:g}" if high == inf else f"{low:g} to {high:g}"
         raise ArgumentError(argument, f"={shown(value)}: must be a number, {allowed}")
 
 
-def check_count(argument: str, value: Any, low: int = 1) -> None:
-    """Raise :class:`ArgumentError` unless ``value`` is an integer of at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ArgumentError(argument, f"={shown(value)}: must be an integer, at least {low}")
+def check_count(argument: str, value: Any, low: int = 1, high: float = inf) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is an integer with ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        allowed = f"at least {low}" if high == inf else f"{low} to {high}"
+        raise ArgumentError(argument, f"={shown(value)}: must be an integer, {allowed}")
 
 
 def check_list(argument: str, value: Any) -> None:
@@ -133,5 +135,6 @@ def check_file(argument: str, value: Any, allowed: str = "") -> Path:
     """
     path = check_path(argument, value)
     if not path.is_file():
-        raise ArgumentError(argument, f"={value}: no such file" + (f"; allowed: {allowed}" if allowed else ""))
+        problem = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise ArgumentError(argument, f"={value}: {problem}" + (f"; allowed: {allowed}" if allowed else ""))
     return path

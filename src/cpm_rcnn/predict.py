@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def choose_device(name: Any) -> torch.device:
     Raises:
         UserError: there is no such device.
     """
-    if not isinstance(name, str) or name == "meta":  # a device without memory
+    if not isinstance(name, str) or not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", name):
         raise UserError(f"device={shown(name)}: must be auto, cpu, cuda, or a GPU such as cuda:1")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,7 +104,8 @@ def choose_device(name: Any) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise UserError(f"device={name}: this machine has no such device ({reason})") from None
     return device
 
 

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cpm_rcnn.cli.assembly import build_datamodule, build_module
-from cpm_rcnn.cli.config import config_keys
+from cpm_rcnn.cli.config import as_path, config_keys
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.recipe import training_recipe
 from cpm_rcnn.cli.run_folder import refuse_earlier_run, remove_checkpoints
@@ -41,19 +41,19 @@ def train(config: DictConfig) -> None:
         return _run_in_subprocess(run_dir)
     use_deform_backend(config.ops.deform)
     check_count("sheet_images", config.sheet_images, 0)
-    check_count("seed", config.seed, 0)
+    check_count("seed", config.seed, 0, 2**32 - 1)
     check_flag("overwrite", config.overwrite)
     if config.init is not None and config.resume not in (None, False, "auto", True):
         raise UserError("init and resume: give only one of them; a resumed run has its weights already")
     check_choice("resume_changes", config.resume_changes, ("refuse", "allow"))
     if config.resume in (None, False) and not config.overwrite:
         refuse_earlier_run(run_dir)
-    resume_point = find_resume_point(config.resume, run_dir)
+    resume_point = find_resume_point(as_path(config.resume), run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = build_datamodule(config)
     module = build_module(config, datamodule)
     if resume_point is None:
-        initialize(module.model, module.detector.class_names, init=config.init)
+        initialize(module.model, module.detector.class_names, init=as_path(config.init))
     else:
         check_same_run(resume_point, module.model.settings, module.detector.categories)
         datamodule.start_step = resume_point.step * config.trainer.accumulate_grad_batches

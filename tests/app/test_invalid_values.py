@@ -128,6 +128,39 @@ def test_null_and_plain_values_in_place_of_groups_nodes_and_paths_are_refused(
     check(refused(command(name, *ready, argument)), f"{argument}: ", *parts)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["~seed"], "~seed: an option can be changed, not removed"),
+        (["seed=99999999999999999999"], "seed=99999999999999999999: must be an integer, 0 to 4294967295"),
+        (["schedule.base_lr=inf"], "schedule.base_lr=inf: must be a number"),
+        (["data.short_sides=[1.5]"], "data.short_sides[0]=1.5: must be an integer"),
+        (["schedule.milestones=[-1]"], "schedule.milestones[0]=-1: must be an integer"),
+        (["cmm.stages.x=1"], "Hydra cannot compose the config of "),
+        (["cmm.stages={a:1}"], "Error merging override cmm.stages={a:1}: Cannot merge"),
+        (
+            ["data._target_=pytorch_lightning.Trainer"],
+            "data._target_=pytorch_lightning.Trainer: must be one of cpm_rcnn",
+        ),
+        (["+logger.foo={}"], "logger.foo._target_=[]: there must be exactly one"),
+        (["+foo.bar=3"], "foo: unknown option; the config has"),
+        (["+foo.bar.baz=3"], "foo: unknown option; the config has"),
+        (["data.train_count.x=3"], "data.train_count.x: unknown option; data.train_count has no options"),
+        (["resume=data"], "resume=data: is a folder, not a file"),
+        (["resume=2024"], "resume=2024: no such file"),
+        (["seed=${nosuch}"], "seed: Interpolation key 'nosuch' not found"),
+        (["seed=["], "seed=[: not an override that Hydra can read"),
+        (["=3"], "=3: an argument is written KEY=VALUE"),
+    ],
+)
+def test_other_invalid_arguments_of_train_are_named(command, checkpoint, arguments, line):
+    check(refused(command("train", *RUN, *arguments)), line)
+
+
+def test_images_without_a_json_of_the_user_are_refused(command, checkpoint):
+    check(refused(command("eval", f"ckpt={checkpoint}", "trainer=cpu", "images=x")), "images=x: belongs to split=JSON")
+
+
 def test_a_source_that_is_not_an_image_is_named(command, checkpoint, workplace):
     (workplace / "note.txt").write_text("text")
     line = refused(command("predict", f"ckpt={checkpoint}", "source=note.txt", "device=cpu"))
@@ -139,7 +172,7 @@ def test_errors_about_the_split_of_a_json_name_split_and_images(command, checkpo
     evaluation, json_file = ["eval", f"ckpt={checkpoint}", "trainer=cpu"], "data/shapes/annotations/instances_val.json"
     for arguments, start in (
         (["split=/nosuch.json", "images=empty"], "split=/nosuch.json: no such file"),
-        (["split=empty", "images=empty"], "split=empty: no such file"),
+        (["split=empty", "images=empty"], "split=empty: is a folder"),
         ([f"split={json_file}"], f"split={json_file}: give its images with images="),
         ([f"split={json_file}", "images=nosuch"], "images=nosuch: no such folder"),
         ([f"split={json_file}", "images=empty"], f"images={workplace / 'empty'}: 5 of 5 images cannot be read"),

@@ -293,7 +293,7 @@ def test_error_in_a_worker_ends_with_its_one_line_message(root, module, tmp_path
         next(iter(module(val_images=str(tmp_path / "val"), num_workers=1).val_dataloader()))
     last = str(error.value).strip().splitlines()[-1]
     image = f"image 1 of {root}/annotations/instances_val.json"
-    advice = "data.on_error=skip continues without such images"
+    advice = "on_error=skip continues without such images"
     assert last == f"cpm_rcnn.errors.UserError: {tmp_path}/val: image 000001.jpg not found ({image}); {advice}"
 
 

@@ -37,7 +37,7 @@ def _normalized(argument: str) -> str:
         return "logger=none"
     if key == "name":
         path = PurePath(re.sub(r"^(['\"])(.*)\1$", r"\2", value))
-        if path.is_absolute() or ".." in path.parts or not path.parts or value.lower() == "null":
+        if path.is_absolute() or ".." in path.parts or not path.parts or value.lower() in ("null", "???"):
             raise UserError(f"name={value}: must be a name, or a path inside outputs/ without ..")
     return argument
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from cpm_rcnn.cli.config import as_path, config_keys, overrides_in, to_dict
 from cpm_rcnn.cli.instantiate import instantiate_allowed
 from cpm_rcnn.data import CocoDataModule, DataSettings
-from cpm_rcnn.errors import UserError, check_count, check_file, check_flag, check_keys, check_path
+from cpm_rcnn.errors import UserError, check_count, check_file, check_flag, check_keys, check_path, shown
 from cpm_rcnn.inference import Detector, MultiScaleSettings
 from cpm_rcnn.inference.detector import SIZE_OPTIONS
 from cpm_rcnn.inference.load import detector_from
@@ -28,7 +28,7 @@ def schedule_settings(config: DictConfig) -> Schedule:
     with config_keys(config, "schedule"):
         # The image sizes are read from the data node, which refers to them.
         check_keys(None, values, [*Schedule.names(), *DataSettings.names()])
-        return Schedule.from_dict({name: values[name] for name in Schedule.names()})
+        return Schedule.from_dict({name: values[name] for name in Schedule.names() if name in values})
 
 
 def build_datamodule(config: DictConfig) -> CocoDataModule:
@@ -42,6 +42,7 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
     with config_keys(config, "data"):
         datamodule = instantiate_allowed(
             _with_paths(config.data),
+            "cpm_rcnn.data.",
             batch_size=schedule.images_per_device,
             max_steps=schedule.max_steps * config.trainer.accumulate_grad_batches,
             seed=config.seed,
@@ -84,7 +85,7 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
         UserError: the file does not exist, is damaged, or is a checkpoint of another program or format, or a value is
             invalid.
     """
-    path = checkpoint_file(config.ckpt, "ckpt")
+    path = checkpoint_file(as_path(config.ckpt), "ckpt")
     checkpoint = read_checkpoint(path, "ckpt")
     data = checkpoint["hyper_parameters"]["data"] | overrides_in(_with_paths(config.data))
     overrides = overrides_in(config.detector) | {name: data[name] for name in SIZE_OPTIONS if name in data}
@@ -127,6 +128,8 @@ def evaluation_data(config: DictConfig, detector: Detector, data: dict[str, Any]
         if not images.exists() and not Path(f"{images}.zip").is_file():
             raise UserError(f"images={images}: no such folder and no such .zip")
         data = data | {"test_json": str(json.absolute()), "test_images": str(images.absolute())}
+    elif config.images is not None:
+        raise UserError(f"images={shown(config.images)}: belongs to split=JSON; split={config.split} has data.*_images")
     if detector.multi_scale is not None:
         # The detector resizes the images itself.
         data = data | {"test_short_side": None}

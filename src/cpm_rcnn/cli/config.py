@@ -58,21 +58,28 @@ def _example(key: str) -> str:
 
 
 def check_added_keys(config: DictConfig) -> None:
-    """Refuse keys that the user has added with ``+`` and that nothing reads.
+    """Refuse keys that the user has added with ``+`` and that nothing reads, and keys removed with ``~``.
 
     Raises:
         UserError: there is such a key.
     """
     hydra = HydraConfig.get()
     for override in hydra.overrides.task:
+        if override.startswith("~") and not override.startswith("~logger."):
+            raise UserError(f"{override}: an option can be changed, not removed")
         if not override.startswith("+"):
             continue
         key = override.lstrip("+").partition("=")[0]
         parent, _, _ = key.rpartition(".")
         if key.partition(".")[0] in _CHECKED_NODES or key in hydra.runtime.choices:
             continue
-        node = config.get(parent, config) if parent else config
+        node = OmegaConf.select(config, parent) if parent else config
+        if not OmegaConf.is_dict(node):  # reported by check_nodes
+            continue
         allowed = sorted(str(name) for name in node if str(name) != key.rpartition(".")[2])
+        if not allowed:  # the node was added too
+            key, parent = key.partition(".")[0], ""
+            allowed = sorted(str(name) for name in config if name != key)
         raise UserError(f"{key}: unknown option; {parent or 'the config'} has {', '.join(allowed)}")
 
 
@@ -95,6 +102,8 @@ def overrides_in(node: DictConfig) -> dict[str, Any]:
 def config_keys(config: DictConfig, node: str, renamed: Mapping[str, str] | None = None) -> Iterator[None]:
     """Replace argument names by config keys in errors about arguments that come from ``node``.
 
+    The argument that an error is about is replaced, and all that its message mentions as ``NAME=``.
+
     Args:
         config: the config.
         node: name of the node.
@@ -105,6 +114,12 @@ def config_keys(config: DictConfig, node: str, renamed: Mapping[str, str] | None
     except ArgumentError as error:
         key = (renamed or {}).get(error.argument) or config_key(config, node, error.argument)
         raise UserError(f"{key}{error.problem}") from error
+    except UserError as error:
+        names = "|".join(map(re.escape, map(str, config[node])))
+        text = re.sub(rf"(?<![\w./])({names})(?==)", lambda match: config_key(config, node, match[1]), str(error))
+        if text == str(error):
+            raise
+        raise UserError(text) from error
 
 
 def config_key(config: DictConfig, node: str, argument: str) -> str:

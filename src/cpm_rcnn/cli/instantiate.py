@@ -20,11 +20,12 @@ ALLOWED = (
 )
 
 
-def instantiate_allowed(node: DictConfig, **arguments: Any) -> Any:
+def instantiate_allowed(node: DictConfig, kind: str = "", /, **arguments: Any) -> Any:
     """An instance of the class that a config node names as ``_target_``.
 
     Args:
         node: ``_target_``, which is one of :data:`ALLOWED`, and the arguments, which are plain values.
+        kind: how the name of the class must start.
         **arguments: further arguments.
 
     Raises:
@@ -32,9 +33,9 @@ def instantiate_allowed(node: DictConfig, **arguments: Any) -> Any:
     """
     targets = list(_class_names(OmegaConf.to_container(node, resolve=True)))
     for target in targets:
-        check_choice("_target_", target, ALLOWED)
+        check_choice("_target_", target, [name for name in ALLOWED if name.startswith(kind)])
     if len(targets) != 1 or node.get("_target_") is None:
-        raise UserError(f"_target_={targets}: there must be exactly one, and none inside the arguments")
+        raise ArgumentError("_target_", f"={shown(targets)}: there must be exactly one, and none inside the arguments")
     for name in arguments:
         if name in node:
             raise ArgumentError(name, f"={shown(node[name])}: cannot be given, the command sets it")

@@ -15,6 +15,7 @@ from cpm_rcnn.cli.config import check_added_keys, check_nodes, check_required
 from cpm_rcnn.cli.error_lines import one_line
 from cpm_rcnn.cli.help import help_text
 from cpm_rcnn.cli.overrides import register_overrides
+from cpm_rcnn.errors import UserError
 
 
 def run(task: Callable[[DictConfig], None], config_name: str) -> None:
@@ -33,10 +34,14 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     # Without it Hydra prints errors itself and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
+    composed = False
+
     def checked(config: DictConfig) -> None:
+        check_added_keys(config)
         check_nodes(config)
         check_required(config)
-        check_added_keys(config)
+        nonlocal composed
+        composed = True
         task(config)
 
     # Hydra names its job after the function.
@@ -54,6 +59,9 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         message = one_line(error)
+        if message is None and not composed:
+            # Hydra and OmegaConf raise errors of Python for some overrides.
+            message = f"Hydra cannot compose the config of {' '.join(sys.argv[1:])}: {one_line(UserError(str(error)))}"
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)

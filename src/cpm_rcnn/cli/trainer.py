@@ -74,6 +74,7 @@ def build_trainer(
     with config_keys(config, "trainer"), lightning_errors(config):
         trainer = instantiate_allowed(
             config.trainer,
+            "pytorch_lightning.Trainer",
             max_steps=steps,
             max_epochs=-1,
             # Lightning counts this interval in batches, not in optimizer steps.
@@ -96,7 +97,7 @@ def _loggers(config: DictConfig, run_dir: Path) -> Iterator[Any]:
         if not OmegaConf.is_dict(node):
             raise UserError(f"logger.{name}={shown(node)}: must be a mapping with _target_; logger=none logs nothing")
         try:
-            yield instantiate_allowed(node, save_dir=str(run_dir))
+            yield instantiate_allowed(node, "pytorch_lightning.loggers.", save_dir=str(run_dir))
         except ArgumentError as error:
             raise UserError(f"logger.{name}.{error}") from None
         except InstantiationException as error:
@@ -111,6 +112,7 @@ def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
     with config_keys(config, "trainer"), lightning_errors(config):
         return instantiate_allowed(
             config.trainer,
+            "pytorch_lightning.Trainer",
             callbacks=[LossProgressBar(config.trainer.log_every_n_steps), EvaluationSignals()],
             logger=False,
             enable_checkpointing=False,
