@@ -161,8 +161,8 @@ def list_of(check: Check, length: int | None = None) -> Check:
             raise ArgumentError(argument, f"={shown(value)}: must be a list of {length} values")
         if not len(value):
             raise ArgumentError(argument, "=[]: must not be empty")
-        for k, item in enumerate(value):
-            check(f"{argument}[{k}]", item)
+        for item in value:
+            check(argument, item)
 
     return check_all
 

@@ -134,8 +134,8 @@ def test_null_and_plain_values_in_place_of_groups_nodes_and_paths_are_refused(
         (["~seed"], "~seed: an option can be changed, not removed"),
         (["seed=99999999999999999999"], "seed=99999999999999999999: must be an integer, 0 to 4294967295"),
         (["schedule.base_lr=inf"], "schedule.base_lr=inf: must be a number"),
-        (["data.short_sides=[1.5]"], "data.short_sides[0]=1.5: must be an integer"),
-        (["schedule.milestones=[-1]"], "schedule.milestones[0]=-1: must be an integer"),
+        (["data.short_sides=[1.5]"], "data.short_sides=1.5: must be an integer"),
+        (["schedule.milestones=[-1]"], "schedule.milestones=-1: must be an integer"),
         (["cmm.stages.x=1"], "Hydra cannot compose the config of "),
         (["cmm.stages={a:1}"], "Error merging override cmm.stages={a:1}: Cannot merge"),
         (

@@ -88,7 +88,7 @@ def test_stored_values_need_no_timm(monkeypatch):
         (VALUES | {"scale": 0.0}, r"input_format\.scale=0\.0: "),
         (VALUES | {"mean": (0.0, 0.0)}, r"input_format\.mean=\[0\.0, 0\.0\]: must be a list of 3"),
         (VALUES | {"mean": ("a", "b", "c")}, r"input_format\.mean=a: must be a finite number"),
-        (VALUES | {"mean": (0.0, 0.0, float("inf"))}, r"input_format\.mean\[2\]=inf: must be a finite number"),
+        (VALUES | {"mean": (0.0, 0.0, float("inf"))}, r"input_format\.mean=inf: must be a finite number"),
         (VALUES | {"std": (1.0,) * 4}, r"input_format\.std="),
         (VALUES | {"std": (1.0, 1.0, -1.0)}, r"input_format\.std=-1\.0: must be above 0"),
         (VALUES | {"stride_in_1x1": 1}, r"input_format\.stride_in_1x1=1: must be true or false"),

@@ -64,7 +64,9 @@ def check_added_keys(config: DictConfig) -> None:
         UserError: there is such a key.
     """
     hydra = HydraConfig.get()
-    for override in hydra.overrides.task:
+    # Not resolved: an override may contain an interpolation.
+    overrides: Any = OmegaConf.to_container(hydra.overrides.task)
+    for override in overrides:
         if override.startswith("~") and not override.startswith("~logger."):
             raise UserError(f"{override}: an option can be changed, not removed")
         if not override.startswith("+"):

@@ -16,8 +16,8 @@ REFERENCE_BATCH = 16
 
 def _is_milestones(argument: str, value: Any) -> None:
     check_list(argument, value)
-    for k, milestone in enumerate(value):
-        check_count(f"{argument}[{k}]", milestone, 0)
+    for milestone in value:
+        check_count(argument, milestone, 0)
     if list(value) != sorted(value):
         raise ArgumentError(argument, f"={list(value)}: must be in ascending order")
 

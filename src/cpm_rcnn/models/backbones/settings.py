@@ -15,8 +15,8 @@ DEFORMABLE_STAGES = (3, 4, 5)
 
 def _is_stages(argument: str, value: Any) -> None:
     check_list(argument, value)
-    for k, stage in enumerate(value):
-        check_choice(f"{argument}[{k}]", stage, DEFORMABLE_STAGES)
+    for stage in value:
+        check_choice(argument, stage, DEFORMABLE_STAGES)
 
 
 def _anything(argument: str, value: Any) -> None:
