@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from cpm_rcnn.cli.assembly import schedule_settings
-from cpm_rcnn.cli.config import config_keys, non_null
+from cpm_rcnn.cli.config import as_path, config_keys, overrides_in
 from cpm_rcnn.cli.instantiate import instantiate_allowed
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.data.annotations import CocoAnnotations
@@ -22,20 +22,20 @@ from cpm_rcnn.weights.release import convert_state, release_settings
 
 def convert(config: DictConfig) -> None:
     """Convert ``src`` to ``dst``. If there is an error, nothing is written."""
-    target = check_path("dst", config.dst)
+    target, src = check_path("dst", as_path(config.dst)), as_path(config.src)
     if target.is_dir():
         raise UserError(f"dst={target}: is a folder; give a file in it")
     if target.exists():
         raise UserError(f"dst={target}: exists already; delete it, or give another name")
-    state, source = read_weights(config.src, "src"), f"src={config.src}"
+    state, source = read_weights(src, "src"), f"src={src}"
     with config_keys(config, "detector"):
-        settings, num_classes = release_settings(state, source, **non_null(config.detector))
+        settings, num_classes = release_settings(state, source, **overrides_in(config.detector))
     weights = convert_state(state, build(settings, num_classes), source)
     hyper_parameters = {
         "model": settings.to_options(),
         "categories": _categories(config.categories, num_classes, source),
         "schedule": schedule_settings(config).to_dict(),
-        "data": instantiate_allowed(config.data).evaluation_arguments,
+        "data": instantiate_allowed(config.data, "cpm_rcnn.data.").evaluation_arguments,
     }
     write_checkpoint(target, weights, hyper_parameters)
     millions = sum(value.numel() for value in state.values()) / 1e6
