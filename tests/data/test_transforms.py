@@ -38,8 +38,8 @@ def test_shorter_side_has_its_length_unless_the_longer_exceeds_the_maximum(size,
         ((480, 1285), 800, 1333, (497, 1333)),
         ((1000, 1000), 400, 1333, (400, 400)),
         ((1, 5000), 800, 1333, (1, 1333)),
-        # 49 * (800 / 49) is 799.99... in floating point.
-        ((49, 60), 800, 1333, (800, 979)),
+        # 334 * (800 / 334) is 799.99... in floating point.
+        ((334, 500), 800, 1333, (800, 1197)),
     ],
 )
 def test_rounding_down_drops_the_fraction_of_a_pixel_and_keeps_exact_lengths(size, short_side, max_size, expected):

@@ -24,10 +24,10 @@ class LossTerm:
         return LossTerm(self.total * weight, self.count)
 
 
-def reduce_losses(terms: dict[str, LossTerm]) -> dict[str, Tensor]:
+def reduce_losses(terms: dict[str, LossTerm], mean_over: str = "run") -> dict[str, Tensor]:
     """The mean of each term by name: total / count, or 0 if the count is 0.
 
-    Under ``torch.distributed`` each count is replaced by its mean over the processes, with one all-reduce for all
+    With ``mean_over="process"``, every process divides by its own counts. Otherwise, under ``torch.distributed`` each count is replaced by its mean over the processes, with one all-reduce for all
     terms. DDP averages gradients over the processes, so the result is the gradient of the mean over all RoIs, as if one
     process had all images. A process without RoIs contributes zero and does not change the others' weights.
     """
@@ -38,7 +38,7 @@ def reduce_losses(terms: dict[str, LossTerm]) -> dict[str, Tensor]:
             for term in terms.values()
         ]
     )
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if mean_over == "run" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(counts)
         counts /= dist.get_world_size()
     # A mean count over several processes can be a fraction below 1, so only zero is replaced.
