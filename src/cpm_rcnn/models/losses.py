@@ -27,9 +27,13 @@ class LossTerm:
 def reduce_losses(terms: dict[str, LossTerm], mean_over: str = "run") -> dict[str, Tensor]:
     """The mean of each term by name: total / count, or 0 if the count is 0.
 
-    With ``mean_over="process"``, every process divides by its own counts. Otherwise, under ``torch.distributed`` each count is replaced by its mean over the processes, with one all-reduce for all
+    Under ``torch.distributed`` each count is replaced by its mean over the processes, with one all-reduce for all
     terms. DDP averages gradients over the processes, so the result is the gradient of the mean over all RoIs, as if one
     process had all images. A process without RoIs contributes zero and does not change the others' weights.
+
+    Args:
+        terms: the losses.
+        mean_over: ``run``, as above, or ``process``: every process divides by its own counts.
     """
     device = next(iter(terms.values())).total.device
     counts = torch.stack(
