@@ -60,8 +60,9 @@ def resnet_weights(name: str, weights: str) -> tuple[dict[str, Tensor], WeightSo
 
     Args:
         name: torchvision's name of the network, or ``resnet`` if it has none.
-        weights: torchvision's weight name, a name in :data:`TIMM_FILES`, or a local file: a ``.pth`` or ``.safetensors`` of torchvision, timm or the
-            CPM R-CNN release (they share their names), or a ``.pkl`` of detectron2 or Caffe2.
+        weights: torchvision's weight name, a name in :data:`TIMM_FILES`, or a local file: a ``.pth`` or
+            ``.safetensors`` of torchvision, timm or the CPM R-CNN release (they share their names), or a ``.pkl`` of
+            detectron2 or Caffe2.
 
     Raises:
         UserError: the weights are unknown or cannot be downloaded, or the file does not exist or is damaged.
