@@ -127,10 +127,12 @@ def test_eval_on_two_processes_equals_eval_on_one(command, checkpoint, workplace
     assert own == other
 
 
-def test_training_on_two_processes_writes_one_run_folder(workplace, trained):
+@pytest.mark.parametrize("experiment", ["quickstart", "[quickstart,shared/release]"])
+def test_training_on_two_processes_writes_one_run_folder(workplace, trained, experiment):
+    small = [f"experiment={experiment}", *SMALL[1:]]
     ran = subprocess.run(
         [
-            *(sys.executable, "-m", "cpm_rcnn.train", *SMALL, "trainer.devices=2", "trainer.strategy=ddp"),
+            *(sys.executable, "-m", "cpm_rcnn.train", *small, "trainer.devices=2", "trainer.strategy=ddp"),
             *("schedule.max_steps=2", "schedule.images_per_device=1", "name=two_trainers"),
         ],
         cwd=workplace,
@@ -142,6 +144,7 @@ def test_training_on_two_processes_writes_one_run_folder(workplace, trained):
     folder = workplace / "outputs/two_trainers"
     assert ran.stdout.strip().splitlines()[-1] == str(folder)
     assert set(metrics(folder)) == KEYS | {"selected", "best", "last"}
+    assert metrics(folder)["selected"] == ("last" if "release" in experiment else "best")
     assert (folder / "checkpoints/last.ckpt").is_file()
 
 

@@ -91,7 +91,7 @@ def warn_of_new_recipe(settings: BackboneSettings) -> None:
         settings: settings of the backbone of a training with SGD and frozen BatchNorm.
     """
     known = _torchvision_weights(settings.name)
-    if settings.weights not in known:
+    if settings.weights is None or settings.weights not in known:
         return
     recipe = str(known[settings.weights].meta.get("recipe"))
     if any(part in recipe for part in _NEW_RECIPE):
