@@ -64,8 +64,8 @@ class CPMSettings(Settings):
         grid_convs: number of 3x3 convolutions in a grid stage.
         grid_init: how the convolutions and transposed convolutions of the grid stages are initialized: ``grid_rcnn``
             (kaiming-normal, N(0, 0.001), and a bias for first scores of 0.01) or ``pytorch`` (PyTorch's defaults).
-        ism_weights: how RoIs are weighted in the loss of ISM, see
-            :func:`~cpm_rcnn.models.heads.scoring.instance_score_loss`.
+        ism_weights: weights of the RoIs in the loss of ISM: ``equal``, or ``release`` for an approximation of the
+            release's (:func:`~cpm_rcnn.models.heads.scoring.release_weights`).
         samples: RoIs per image that train a classification branch.
         max_grid_rois: positives per image that enter the first grid stage in training. Later stages get no more than
             that from an image with more objects than that, and from other images all decoded and ground-truth boxes.

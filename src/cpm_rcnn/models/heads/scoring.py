@@ -28,7 +28,7 @@ class InstanceScoring(nn.Module):
 
     Args:
         in_features: number of values in the stage's features of one RoI.
-        weights: how RoIs are weighted in the loss, see :func:`instance_score_loss`.
+        weights: weights of the RoIs in the loss: ``equal``, or ``release`` (:func:`release_weights`).
     """
 
     def __init__(self, in_features: int, weights: str = "equal") -> None:
@@ -120,7 +120,8 @@ def release_weights(rois: Rois, match: Match) -> Tensor:
     is_ground_truth = (rois.boxes == match.boxes).all(dim=1)
     weights = torch.where(is_ground_truth, 0.3, 0.5)
     # Invalid rows come last.
-    first_two = (rois.images + (~rois.valid) * len(rois)).argsort(stable=True)[:2]
+    image = rois.images.masked_fill(~rois.valid, torch.iinfo(torch.int64).max)
+    first_two = image.argsort(stable=True)[:2]
     return weights.index_add(0, first_two, (rois.valid.sum() / 4).expand(len(first_two)))
 
 
