@@ -1,7 +1,7 @@
 """What the readers of other programs' detector files share: the result of a reader, names, shapes and values."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,6 +65,11 @@ class ConvertedDetector:
     categories: list[dict[str, Any]] | None
     description: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def num_values(self) -> int:
+        """The number of weights, without the statistics of BatchNorms."""
+        return sum(value.numel() for name, value in self.state.items() if ".running_" not in name)
 
 
 @dataclass(frozen=True)
@@ -140,6 +145,15 @@ def weight_shape(state: Mapping[str, Tensor], name: str, source: str) -> torch.S
     if name not in state or state[name].ndim < 2:
         raise UserError(f"{source}: {name} is missing")
     return state[name].shape
+
+
+def cascade_stages(coder_weights: Collection[Collection[float]]) -> list[dict[str, Any]]:
+    """The stage settings of a Cascade R-CNN, whose IoU thresholds and loss weights are the paper's."""
+    values = zip((0.5, 0.6, 0.7), coder_weights, (1.0, 0.5, 0.25), strict=True)
+    return [
+        {"positive_iou": iou, "coder_weights": [float(w) for w in weights], "loss_weight": loss}
+        for iou, weights, loss in values
+    ]
 
 
 def ignored_parts(state: Mapping[str, Tensor], parts: Mapping[str, str]) -> tuple[dict[str, Tensor], list[str]]:

@@ -1,6 +1,7 @@
 """Read weight files of any origin without executing code in them, and compare their names and shapes."""
 
 import codecs
+import hashlib
 import pickle
 import re
 import zipfile
@@ -152,6 +153,31 @@ def _refused_name(error: pickle.UnpicklingError) -> str | None:
     """The name in a pickle that a restricted unpickler has refused, from its error, whose message is long."""
     found = re.search(r"GLOBAL (\S+) was not", str(error)) or re.search(r"refers to (\S+)", str(error))
     return found[1] if found else None
+
+
+def check_published_name(path: str | Path, argument: str) -> None:
+    """Compare a file with the checksum in its name.
+
+    torchvision and mmdetection publish files as ``NAME-XXXXXXXX.pth``, where X are the first digits of the file's
+    SHA-256. Files in torch's old format have no other checksum.
+
+    Args:
+        path: the file.
+        argument: name of the argument that ``path`` comes from, for messages.
+
+    Raises:
+        UserError: the checksums differ.
+    """
+    stated = re.search(r"-([0-9a-f]{8})\.pth$", str(path))
+    if not stated:
+        return
+    with check_file(argument, path).open("rb") as stream:
+        actual = hashlib.file_digest(stream, "sha256").hexdigest()
+    if not actual.startswith(stated[1]):
+        raise UserError(
+            f"{argument}={path}: damaged, its SHA-256 begins with {actual[:8]} and not as its name states; rename it "
+            "if the name is not its publisher's"
+        )
 
 
 def named_tensors(content: Any, source: str) -> dict[str, Tensor]:
