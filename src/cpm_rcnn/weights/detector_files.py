@@ -126,7 +126,9 @@ def resnet_options(state: Mapping[str, Tensor], prefixes: Sequence[str], source:
     sizes = {"groups": max(width // max(channels, 1), 1), "width_per_group": max(channels, 1)} if bottleneck else {}
     layout = ResNetLayout(tuple(max(n, 1) for n in blocks), bottleneck=bottleneck, **sizes)
     name = next((name for name, known in RESNETS.items() if known == layout), "resnet")
-    deformable = [stage + 2 for stage, prefix in enumerate(prefixes) if _has(state, rf"{prefix}\d+\.conv2\.conv_offset")]
+    deformable = [
+        stage + 2 for stage, prefix in enumerate(prefixes) if _has(state, rf"{prefix}\d+\.conv2\.conv_offset")
+    ]
     options = {"name": name, "weights": None, "frozen_stages": 2, "deformable_stages": deformable}
     return options | ({"layout": layout} if name == "resnet" else {})
 
@@ -183,7 +185,7 @@ def input_format(override: Any, automatic: InputFormat) -> Any:
         automatic: the format without an override.
     """
     named = {None: automatic, "rgb": RGB, "caffe": MSRA}
-    return named[override] if override is None or isinstance(override, str) and override in named else override
+    return named[override] if override is None or (isinstance(override, str) and override in named) else override
 
 
 def describe_format(value: InputFormat) -> str:

@@ -29,12 +29,14 @@ from cpm_rcnn.weights.detector_files import (
     count,
     describe_format,
     ignored_parts,
-    input_format as chosen_format,
     layout_of,
     model_settings,
     rename,
     resnet_options,
     weight_shape,
+)
+from cpm_rcnn.weights.detector_files import (
+    input_format as chosen_format,
 )
 
 # The coder weights of the three stages of a Cascade R-CNN.
@@ -131,7 +133,7 @@ def _options(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Any], 
     predictor = "roi_heads.box_predictor.0." if stages else "roi_heads.box_predictor."
     other = f"{source}: not a Faster or Cascade R-CNN with FPN of detectron2"
     backbone = resnet_options(state, [f"backbone.bottom_up.res{stage}." for stage in (2, 3, 4, 5)], other)
-    options = {
+    options: dict[str, Any] = {
         "backbone": backbone,
         "head": "cascade" if stages else "faster",
         "convention": "detectron2",

@@ -29,12 +29,14 @@ from cpm_rcnn.weights.detector_files import (
     describe_format,
     fusion_names,
     ignored_parts,
-    input_format as chosen_format,
     layout_of,
     model_settings,
     rename,
     resnet_options,
     weight_shape,
+)
+from cpm_rcnn.weights.detector_files import (
+    input_format as chosen_format,
 )
 from cpm_rcnn.weights.imagenet import trained_deviation
 from cpm_rcnn.weights.mmdetection_config import MMDetectionConfig
@@ -134,7 +136,7 @@ def _options(state: Mapping[str, Tensor], config: MMDetectionConfig, source: str
     if grid and stages:
         raise UserError(f"{other}: it has a cascade of box heads and a grid head")
     box_head = "roi_head.bbox_head.0." if stages else "roi_head.bbox_head."
-    options = {
+    options: dict[str, Any] = {
         "backbone": resnet_options(state, [f"backbone.layer{stage}." for stage in (1, 2, 3, 4)], other),
         "head": "cpm" if grid else "cascade" if stages else "faster",
         "convention": "detectron2",

@@ -26,11 +26,13 @@ from cpm_rcnn.weights.detector_files import (
     convert_tensors,
     describe_format,
     ignored_parts,
-    input_format as chosen_format,
     model_settings,
     rename,
     resnet_options,
     weight_shape,
+)
+from cpm_rcnn.weights.detector_files import (
+    input_format as chosen_format,
 )
 
 _DOWNLOADS = "torchvision:"
