@@ -1,6 +1,6 @@
-"""CPM R-CNN and torchvision's Faster R-CNN on photographs, with the same settings except for the second stage.
+"""The heads of this project and torchvision's Faster R-CNN on photographs, with the same settings except for the head.
 
-Both have the same ImageNet backbone (a timm model, stem and BatchNorm frozen), feature pyramid, anchors, images, image
+All have the same ImageNet backbone (a timm model, stem and BatchNorm frozen), feature pyramid, anchors, images, image
 size, batches, steps, optimizer and schedule. They are trained one after the other in one run, and each keeps its own
 test settings. The metrics are COCO's on the validation split.
 
@@ -43,6 +43,15 @@ ANCHOR_SIZES = (16, 32, 64, 128, 256)
 SAMPLES = 128
 PROPOSALS_TRAIN, PROPOSALS_TEST = 1000, 500
 MLP_CHANNELS = 512
+# The model of torchvision, and the heads of this project with their options.
+TORCHVISION = "torchvision_faster"
+GRID = {"point_channels": 16, "grid_convs": 4, "max_grid_rois": 24}
+HEADS: dict[str, dict[str, Any]] = {
+    "faster": {"head": "faster"},
+    "cascade": {"head": "cascade"},
+    "cascade_ism_rsm": {"head": "cascade", "ism": True, "rsm": True},
+    "cpm": {"head": "cpm", **GRID},
+}
 
 
 class TorchvisionDetector(nn.Module):
@@ -104,15 +113,12 @@ def train(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
             "backbone": backbone,
             "fpn_channels": options.channels,
             "mlp_channels": MLP_CHANNELS,
-            "point_channels": options.point_channels,
-            "grid_convs": options.grid_convs,
             "anchor_sizes": ANCHOR_SIZES,
             "ignore_border_anchors": False,
             "proposals_train": PROPOSALS_TRAIN,
             "proposals_test": PROPOSALS_TEST,
             "samples": SAMPLES,
-            "max_grid_rois": options.max_grid_rois,
-            "nms_iou": options.nms_iou,
+            **HEADS["faster" if kind == TORCHVISION else kind],
         },
         categories=datamodule.categories,
         schedule={
@@ -126,7 +132,7 @@ def train(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
         },
         data=datamodule.evaluation_arguments,
     )
-    if kind == "faster_rcnn":
+    if kind == TORCHVISION:
         short_side, max_size = sides = (options.short_side, 2 * options.short_side)
         peer: Any = TorchvisionDetector(module.model, len(datamodule.categories), sides)
         module.model = peer
@@ -159,20 +165,16 @@ def train(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train both models on each seed; print the tables and write ``results.json``."""
+    """Train all models on each seed; print the tables and write ``results.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", default=["faster_rcnn", "cpm_rcnn"])
+    parser.add_argument("--models", nargs="+", default=[TORCHVISION, *HEADS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--short-side", type=int, default=240)
     parser.add_argument("--channels", type=int, default=128)
-    parser.add_argument("--point-channels", type=int, default=16)
-    parser.add_argument("--grid-convs", type=int, default=4)
-    parser.add_argument("--max-grid-rois", type=int, default=24)
-    parser.add_argument("--nms-iou", type=float, default=0.3)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--weight-decay", type=float, default=1e-2)

@@ -9,7 +9,7 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import box_iou
 
-from cpm_rcnn.boxes import CONTINUOUS, CONVENTIONS, INCLUSIVE
+from cpm_rcnn.boxes import CONTINUOUS, CONVENTIONS, DETECTRON2, INCLUSIVE, TORCHVISION
 
 COMPONENTS = Path(__file__).parent / "reference/components.npz"
 both = pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=lambda convention: convention.name)
@@ -72,8 +72,10 @@ def test_anchors_have_their_area_and_ratio(convention, ratio, size):
     stride = 16
     anchor = convention.cell_anchors(stride, float(size * stride), [ratio])
     width, height = (side.item() for side in convention.sizes(anchor))
-    # The release rounds the shape at the size of the cell: the error is at most half a cell, scaled.
-    slack = convention.extra * 0.5 * size * (1 + max(1, ratio)) + 1e-2
+    # The release rounds the shape at the size of the cell: the error is at most half a cell, scaled. torchvision rounds
+    # each coordinate.
+    rounded = convention.anchors == "corner_rounded"
+    slack = rounded + convention.extra * 0.5 * size * (1 + max(1, ratio)) + 1e-2
     assert width == pytest.approx(size * stride / ratio**0.5, abs=slack)
     assert height == pytest.approx(size * stride * ratio**0.5, abs=slack)
 
@@ -211,6 +213,24 @@ def test_boxes_that_end_before_they_begin_are_inverted():
     assert INCLUSIVE.inverted(torch.cat([boxes, narrow[None]])).tolist() == [False, False, False, True, False]
 
 
-def test_only_the_inclusive_convention_pads_before_normalization_and_pools_unaligned():
-    assert (CONTINUOUS.aligned, CONTINUOUS.pads_raw) == (True, False)
-    assert (INCLUSIVE.aligned, INCLUSIVE.pads_raw) == (False, True)
+def test_roi_align_and_padding_of_each_convention():
+    values = {name: (c.aligned, c.sampling_ratio, c.pads_raw) for name, c in CONVENTIONS.items()}
+    assert values == {
+        "continuous": (True, 2, False),
+        "inclusive": (False, 2, True),
+        "detectron2": (True, 0, False),
+        "torchvision": (False, 2, False),
+    }
+
+
+def test_anchors_of_torchvision_are_those_of_its_anchor_generator():
+    generator = AnchorGenerator(((32.0,), (512.0,)), ((0.5, 1.0, 2.0),) * 2)
+    for k, (stride, size) in enumerate(((4, 32), (64, 512))):
+        assert torch.equal(TORCHVISION.cell_anchors(stride, size, (0.5, 1.0, 2.0)), generator.cell_anchors[k])
+
+
+def test_anchors_of_detectron2_are_centered_on_the_corner_of_the_cell():
+    anchors = DETECTRON2.cell_anchors(16, 64, (0.5, 1.0, 2.0))
+    root = 2**0.5
+    expected = [[-32 * root, -16 * root], [-32, -32], [-16 * root, -32 * root]]
+    torch.testing.assert_close(anchors, torch.tensor([[x, y, -x, -y] for x, y in expected]))

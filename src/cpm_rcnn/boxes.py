@@ -2,8 +2,9 @@
 
 A box is ``(x1, y1, x2, y2)`` in pixels. In the *continuous* convention, x2 and y2 are the coordinates where the box
 ends, so its width is ``x2 - x1``. In the *inclusive* convention of the CPM R-CNN release, they are the last pixel
-inside the box, so its width is ``x2 - x1 + 1`` (docs/method.md section 9). Every rule that differs between the two is
-a method or a property here; no other code checks which of the two is used.
+inside the box, so its width is ``x2 - x1 + 1`` (docs/method.md section 9). Detectors also differ in where they place
+anchors and RoIAlign's samples. Every rule that differs between conventions is a method or an attribute here; no other
+code checks which convention is used.
 """
 
 from collections.abc import Sequence
@@ -18,37 +19,38 @@ _MAX_LOG_SCALE = 4.135166556742356
 
 @dataclass(frozen=True)
 class BoxConvention:
-    """Box arithmetic in one convention.
+    """The meaning of coordinates in one convention, and the box arithmetic that follows from it.
 
     All methods are pure, broadcast over leading dimensions, and keep dtype and device.
 
     Attributes:
-        name: ``"continuous"`` or ``"inclusive"``.
+        name: the key in :data:`CONVENTIONS`.
         extra: number of pixels to add to ``x2 - x1`` to get the width, 0.0 or 1.0.
+        anchors: where anchors are, see :meth:`cell_anchors`: ``center``, ``corner``, ``corner_rounded`` or ``release``.
+        aligned: whether RoIAlign shifts by half a pixel (``aligned`` of ``torchvision.ops.roi_align``).
+        sampling_ratio: RoIAlign's samples per side of a bin; 0 takes as many as the bin has cells, rounded up.
+        pads_raw: whether images are padded with zeros before normalization at test; otherwise, and in training, after
+            it.
     """
 
     name: str
     extra: float
-
-    @property
-    def aligned(self) -> bool:
-        """Whether RoIAlign shifts by half a pixel (``aligned`` of ``torchvision.ops.roi_align``)."""
-        return self.extra == 0.0
+    anchors: str
+    aligned: bool
+    sampling_ratio: int
+    pads_raw: bool
 
     def sizes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Width and height, each (...), of boxes (..., 4)."""
         return boxes[..., 2] - boxes[..., 0] + self.extra, boxes[..., 3] - boxes[..., 1] + self.extra
 
-    @property
-    def pads_raw(self) -> bool:
-        """Whether images are padded with zeros before normalization at test; otherwise, and in training, after it."""
-        return self.extra != 0.0
-
     def cell_anchors(self, stride: int, size: float, ratios: Sequence[float]) -> Tensor:
         """The anchors of the first cell of a feature map.
 
-        Continuous anchors are centered on the cell. Inclusive anchors are those of the release: their shape is rounded
-        at the size of the cell and then scaled, for example ``[-22, -10, 25, 13]`` for stride 4, size 32, ratio 0.5.
+        They are centered on the cell (``center``) or on its top left corner (``corner``, as in detectron2 and
+        mmdetection; ``corner_rounded``, with coordinates rounded to whole pixels, as in torchvision). Those of the
+        release are centered on the cell, and their shape is rounded at the size of the cell and then scaled, for
+        example ``[-22, -10, 25, 13]`` for stride 4, size 32, ratio 0.5.
 
         Args:
             stride: distance between two cells in pixels.
@@ -59,15 +61,16 @@ class BoxConvention:
             (len(ratios), 4) float32 xyxy pixels.
         """
         ratio = torch.tensor(ratios, dtype=torch.float64)
-        if self.extra:
+        if self.anchors == "release":
             width = (stride / ratio.sqrt()).round()
             height = (width * ratio).round()
             width, height = width * (size / stride), height * (size / stride)
         else:
             width, height = size / ratio.sqrt(), size * ratio.sqrt()
-        center = 0.5 * (stride - self.extra)
+        center = 0.0 if self.anchors.startswith("corner") else 0.5 * (stride - self.extra)
         half_w, half_h = 0.5 * (width - self.extra), 0.5 * (height - self.extra)
-        return torch.stack([center - half_w, center - half_h, center + half_w, center + half_h], dim=1).float()
+        anchors = torch.stack([center - half_w, center - half_h, center + half_w, center + half_h], dim=1).float()
+        return anchors.round() if self.anchors == "corner_rounded" else anchors
 
     def area(self, boxes: Tensor) -> Tensor:
         """Areas (...) in square pixels of boxes (..., 4)."""
@@ -137,6 +140,9 @@ class BoxConvention:
         return torch.stack([last - x2, y1, last - x1, y2], dim=-1)
 
 
-CONTINUOUS = BoxConvention("continuous", 0.0)
-INCLUSIVE = BoxConvention("inclusive", 1.0)
-CONVENTIONS = {convention.name: convention for convention in (CONTINUOUS, INCLUSIVE)}
+CONTINUOUS = BoxConvention("continuous", 0.0, "center", aligned=True, sampling_ratio=2, pads_raw=False)
+INCLUSIVE = BoxConvention("inclusive", 1.0, "release", aligned=False, sampling_ratio=2, pads_raw=True)
+# mmdetection agrees with detectron2.
+DETECTRON2 = BoxConvention("detectron2", 0.0, "corner", aligned=True, sampling_ratio=0, pads_raw=False)
+TORCHVISION = BoxConvention("torchvision", 0.0, "corner_rounded", aligned=False, sampling_ratio=2, pads_raw=False)
+CONVENTIONS = {convention.name: convention for convention in (CONTINUOUS, INCLUSIVE, DETECTRON2, TORCHVISION)}

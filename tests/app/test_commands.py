@@ -207,7 +207,7 @@ def test_multirun_trains_each_combination_in_its_own_process(command, workplace)
     answer = command("train", "-m", *SMALL, "schedule.max_steps=1", "sheet_images=0", "ism=off", "rsm=on,off")
     assert answer.status == 0, answer.err
     folders = sorted(path.parent for path in (workplace / "outputs").glob("multirun_*/*/metrics.json"))
-    assert [folder.name for folder in folders] == ["0_cmm-on_ism-off_rsm-on", "1_cmm-on_ism-off_rsm-off"]
+    assert [folder.name for folder in folders] == ["0_cpm_cmm-on_ism-off_rsm-on", "1_cpm_cmm-on_ism-off_rsm-off"]
     assert [load(folder / "checkpoints/last.ckpt").model.head.rsm is None for folder in folders] == [False, True]
     assert answer.folder == folders[-1]
 

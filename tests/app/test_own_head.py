@@ -47,7 +47,7 @@ class ProposalHead(RoIHead):
     def detect(self, features, proposals):
         probabilities = torch.softmax(self.classifier(features, proposals).float(), dim=1)
         options = {"score_threshold": self.settings.score_threshold, "nms_iou": self.settings.overlap}
-        rois, scores, labels = select_detections(probabilities, proposals, **options)
+        rois, scores, labels, _ = select_detections(probabilities, proposals, **options)
         return Detections(rois.boxes, rois.images, scores, labels, rois.valid)
 
     def losses(self, features, proposals, ground_truth):

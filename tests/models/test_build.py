@@ -84,7 +84,7 @@ def test_preprocessor_has_the_input_format_of_the_backbone():
         ("num_classes", 0),
         ("num_classes", 2.5),
         ("num_classes", "many"),
-        ("head", "faster"),
+        ("head", "retina"),
         ("convention", "half"),
         ("fpn_channels", 0),
         ("mlp_channels", -1),

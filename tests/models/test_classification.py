@@ -24,7 +24,7 @@ def test_detections_equal_separate_nms_for_each_class_and_image(count):
     generator = torch.Generator().manual_seed(count)
     rois = random_rois(count, 3, generator)
     probabilities = torch.softmax(2 * torch.randn(count, 5, generator=generator), dim=1)
-    kept, scores, labels = select_detections(probabilities, rois, score_threshold=0.1, nms_iou=0.3)
+    kept, scores, labels, _ = select_detections(probabilities, rois, score_threshold=0.1, nms_iou=0.3)
     rows = (kept.boxes[:, None] == rois.boxes).all(dim=2).int().argmax(dim=1)
     found = list(zip(kept.images.tolist(), labels.tolist(), rows.tolist()))
     assert set(found) == slow_selection(probabilities, rois, 0.1, 0.3)
@@ -36,14 +36,14 @@ def test_detections_equal_separate_nms_for_each_class_and_image(count):
 def test_one_roi_can_give_several_classes_but_not_background():
     probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.98, 0.01, 0.01]])
     rois = Rois.of(torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10]]), torch.tensor([0, 0]))
-    _, scores, labels = select_detections(probabilities, rois, score_threshold=0.03, nms_iou=0.3)
+    _, scores, labels, _ = select_detections(probabilities, rois, score_threshold=0.03, nms_iou=0.3)
     assert labels.tolist() == [1, 2]
     assert scores.tolist() == pytest.approx([0.3, 0.2])
 
 
 def test_score_equal_to_the_threshold_is_dropped():
     rois = Rois.of(torch.tensor([[0.0, 0, 10, 10]]), torch.tensor([0]))
-    kept, _, _ = select_detections(torch.tensor([[0.75, 0.25]]), rois, score_threshold=0.25, nms_iou=0.3)
+    kept, *_ = select_detections(torch.tensor([[0.75, 0.25]]), rois, score_threshold=0.25, nms_iou=0.3)
     assert len(kept) == 0
 
 
@@ -51,7 +51,7 @@ def test_invalid_roi_is_not_detected_and_suppresses_no_other():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 11], [50, 50, 60, 60]])
     rois = Rois(boxes, torch.tensor([0, 0, 0]), torch.tensor([False, True, True]))
     probabilities = torch.tensor([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7]])
-    kept, scores, _ = select_detections(probabilities, rois, score_threshold=0.03, nms_iou=0.3)
+    kept, scores, *_ = select_detections(probabilities, rois, score_threshold=0.03, nms_iou=0.3)
     assert torch.equal(kept.boxes, boxes[1:])
     assert torch.equal(scores, probabilities[1:, 1])
 
@@ -59,7 +59,9 @@ def test_invalid_roi_is_not_detected_and_suppresses_no_other():
 def test_low_scores_and_an_empty_set_of_rois_give_no_detections():
     for count in (0, 3):
         rois = random_rois(count, 1, torch.Generator().manual_seed(0))
-        kept, scores, labels = select_detections(torch.full((count, 4), 0.01), rois, score_threshold=0.03, nms_iou=0.3)
+        kept, scores, labels, _ = select_detections(
+            torch.full((count, 4), 0.01), rois, score_threshold=0.03, nms_iou=0.3
+        )
         assert (kept.boxes.shape, kept.images.shape, scores.shape, labels.shape) == ((0, 4), (0,), (0,), (0,))
         assert labels.dtype == torch.int64
 
@@ -75,7 +77,7 @@ def test_detections_of_an_image_do_not_depend_on_its_position_in_a_large_batch()
     rois = Rois.of(one.repeat(16, 1), torch.arange(16).repeat_interleave(len(one)))
     probabilities = torch.zeros(len(rois), 81)
     probabilities[:, 80] = torch.linspace(0.9, 0.5, len(one)).repeat(16)
-    kept, _, _ = select_detections(probabilities, rois, score_threshold=0.03, nms_iou=0.3)
+    kept, *_ = select_detections(probabilities, rois, score_threshold=0.03, nms_iou=0.3)
     first = kept.boxes[kept.images == 0]
     for image in range(1, 16):
         assert torch.equal(kept.boxes[kept.images == image], first)

@@ -222,7 +222,7 @@ def test_detection_classifies_refines_and_rescores(features, proposals, test_sta
     with torch.no_grad():
         found = head.detect(features, proposals)
         probabilities = torch.softmax(head.classifier(features, proposals), dim=1)
-        rois, scores, labels = select_detections(probabilities, proposals, score_threshold=0.03, nms_iou=0.3)
+        rois, scores, labels, _ = select_detections(probabilities, proposals, score_threshold=0.03, nms_iou=0.3)
         for stage in head.stages[:test_stages]:
             output = stage(features, rois)
             rois = stage.decode(output, rois)

@@ -36,7 +36,7 @@ class ProposalHead(RoIHead):
     def detect(self, features, proposals):
         probabilities = torch.softmax(self.classifier(features, proposals), dim=1)
         threshold = self.settings.min_score
-        rois, scores, labels = select_detections(probabilities, proposals, score_threshold=threshold, nms_iou=0.5)
+        rois, scores, labels, _ = select_detections(probabilities, proposals, score_threshold=threshold, nms_iou=0.5)
         return Detections(rois.boxes, rois.images, scores, labels, rois.valid)
 
     def losses(self, features, proposals, ground_truth):

@@ -9,7 +9,11 @@ from cpm_rcnn.models import settings as settings_module
 from cpm_rcnn.models.backbones import BackboneSettings, InputFormat
 from cpm_rcnn.models.backbones.resnet import ResNetLayout
 from cpm_rcnn.models.heads import HEADS
+from cpm_rcnn.models.heads.box_head import BoxHeadSettings
+from cpm_rcnn.models.heads.box_stage import BoxStageSettings
+from cpm_rcnn.models.heads.cascade import CascadeSettings
 from cpm_rcnn.models.heads.cpm import CPMSettings
+from cpm_rcnn.models.heads.faster import FasterSettings
 from cpm_rcnn.models.heads.grid_stage import StageSettings
 from cpm_rcnn.models.rpn import RPNSettings
 from cpm_rcnn.models.settings import ModelSettings, TrunkSettings
@@ -34,6 +38,10 @@ REQUIRED = {
     TrunkSettings: {},
     RPNSettings: {},
     CPMSettings: {},
+    BoxHeadSettings: {},
+    FasterSettings: {},
+    CascadeSettings: {},
+    BoxStageSettings: {},
     StageSettings: {"positive_iou": 0.5, "mapping_ratio": 1.0, "loss_weight": 1.0},
     BackboneSettings: {"name": "resnet", "layout": {"blocks": [1, 1, 1, 1]}},
     InputFormat: {"order": "rgb", "scale": 1.0, "mean": [0.0] * 3, "std": [1.0] * 3},

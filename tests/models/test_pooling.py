@@ -53,7 +53,7 @@ def test_each_row_is_pooled_from_the_level_and_image_of_its_roi(rois, convention
     assert set(levels) == {0, 1, 2, 3}
     for row, (box, image, level) in enumerate(zip(BOXES, IMAGES, levels)):
         feature, box = features[level][image : image + 1], torch.tensor([box], dtype=torch.float32)
-        alone = roi_align(feature, [box], 7, 1 / STRIDES[level], 2, aligned=convention is CONTINUOUS)
+        alone = roi_align(feature, [box], 7, 1 / STRIDES[level], convention.sampling_ratio, convention.aligned)
         torch.testing.assert_close(pooled[row], alone[0])
 
 
@@ -87,6 +87,7 @@ def test_half_precision_features_are_pooled_in_float32_and_keep_their_dtype(rois
 
 
 @pytest.mark.parametrize("size", [7, 14])
+@pytest.mark.parametrize("convention", [CONTINUOUS, INCLUSIVE], ids=lambda convention: convention.name)
 def test_both_implementations_agree_forward_and_backward_even_far_outside_the_image(convention, size):
     torch.manual_seed(0)
     features = [torch.randn(2, 8, 64 // k, 96 // k, requires_grad=True) for k in (1, 2, 4, 8)]

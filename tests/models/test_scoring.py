@@ -6,7 +6,7 @@ from inputs import head_inputs, make_ground_truth, random_pyramid
 from torch import Tensor, nn
 
 from cpm_rcnn.boxes import CONTINUOUS
-from cpm_rcnn.models.heads.cascade import RefinementStage, refine
+from cpm_rcnn.models.heads.refinement import RefinementStage, refine
 from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring, instance_rescale, instance_score_loss, rescore
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.pooling import PyramidRoIAlign
@@ -91,7 +91,7 @@ def test_rsm_attaches_to_stages_without_a_grid(stages, features, rois, ground_tr
     refined, _ = refine(stages, features, rois)
     rsm = Rescoring(head_inputs(), mlp_channels=16, samples=32)
     negatives = Rois.of(torch.tensor([[90.0, 90, 120, 120]]), torch.tensor([0]))
-    term = rsm.loss(features, negatives, rois, ground_truth)
+    term = rsm.loss(features, negatives.cat(rois), ground_truth)
     # RoIs 0 and 1 are positive, RoI 2 and the negative are background.
     assert term.count == 4
     torch.testing.assert_close(term.total / term.count, torch.tensor(4.0).log(), rtol=0.1, atol=0)

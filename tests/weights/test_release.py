@@ -66,7 +66,7 @@ def test_a_released_model_reproduces_the_release_s_detections_stage_by_stage(cas
         assert len(proposals.boxes) == len(expected["proposals"])
 
         features = pooling_format(features)
-        rois, scores, labels = select_detections(
+        rois, scores, labels, _ = select_detections(
             torch.softmax(head.classifier(features, proposals), dim=1), proposals, score_threshold=0.15, nms_iou=0.3
         )
         assert share_found(rois.boxes.numpy(), scores.numpy(), labels.numpy(), expected, "cls") >= 0.99

@@ -17,6 +17,12 @@ def init_predictor(layer: nn.Linear) -> None:
     nn.init.zeros_(layer.bias)
 
 
+def init_regressor(layer: nn.Linear) -> None:
+    """Initialize the last layer of a box regressor: N(0, 0.001), bias 0."""
+    nn.init.normal_(layer.weight, std=0.001)
+    nn.init.zeros_(layer.bias)
+
+
 def init_conv(layer: nn.Conv2d) -> None:
     """Initialize a convolution before a ReLU: kaiming-normal (fan out), bias 0."""
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

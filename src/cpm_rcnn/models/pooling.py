@@ -10,8 +10,8 @@ from torchvision.ops import roi_align
 from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.models.structures import Rois
 
-# docs/method.md section 4.
-_SAMPLING_RATIO = 2
+# The sampling ratio that the pooling on a CPU is written for.
+_BAG_SAMPLES = 2
 
 
 def pyramid_levels(boxes: Tensor, num_levels: int, convention: BoxConvention) -> Tensor:
@@ -37,16 +37,16 @@ def pooling_format(features: Sequence[Tensor]) -> list[Tensor]:
 
 
 class PyramidRoIAlign(nn.Module):
-    """Pools each RoI from the pyramid level that fits its size, as ``torchvision.ops.roi_align`` with sampling ratio 2.
+    """Pools each RoI from the pyramid level that fits its size, as ``torchvision.ops.roi_align`` does.
 
     torchvision's CPU operator recomputes every sample's weights for each channel and runs its backward pass in one
-    thread. On a CPU the same sums are therefore computed as one ``embedding_bag`` over all levels, with one bag per
-    bin (``benchmarks/roi_align.py``).
+    thread. On a CPU and with sampling ratio 2, the same sums are therefore computed as one ``embedding_bag`` over all
+    levels, with one bag per bin (``benchmarks/roi_align.py``).
 
     Args:
         output_size: number of bins per side.
         strides: stride of each level in pixels, from P2 on.
-        convention: decides the level of a box and whether RoIAlign shifts by half a pixel.
+        convention: decides the level of a box and RoIAlign's sampling ratio and shift.
     """
 
     def __init__(self, output_size: int, strides: Sequence[int], convention: BoxConvention) -> None:
@@ -66,7 +66,8 @@ class PyramidRoIAlign(nn.Module):
         features = features[: len(self.strides)]
         levels = pyramid_levels(rois.boxes, len(features), self.convention)
         # Half precision cannot represent the coordinates, so pooling always runs in float32.
-        pool = self._pool_bags if features[0].device.type == "cpu" else self._pool_levels
+        bags = features[0].device.type == "cpu" and self.convention.sampling_ratio == _BAG_SAMPLES
+        pool = self._pool_bags if bags else self._pool_levels
         return pool([feature.float() for feature in features], rois, levels).to(features[0].dtype)
 
     def _pool_levels(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
@@ -75,7 +76,14 @@ class PyramidRoIAlign(nn.Module):
         order = levels.argsort(stable=True)
         counts = torch.bincount(levels, minlength=len(features)).tolist()
         parts = [
-            roi_align(feature, part, self.output_size, 1 / stride, _SAMPLING_RATIO, self.convention.aligned)
+            roi_align(
+                feature,
+                part,
+                self.output_size,
+                1 / stride,
+                self.convention.sampling_ratio,
+                self.convention.aligned,
+            )
             for feature, stride, part in zip(features, self.strides, boxes[order].split(counts))
         ]
         pooled = torch.cat(parts)
@@ -116,7 +124,7 @@ class PyramidRoIAlign(nn.Module):
             length = end - start
         else:
             length = (end - start).clamp(min=1)
-        samples = self.output_size * _SAMPLING_RATIO
+        samples = self.output_size * _BAG_SAMPLES
         positions = start[:, None] + length[:, None] * ((torch.arange(samples) + 0.5) / samples)
         last = (size - 1)[:, None]
         # Samples more than one cell outside the map are zero; those less far outside read the border cell.
@@ -124,7 +132,7 @@ class PyramidRoIAlign(nn.Module):
         positions = positions.clamp(min=0)
         low = torch.minimum(positions.long(), last)
         high = torch.minimum(low + 1, last)
-        share = torch.where(low == last, 0.0, positions - low) / _SAMPLING_RATIO
-        weights = torch.stack([1 / _SAMPLING_RATIO - share, share], dim=-1) * inside[..., None]
+        share = torch.where(low == last, 0.0, positions - low) / _BAG_SAMPLES
+        weights = torch.stack([1 / _BAG_SAMPLES - share, share], dim=-1) * inside[..., None]
         cells = torch.stack([low, high], dim=-1)
         return cells.view(-1, self.output_size, 4), weights.view(-1, self.output_size, 4)

@@ -1,123 +1,73 @@
-"""A cascade of stages, each of which refines the RoIs of the previous one."""
+"""The Cascade R-CNN head: box stages with rising IoU thresholds (arXiv 1712.00726)."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-from cpm_rcnn.boxes import BoxConvention
-from cpm_rcnn.models.finite import check_output
-from cpm_rcnn.models.heads.roi_sampling import next_stage_rois
-from cpm_rcnn.models.losses import LossTerm
-from cpm_rcnn.models.structures import GroundTruth, Match, Rois
+from cpm_rcnn.errors import ArgumentError
+from cpm_rcnn.models.heads.box_head import BoxHead, BoxHeadSettings
+from cpm_rcnn.models.heads.box_stage import BoxOutput, BoxStage, BoxStageSettings
+from cpm_rcnn.models.heads.inputs import HeadInputs
+from cpm_rcnn.settings import architecture, choice, inference, settings_list
 
-
-class StageOutput(Protocol):
-    """What a stage predicts for R RoIs.
-
-    Attributes:
-        features: (R, ...), features of each RoI; ISM uses those of the last stage.
-    """
-
-    @property
-    def features(self) -> Tensor:
-        """(R, ...)."""
-        ...
+# The stages of the paper; each corrects smaller errors than the previous one.
+CASCADE_STAGES = (
+    BoxStageSettings(0.5, (10, 10, 5, 5), 1.0),
+    BoxStageSettings(0.6, (20, 20, 10, 10), 0.5),
+    BoxStageSettings(0.7, (30, 30, 15, 15), 0.25),
+)
 
 
-class RefinementStage(nn.Module, ABC):
-    """Base of the stages of a cascade.
-
-    Attributes:
-        settings: settings of the stage, such as its IoU threshold and loss weight.
-    """
-
-    settings: Any
-
-    @abstractmethod
-    def forward(self, features: Sequence[Tensor], rois: Rois) -> Any:
-        """The stage's predictions (a :class:`StageOutput`) for R ``rois`` on the pyramid ``features``."""
-
-    @abstractmethod
-    def decode(self, output: Any, rois: Rois) -> Rois:
-        """``rois`` with the boxes that ``output`` predicts for them, detached."""
-
-    @abstractmethod
-    def losses(self, output: Any, rois: Rois, match: Match) -> dict[str, LossTerm]:
-        """The losses of ``output`` for ``rois`` with the ground truth ``match``, times the stage's loss weight.
-
-        Their names are short, for example ``grid``; the cascade appends the index of the stage.
-        """
-
-
-_Stage = TypeVar("_Stage", bound=RefinementStage)
-
-
-def refine(stages: Sequence[RefinementStage], features: Sequence[Tensor], rois: Rois) -> tuple[Rois, list[StageOutput]]:
-    """Run ``rois`` through all ``stages`` at test.
-
-    Returns:
-        The refined RoIs, and the output of each stage.
-
-    Raises:
-        UserError: a stage decodes boxes that are not finite.
-    """
-    outputs = []
-    for k, stage in enumerate(stages):
-        outputs.append(stage(features, rois))
-        rois = stage.decode(outputs[-1], rois)
-        check_output(f"head.stages.{k}", stage, rois.boxes)
-    return rois, outputs
+def _is_stages(argument: str, value: Any) -> None:
+    if not settings_list(BoxStageSettings, value, argument):
+        raise ArgumentError(argument, "=[]: at least one box stage is needed")
 
 
 @dataclass(frozen=True)
-class TrainedCascade:
-    """The result of a cascade in training.
+class CascadeSettings(BoxHeadSettings):
+    """Settings of :class:`CascadeHead`, in addition to :class:`~cpm_rcnn.models.heads.box_head.BoxHeadSettings`.
 
     Attributes:
-        losses: the losses of all stages, named by the stage's name for them and its index, for example ``grid0``.
-        rois: R RoIs that entered the last stage.
-        match: their ground truth.
-        output: what the last stage predicted for them.
+        stages: the box stages.
+        score_average: what is averaged over the stages at test: ``probabilities`` (detectron2) or ``logits``
+            (mmdetection).
     """
 
-    losses: dict[str, LossTerm]
-    rois: Rois
-    match: Match
-    output: Any
+    stages: Sequence[BoxStageSettings] = architecture(CASCADE_STAGES, check=_is_stages)
+    score_average: str = inference("probabilities", check=choice("probabilities", "logits"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "stages", settings_list(BoxStageSettings, self.stages, "stages"))
 
 
-def train_cascade(
-    stages: Sequence[_Stage],
-    features: Sequence[Tensor],
-    rois: Rois,
-    match: Match,
-    ground_truth: GroundTruth,
-    convention: BoxConvention,
-    select: Callable[[_Stage, Rois, Match], tuple[Rois, Match]],
-) -> TrainedCascade:
-    """Run RoIs through all stages in training.
-
-    Each stage after the first receives the boxes that the previous stage decoded, and the ground-truth boxes.
+class CascadeHead(BoxHead):
+    """The second stage of Cascade R-CNN: class-agnostic box stages whose scores are averaged at test.
 
     Args:
-        stages: the stages, at least one.
-        features: the pyramid.
-        rois: RoIs of the first stage.
-        match: their ground truth.
-        ground_truth: ground truth of the batch.
-        convention: the box coordinate convention.
-        select: chooses the RoIs that train a later stage: ``(stage, candidates, their match)`` to RoIs and match.
+        settings: the stages, which parts the head has, their sizes, and how it is trained and tested.
+        inputs: channels and strides of the pyramid, number of classes, and box convention.
     """
-    losses: dict[str, LossTerm] = {}
-    output: Any = None
-    for k, stage in enumerate(stages):
-        if k:
-            decoded = stages[k - 1].decode(output, rois)
-            candidates, candidates_match = next_stage_rois(rois, decoded, match, ground_truth, convention)
-            rois, match = select(stage, candidates, candidates_match)
-        output = stage(features, rois)
-        losses |= {f"{name}{k}": term for name, term in stage.losses(output, rois, match).items()}
-    return TrainedCascade(losses, rois, match, output)
+
+    settings_class = CascadeSettings
+    settings: CascadeSettings
+
+    def __init__(self, settings: CascadeSettings, inputs: HeadInputs) -> None:
+        super().__init__(
+            settings,
+            inputs,
+            [
+                BoxStage(stage, inputs, mlp_channels=settings.mlp_channels, class_agnostic=True)
+                for stage in settings.stages
+            ],
+        )
+
+    def probabilities(self, outputs: Sequence[BoxOutput]) -> Tensor:
+        """Class probabilities (R, C + 1) float32 of R RoIs, averaged over the stages."""
+        logits = torch.stack([output.logits.float() for output in outputs])
+        if self.settings.score_average == "logits":
+            return torch.softmax(logits.mean(dim=0), dim=1)
+        return torch.softmax(logits, dim=2).mean(dim=0)

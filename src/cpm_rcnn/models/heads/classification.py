@@ -1,6 +1,7 @@
 """The classification branch, applied to the proposals and, in RSM, to the refined boxes (docs/method.md section 4)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from cpm_rcnn.models.init import init_linear, init_predictor
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
 from cpm_rcnn.models.pooling import PyramidRoIAlign
+from cpm_rcnn.models.sampling import rank_in_group
 from cpm_rcnn.models.structures import Rois
 
 _POOLED_SIZE = 7
@@ -52,27 +54,54 @@ def classification_loss(logits: Tensor, labels: Tensor, valid: Tensor) -> LossTe
     return LossTerm(F.cross_entropy(logits.float(), labels, ignore_index=_IGNORED, reduction="sum"), valid.sum())
 
 
+class Selection(NamedTuple):
+    """K pairs of RoI and class, best score first.
+
+    Attributes:
+        rois: K RoIs with their boxes.
+        scores: (K,) float32 probabilities.
+        labels: (K,) int64 in 1..C.
+        rows: (K,) int64, the index of each pair's RoI among the given ones.
+    """
+
+    rois: Rois
+    scores: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
 def select_detections(
-    probabilities: Tensor, rois: Rois, *, score_threshold: float, nms_iou: float
-) -> tuple[Rois, Tensor, Tensor]:
+    probabilities: Tensor,
+    rois: Rois,
+    boxes: Tensor | None = None,
+    *,
+    score_threshold: float,
+    nms_iou: float,
+    max_detections: int | None = None,
+) -> Selection:
     """The pairs of RoI and class that exceed the score threshold and remain after NMS per class.
 
     Args:
         probabilities: (R, C + 1) float32; class 0 is background.
         rois: R RoIs.
+        boxes: (R, C, 4), the box of each RoI and class, or (R, 1, 4), one for all classes; None: the RoIs' own.
         score_threshold: only pairs with a higher score are candidates.
         nms_iou: of two boxes of one class and image that overlap more than this, the lower-scored one is dropped.
-
-    Returns:
-        The K remaining boxes as RoIs, best score first, their scores (K,) and their labels (K,) int64 in 1..C.
+        max_detections: maximum number of pairs per image, which needs ``rois.image_sizes``; None has no limit.
     """
     candidate = (probabilities[:, 1:] > score_threshold) & rois.valid[:, None]
-    rows, labels = candidate.nonzero(as_tuple=True)
-    labels = labels + 1
+    rows, columns = candidate.nonzero(as_tuple=True)
+    labels = columns + 1
     candidates, scores = rois[rows], probabilities[rows, labels]
+    if boxes is not None:
+        candidates = candidates.with_boxes(boxes[rows, columns if boxes.shape[1] > 1 else 0])
     group = candidates.images * probabilities.shape[1] + labels
     kept = grouped_nms(candidates.boxes, scores, group, nms_iou)
-    return candidates[kept], scores[kept], labels[kept]
+    if max_detections is not None:
+        assert rois.image_sizes is not None
+        rank, _ = rank_in_group(-scores[kept], candidates.images[kept], len(rois.image_sizes))
+        kept = kept[rank < max_detections]
+    return Selection(candidates[kept], scores[kept], labels[kept], rows[kept])
 
 
 def probability_of(logits: Tensor, labels: Tensor) -> Tensor:

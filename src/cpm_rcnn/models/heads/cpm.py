@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.heads.base import RoIHead
-from cpm_rcnn.models.heads.cascade import refine, train_cascade
 from cpm_rcnn.models.heads.classification import Classifier, classification_loss, select_detections
 from cpm_rcnn.models.heads.grid_stage import FEATURE_SIZE, GridStage, StageSettings
 from cpm_rcnn.models.heads.inputs import HeadInputs
+from cpm_rcnn.models.heads.refinement import refine, train_cascade
 from cpm_rcnn.models.heads.roi_sampling import limit_crowded, sample_rois
 from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring
 from cpm_rcnn.models.heatmaps import NUM_POINTS
@@ -66,6 +66,7 @@ class CPMSettings(Settings):
             that from an image with more objects than that, and from other images all decoded and ground-truth boxes.
         score_threshold: only pairs of RoI and class with a higher score enter the grid stages at test.
         nms_iou: IoU threshold of the NMS before the grid stages.
+        max_detections: maximum number of boxes per image that enter the grid stages; None, as published, has no limit.
         final_nms_iou: IoU threshold of a second NMS per class, after the grid stages and with the final scores, which
             drops boxes that were refined to the same object; None, as published, keeps them.
         test_stages: number of grid stages that run at test; None runs all. ISM reads the last stage, so it is skipped
@@ -83,6 +84,7 @@ class CPMSettings(Settings):
     max_grid_rois: int = training(96, check=integer())
     score_threshold: float = inference(0.03, check=number(0, 1))
     nms_iou: float = inference(0.3, check=number(0, 1))
+    max_detections: int | None = inference(None, check=optional(integer()))
     final_nms_iou: float | None = inference(None, check=optional(number(0, 1)))
     test_stages: int | None = inference(None, check=optional(integer()))
 
@@ -129,11 +131,12 @@ class CPMHead(RoIHead):
         """Detections from ``proposals``; boxes are not clipped to the image."""
         logits = self.classifier(features, proposals).float()
         check_output("head.classifier", self.classifier, logits)
-        rois, scores, labels = select_detections(
+        rois, scores, labels, _ = select_detections(
             torch.softmax(logits, dim=1),
             proposals,
             score_threshold=self.settings.score_threshold,
             nms_iou=self.settings.nms_iou,
+            max_detections=self.settings.max_detections,
         )
         rois, outputs = refine(self.grid_stages[: self.settings.test_stages], features, rois)
         if self.ism is not None and len(outputs) == len(self.stages):
@@ -166,7 +169,7 @@ class CPMHead(RoIHead):
         if self.ism is not None:
             losses["loss_ism"] = self.ism.loss(cascade.output.features, cascade.rois, cascade.match)
         if self.rsm is not None:
-            losses["loss_rsm"] = self.rsm.loss(features, sampled.negatives(), cascade.rois, ground_truth)
+            losses["loss_rsm"] = self.rsm.loss(features, sampled.negatives().cat(cascade.rois), ground_truth)
         return losses
 
     @property

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cpm_rcnn.models.heads.cascade import RefinementStage
 from cpm_rcnn.models.heads.inputs import HeadInputs
+from cpm_rcnn.models.heads.refinement import RefinementStage
 from cpm_rcnn.models.heatmaps import NUM_POINTS, decode_heatmaps, grid_loss, grid_targets
 from cpm_rcnn.models.init import init_conv, init_deconv
 from cpm_rcnn.models.losses import LossTerm

@@ -44,23 +44,36 @@ class SampledRois:
 
 
 @torch.no_grad()
-def sample_rois(rois: Rois, ground_truth: GroundTruth, convention: BoxConvention, count: int) -> SampledRois:
-    """Match RoIs at IoU 0.5 and choose up to ``count`` per image at random, at most a quarter of them positive.
+def sample_rois(
+    rois: Rois,
+    ground_truth: GroundTruth,
+    convention: BoxConvention,
+    count: int,
+    positive_iou: float = POSITIVE_IOU,
+) -> SampledRois:
+    """Match RoIs and choose up to ``count`` per image at random, at most a quarter of them positive.
 
     Args:
         rois: the candidates.
         ground_truth: ground truth of the batch.
         convention: the box coordinate convention.
         count: maximum number of RoIs per image.
+        positive_iou: minimum IoU of positives with their object.
     """
     (rois,) = rois.compact()
     match = match_rois(rois, ground_truth, convention)
-    positive = match.iou >= POSITIVE_IOU
+    return sample_matched(rois, match, len(ground_truth.boxes), count, positive_iou)
+
+
+@torch.no_grad()
+def sample_matched(rois: Rois, match: Match, num_images: int, count: int, positive_iou: float) -> SampledRois:
+    """Like :func:`sample_rois`, for RoIs of ``num_images`` images whose ``match`` is known."""
+    positive = match.iou >= positive_iou
     sample = sample_balanced(
         positive & rois.valid,
         ~positive & rois.valid,
         rois.images,
-        len(ground_truth.boxes),
+        num_images,
         count=count,
         positive_fraction=_POSITIVE_FRACTION,
     )

@@ -69,16 +69,16 @@ class Rescoring(Classifier):
         self.samples = samples
         self.convention = inputs.convention
 
-    def loss(self, features: Sequence[Tensor], negatives: Rois, rois: Rois, ground_truth: GroundTruth) -> LossTerm:
-        """The loss on a new sample of two sets of RoIs.
+    def loss(self, features: Sequence[Tensor], rois: Rois, ground_truth: GroundTruth) -> LossTerm:
+        """The loss on a new sample of RoIs.
 
         Args:
             features: the pyramid.
-            negatives: the negatives that trained the first classification branch.
-            rois: the RoIs that entered the last stage.
+            rois: the RoIs that entered the last stage and, if those are positives only, the negatives that trained the
+                first classification branch.
             ground_truth: ground truth of the batch.
         """
-        sampled = sample_rois(negatives.cat(rois), ground_truth, self.convention, self.samples)
+        sampled = sample_rois(rois, ground_truth, self.convention, self.samples)
         return classification_loss(self(features, sampled.rois), sampled.labels, sampled.rois.valid)
 
     def rescore(self, scores: Tensor, labels: Tensor, features: Sequence[Tensor], rois: Rois) -> Tensor:
