@@ -139,7 +139,7 @@ def _options(state: Mapping[str, Tensor], config: MMDetectionConfig, source: str
     options: dict[str, Any] = {
         "backbone": resnet_options(state, [f"backbone.layer{stage}." for stage in (1, 2, 3, 4)], other),
         "head": "cpm" if grid else "cascade" if stages else "faster",
-        "convention": "detectron2",
+        "convention": "mmdetection",
         "fpn_channels": weight_shape(state, "neck.lateral_convs.0.conv.weight", other)[0],
         "mlp_channels": weight_shape(state, f"{box_head}shared_fcs.0.weight", other)[0],
         "score_threshold": 0.03 if grid else 0.05,

@@ -113,8 +113,12 @@ def read(file: DetectorFile, input_format: Any = None, **overrides: Any) -> Conv
         return TensorSource((theirs,), dropped_rows=4 if "bbox_pred" in theirs and "roi_heads" in theirs else 0)
 
     converted = convert_tensors(state, settings, num_classes, source_of, file.source)
-    converted = _without_epsilon(converted, file.source)
-    notes = [f"input: {describe_format(settings.backbone.resolved_format)}", "BatchNorm epsilon: 0, as for COCO_V1"]
+    notes = [f"input: {describe_format(settings.backbone.resolved_format)}"]
+    # torchvision freezes the BatchNorms of pretrained models, and only those store no counter. A model that was trained
+    # from torchvision's weights has their epsilon, too; one that was trained from ImageNet weights cannot be told apart.
+    if not any(name.endswith("num_batches_tracked") for name in state):
+        converted = _without_epsilon(converted, file.source)
+        notes.append("BatchNorm epsilon: 0, as in models that start from COCO_V1")
     notes += [f"the {part} of the file is not used" for part in ignored]
     categories = _categories() if num_classes == _SLOTS else None
     if categories:
