@@ -72,7 +72,7 @@ def _shrunk(name, shape):
     return tuple(sizes.get(side, side) for side in shape)
 
 
-def torchvision_model(blocks=(1, 1, 1, 1), classes=90, *, fpn=_FPN, mlp=_MLP, short_side=224):
+def torchvision_model(blocks=(1, 1, 1, 1), classes=90, *, fpn=_FPN, mlp=_MLP, short_side=224, draw=True):
     """torchvision's Faster R-CNN with drawn weights, and with BatchNorms as for ``COCO_V1``."""
     norm = functools.partial(FrozenBatchNorm2d, eps=0.0)
     body = _resnet_fpn_extractor(resnet.ResNet(resnet.Bottleneck, list(blocks), norm_layer=norm), 5)
@@ -86,6 +86,8 @@ def torchvision_model(blocks=(1, 1, 1, 1), classes=90, *, fpn=_FPN, mlp=_MLP, sh
         box_head=TwoMLPHead(fpn * 49, mlp),
         box_predictor=FastRCNNPredictor(mlp, classes + 1),
     )
+    if not draw:
+        return model
     state = {
         name: torch.from_numpy(np.ascontiguousarray(recipe.parameter(name, tuple(value.shape), False)))
         for name, value in model.state_dict().items()
@@ -98,8 +100,13 @@ def torchvision_model(blocks=(1, 1, 1, 1), classes=90, *, fpn=_FPN, mlp=_MLP, sh
 
 
 def small_state(case):
-    """Tensors of :func:`small_shapes` that share one element, so that they need no memory."""
-    return {name: torch.tensor(0.5).expand(shape) for name, shape in small_shapes(case).items()}
+    """Tensors of :func:`small_shapes`, or of ``torchvision``, that share one element, so that they need no memory."""
+    if case == "torchvision":
+        with torch.device("meta"):
+            shapes = {name: value.shape for name, value in torchvision_model(draw=False).state_dict().items()}
+    else:
+        shapes = small_shapes(case)
+    return {name: torch.tensor(0.5).expand(shape) for name, shape in shapes.items()}
 
 
 def legacy_names(state):

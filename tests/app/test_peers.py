@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from runs import metrics
+from runs import metrics, refused
 from torchvision.io import write_png
 
 from cpm_rcnn import load
@@ -18,6 +18,7 @@ from peer_files import (
     peer_image,
     peer_state,
     read_peer,
+    small_state,
     torchvision_model,
 )
 
@@ -157,7 +158,9 @@ def test_torchvision_s_detector_is_evaluated_on_coco_s_80_classes(command, tmp_p
     answer = command("convert", f"src={tmp_path}/model.pth", f"dst={checkpoint}", "detector.score_threshold=0.001")
     assert answer.status == 0, answer.err
     arguments = ["data.num_workers=0", "data.test_short_side=160", "trainer=cpu"]
-    answer = command("eval", f"ckpt={checkpoint}", f"split={photographs}/coco.json", f"images={photographs}", *arguments)
+    answer = command(
+        "eval", f"ckpt={checkpoint}", f"split={photographs}/coco.json", f"images={photographs}", *arguments
+    )
     assert answer.status == 0, answer.err
     assert list(metrics(answer.folder)["per_class"]) == NAMES
     found = {each["category_id"] for each in json.loads((answer.folder / "detections.json").read_text())}
@@ -167,3 +170,33 @@ def test_torchvision_s_detector_is_evaluated_on_coco_s_80_classes(command, tmp_p
     assert answer.status == 0, answer.err
     found = {each["category_id"] for each in json.loads((answer.folder / "detections.json").read_text())}
     assert found - {category["id"] for category in COCO_CATEGORIES}
+
+
+@pytest.mark.parametrize("case", [*PEER_CASES, "torchvision"])
+def test_nothing_is_written_if_a_file_is_damaged(command, tmp_path, case):
+    state = small_state(case)
+    name = next(name for name in state if "rpn" in name)
+    state[name] = torch.full(state[name].shape, float("inf"))
+    torch.save(state, tmp_path / "model.pth")
+    line = refused(command("convert", f"src={tmp_path}/model.pth", f"dst={tmp_path}/out/converted.ckpt"))
+    assert f"src={tmp_path}/model.pth: 1 of " in line
+    assert f"tensors have non-finite values: {name}" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pth"]
+
+
+def test_the_input_format_can_be_set_and_classes_need_a_json_if_the_file_does_not_name_them(command, tmp_path):
+    state = small_state("mmdet_cascade_r50")
+    torch.save(state, tmp_path / "model.pth")
+    arguments = [f"src={tmp_path}/model.pth", f"dst={tmp_path}/converted.ckpt"]
+    line = refused(command("convert", *arguments, "backbone.input_format=bgr"))
+    assert "backbone.input_format=bgr: must be one of rgb, caffe, timm" in line
+    answer = command("convert", *arguments, "backbone.input_format=caffe", "detector.max_detections=7")
+    assert answer.status == 0, answer.err
+    assert f"note: input: {MSRA} (as given)" in answer.out
+    detector = load(tmp_path / "converted.ckpt")
+    assert detector.model.head.settings.max_detections == 7
+    assert "detector.test_stages" in refused(command("convert", *arguments[:1], "dst=x.ckpt", "detector.test_stages=1"))
+    few = {k: v[:21] if "fc_cls" in k else v for k, v in state.items()}
+    torch.save(few, tmp_path / "model.pth")
+    line = refused(command("convert", *arguments[:1], f"dst={tmp_path}/few.ckpt"))
+    assert "has 20 classes, but COCO has 80; give the annotations that the file was trained on" in line
