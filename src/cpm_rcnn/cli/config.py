@@ -26,8 +26,10 @@ def check_added_keys(config: DictConfig) -> None:
             continue
         key = override.lstrip("+").partition("=")[0]
         parent, _, _ = key.rpartition(".")
-        if key.partition(".")[0] in _CHECKED_NODES or key in hydra.runtime.choices:
+        if key.partition(".")[0] in _CHECKED_NODES:
             continue
+        if key in hydra.runtime.choices:
+            raise UserError(f"{key}: this command or the chosen head has no such group")
         node = config.get(parent, config) if parent else config
         allowed = sorted(str(name) for name in node if str(name) != key.rpartition(".")[2])
         raise UserError(f"{key}: unknown option; {parent or 'the config'} has {', '.join(allowed)}")

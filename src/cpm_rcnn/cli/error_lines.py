@@ -32,6 +32,8 @@ def one_line(error: BaseException) -> str | None:
     for cause in chain:
         if isinstance(cause, OSError) and cause.errno in _PATH_ERRORS and cause.filename:
             return f"{cause.filename}: {cause.strerror}"
+    if isinstance(error, HydraException) and (group := re.match(r"Could not override '(\w+)'\. No match", str(error))):
+        return f"{group[1]}: this command or the chosen head has no such group"
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return _join(str(error))
     return None
