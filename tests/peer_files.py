@@ -100,10 +100,17 @@ def torchvision_model(blocks=(1, 1, 1, 1), classes=90, *, fpn=_FPN, mlp=_MLP, sh
 
 
 def small_state(case):
-    """Tensors of :func:`small_shapes`, or of ``torchvision``, that share one element, so that they need no memory."""
+    """Tensors that share one element, so that they need no memory.
+
+    Args:
+        case: a reference case, ``mmdet_faster``, or ``torchvision``.
+    """
     if case == "torchvision":
         with torch.device("meta"):
             shapes = {name: value.shape for name, value in torchvision_model(draw=False).state_dict().items()}
+    elif case == "mmdet_faster":
+        shapes = {name: shape for name, shape in small_shapes("mmdet_grid_r50").items() if "grid_head" not in name}
+        shapes |= {"roi_head.bbox_head.fc_reg.weight": (320, _MLP), "roi_head.bbox_head.fc_reg.bias": (320,)}
     else:
         shapes = small_shapes(case)
     return {name: torch.tensor(0.5).expand(shape) for name, shape in shapes.items()}

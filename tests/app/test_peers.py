@@ -32,8 +32,8 @@ model = dict(
 img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
 """
 NAMES = [category["name"] for category in COCO_CATEGORIES]
-RGB = "RGB, mean 123.675, 116.28, 103.53, std 58.395, 57.12, 57.375, stride in the 3x3 convolutions"
-MSRA = "BGR, mean 103.53, 116.28, 123.675, std 1, 1, 1, stride in the 1x1 convolutions"
+RGB = "RGB, mean 123.675, 116.28, 103.53, std 58.395, 57.12, 57.375 of 0..255, stride in the 3x3 convolutions"
+MSRA = "BGR, mean 103.53, 116.28, 123.675, std 1, 1, 1 of 0..255, stride in the 1x1 convolutions"
 # For each case: what convert prints, without the path.
 PRINTED = {
     "d2_faster_r50": ["detectron2 Faster R-CNN, resnet50, 80 classes; 41.8 million values", f"note: input: {MSRA}"],
@@ -48,8 +48,7 @@ PRINTED = {
     ],
     "mmdet_grid_r50": [
         "mmdetection Grid R-CNN, resnet50, 80 classes; 64.5 million values",
-        "note: input: RGB, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225, stride in the 3x3 convolutions (style "
-        "pytorch, estimated from the first layer; set backbone.input_format if it differs)",
+        f"note: input: {RGB} (style pytorch, estimated from the first layer; set backbone.input_format if it differs)",
     ],
 }
 

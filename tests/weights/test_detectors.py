@@ -66,6 +66,7 @@ def _block_shape(name, inputs, middle, outputs, per_group):
         ("d2_faster_r50", "detectron2 Faster R-CNN, resnet, 80 classes", "faster", "detectron2"),
         ("d2_cascade_r50", "detectron2 Cascade R-CNN, resnet, 80 classes", "cascade", "detectron2"),
         ("mmdet_cascade_r50", "mmdetection Cascade R-CNN, resnet, 80 classes", "cascade", "mmdetection"),
+        ("mmdet_faster", "mmdetection Faster R-CNN, resnet, 80 classes", "faster", "mmdetection"),
         ("mmdet_grid_r50", "mmdetection Grid R-CNN, resnet, 80 classes", "cpm", "mmdetection"),
         ("torchvision", "torchvision Faster R-CNN, resnet, 90 classes", "faster", "torchvision"),
     ],
@@ -90,6 +91,7 @@ def test_the_release_is_recognized_too(tmp_path):
         ("mmdet_cascade_r50", 1, 64, "resnet101", ("rgb", 0.229, False)),
         ("mmdet_cascade_r50", 32, 4, "resnext101_32x4d", ("rgb", 0.229, False)),
         ("mmdet_cascade_r50", 64, 4, "resnext101_64x4d", ("rgb", 0.229, False)),
+        ("mmdet_faster", 64, 4, "resnext101_64x4d", ("rgb", 0.229, False)),
         ("mmdet_grid_r50", 32, 8, "resnext101_32x8d", ("bgr", 57.375, False)),
     ],
 )
@@ -257,6 +259,21 @@ def test_mmdetection_s_configuration_decides_what_names_cannot_tell(tmp_path, ke
     assert (head.score_threshold, head.nms_iou, head.max_detections) == (0.1, 0.6, 50)
     assert settings.rpn.proposals_test == 500
     assert head.stages[2].coder_weights == pytest.approx((25, 25, 12.5, 12.5))
+
+
+def test_a_configuration_of_several_files_is_merged(tmp_path):
+    changes = (
+        "/home/x/caffe.py\n_base_ = './base.py'\nmodel = dict(backbone=dict(depth=101), neck=dict(_delete_=True))\n"
+    )
+    found = converted(with_config(f"configs/base.py\n{CAFFE}\n{changes}", "config"), tmp_path)
+    assert found.settings.backbone.resolved_format.stride_in_1x1
+    assert found.settings.head.max_detections == 50
+
+
+@pytest.mark.parametrize(("node", "order"), [("type='DetDataPreprocessor'", "bgr"), ("type='Normalize'", "rgb")])
+def test_the_order_of_the_channels_has_the_program_s_default(tmp_path, node, order):
+    text = f"model = dict(data_preprocessor=dict({node}, mean=[1, 2, 3], std=[1, 1, 1]))"
+    assert converted(with_config(text), tmp_path).settings.backbone.resolved_format.order == order
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,8 @@ def input_format(override: Any, automatic: InputFormat) -> Any:
 
 def describe_format(value: InputFormat) -> str:
     """An input format in a few words, for the output of ``convert``."""
-    numbers = f"mean {', '.join(f'{x:g}' for x in value.mean)}, std {', '.join(f'{x:g}' for x in value.std)}"
+    mean, std = (", ".join(f"{x * value.scale:g}" for x in values) for values in (value.mean, value.std))
+    numbers = f"mean {mean}, std {std} of 0..255"
     stride = "1x1" if value.stride_in_1x1 else "3x3"
     return f"{value.order.upper()}, {numbers}, stride in the {stride} convolutions"
 

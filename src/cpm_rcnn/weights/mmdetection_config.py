@@ -2,6 +2,7 @@
 
 import ast
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,8 @@ class MMDetectionConfig:
         for node in _mappings([self._get("model", "data_preprocessor"), self._get("img_norm_cfg"), self.content]):
             mean, std = (_numbers(node.get(key), 3) for key in ("mean", "std"))
             if mean is not None and std is not None and min(std) > 0:
-                rgb = node.get("bgr_to_rgb", node.get("to_rgb", True))
+                # The preprocessor of 3.x and the transform of 2.x have different defaults.
+                rgb = node.get("bgr_to_rgb", node.get("to_rgb", node.get("type") != "DetDataPreprocessor"))
                 return InputFormat(
                     "rgb" if rgb else "bgr", 1, mean, std, self._get("model", "backbone", "style") == "caffe"
                 )
@@ -133,18 +135,29 @@ def _plain_config(value: Any) -> dict[str, Any]:
 
 
 def _evaluated(text: str) -> dict[str, Any]:
-    """The assignments in a configuration's text whose values are literals or ``dict(...)``; others are left out."""
+    """The assignments in a configuration's text whose values are literals or ``dict(...)``; others are left out.
+
+    mmdetection 2.0 stores the texts of all files that a configuration is composed of, each after a line with its name.
+    Later ones change single entries of earlier ones.
+    """
     if len(text) > _LONGEST_TEXT:
         return {}
+    content: dict[str, Any] = {}
     try:
-        body = ast.parse(text).body
-        return {
-            statement.targets[0].id: _literal(statement.value)
-            for statement in body
-            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
-        }
+        for statement in ast.parse(re.sub(r"^\S+\.py$", "", text, flags=re.MULTILINE)).body:
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                name = statement.targets[0].id
+                content[name] = _merged(content.get(name), _literal(statement.value))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return {}
+    return content
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """The entries of ``old`` changed by those of ``new``, as in mmdetection's configurations."""
+    if not isinstance(old, dict) or not isinstance(new, dict) or new.get("_delete_"):
+        return new
+    return old | {name: _merged(old.get(name), value) for name, value in new.items()}
 
 
 def _literal(node: ast.expr) -> Any:

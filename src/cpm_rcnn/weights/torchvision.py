@@ -115,7 +115,7 @@ def read(file: DetectorFile, input_format: Any = None, **overrides: Any) -> Conv
     converted = convert_tensors(state, settings, num_classes, source_of, file.source)
     notes = [f"input: {describe_format(settings.backbone.resolved_format)}"]
     # torchvision freezes the BatchNorms of pretrained models, and only those store no counter. A model that was trained
-    # from torchvision's weights has their epsilon, too; one that was trained from ImageNet weights cannot be told apart.
+    # from COCO_V1 has its epsilon, too; one that was trained from ImageNet weights cannot be told apart.
     if not any(name.endswith("num_batches_tracked") for name in state):
         converted = _without_epsilon(converted, file.source)
         notes.append("BatchNorm epsilon: 0, as in models that start from COCO_V1")
