@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from cpm_rcnn.cli.assembly import schedule_settings
-from cpm_rcnn.cli.config import config_keys, non_null
+from cpm_rcnn.cli.config import as_path, config_keys, overrides_in, to_dict
 from cpm_rcnn.cli.instantiate import instantiate_allowed
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.data.annotations import CocoAnnotations
@@ -19,18 +19,18 @@ from cpm_rcnn.weights.detectors import convert_file
 
 def convert(config: DictConfig) -> None:
     """Convert ``src`` to ``dst``. If there is an error, nothing is written."""
-    target = check_path("dst", config.dst)
+    target, src = check_path("dst", as_path(config.dst)), as_path(config.src)
     if target.is_dir():
         raise UserError(f"dst={target}: is a folder; give a file in it")
     if target.exists():
         raise UserError(f"dst={target}: exists already; delete it, or give another name")
     with config_keys(config, "detector"):
-        converted = convert_file(config.src, "src", **non_null(config.backbone), **non_null(config.detector))
+        converted = convert_file(src, "src", **to_dict(config.backbone), **overrides_in(config.detector))
     hyper_parameters = {
         "model": converted.settings.to_options(),
-        "categories": _categories(config.categories, converted, f"src={config.src}"),
+        "categories": _categories(config.categories, converted, f"src={src}"),
         "schedule": schedule_settings(config).to_dict(),
-        "data": instantiate_allowed(config.data).evaluation_arguments,
+        "data": instantiate_allowed(config.data, "cpm_rcnn.data.").evaluation_arguments,
     }
     write_checkpoint(target, converted.state, hyper_parameters)
     print(f"{converted.description}; {converted.num_values / 1e6:.1f} million values")

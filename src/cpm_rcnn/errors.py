@@ -1,6 +1,7 @@
 """Errors caused by user input, and the checks that raise them."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -36,36 +37,49 @@ class ArgumentError(UserError):
         return ArgumentError(f"{prefix}.{self.argument}", self.problem)
 
 
-def check_range(argument: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Raise :class:`ArgumentError` unless ``value`` is a number with ``low <= value <= high``; NaN fails."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        allowed = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
-        raise ArgumentError(argument, f"={value}: must be a number, {allowed}")
+def shown(value: Any) -> str:
+    """A value as configs and the command line write it: None is null, True is true; lists and mappings likewise."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {shown(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return f"[{', '.join(map(shown, value))}]"
+    return str(value)
 
 
-def check_count(argument: str, value: Any, low: int = 1) -> None:
-    """Raise :class:`ArgumentError` unless ``value`` is an integer of at least ``low``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ArgumentError(argument, f"={value}: must be an integer, at least {low}")
+def check_range(argument: str, value: Any, low: float, high: float = inf) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is a finite number with ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or value == inf:
+        allowed = f"at least {low:g}" if high == inf else f"{low:g} to {high:g}"
+        raise ArgumentError(argument, f"={shown(value)}: must be a number, {allowed}")
+
+
+def check_count(argument: str, value: Any, low: int = 1, high: float = inf) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is an integer with ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        allowed = f"at least {low}" if high == inf else f"{low} to {high}"
+        raise ArgumentError(argument, f"={shown(value)}: must be an integer, {allowed}")
 
 
 def check_list(argument: str, value: Any) -> None:
     """Raise :class:`ArgumentError` unless ``value`` is a list or a tuple."""
     if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
-        raise ArgumentError(argument, f"={value}: must be a list, for example [{value}]")
+        example = "" if value is None or isinstance(value, Mapping) else f", for example [{shown(value)}]"
+        raise ArgumentError(argument, f"={shown(value)}: must be a list{example}")
 
 
 def check_choice(argument: str, value: Any, allowed: Collection[Any]) -> None:
     """Raise :class:`ArgumentError` unless ``value`` is one of ``allowed``."""
     # Compared with types, so that True is not taken for 1.
     if not any(type(value) is type(choice) and value == choice for choice in allowed):
-        raise ArgumentError(argument, f"={value}: must be one of {', '.join(map(str, allowed))}")
+        raise ArgumentError(argument, f"={shown(value)}: must be one of {', '.join(map(shown, allowed))}")
 
 
 def check_flag(argument: str, value: Any) -> None:
     """Raise :class:`ArgumentError` unless ``value`` is True or False."""
     if not isinstance(value, bool):
-        raise ArgumentError(argument, f"={value}: must be true or false")
+        raise ArgumentError(argument, f"={shown(value)}: must be true or false")
 
 
 def check_keys(argument: str | None, mapping: Any, allowed: Iterable[str], required: Iterable[str] = ()) -> None:
@@ -79,7 +93,7 @@ def check_keys(argument: str | None, mapping: Any, allowed: Iterable[str], requi
     """
     allowed = list(allowed)
     if not isinstance(mapping, Mapping):
-        raise ArgumentError(argument or "settings", f"={mapping}: must be a mapping with {', '.join(allowed)}")
+        raise ArgumentError(argument or "settings", f"={shown(mapping)}: must be a mapping with {', '.join(allowed)}")
     unknown = [name for name in mapping if name not in allowed]
     missing = [name for name in required if name not in mapping]
     for what, names in (("unknown", unknown), ("missing", missing)):
@@ -97,13 +111,13 @@ def check_path(argument: str, value: Any) -> Path:
         ArgumentError: ``value`` is not a string or not a valid path on this system.
     """
     if not isinstance(value, (str, Path)) or not str(value):
-        raise ArgumentError(argument, f"={value}: must be a path")
+        raise ArgumentError(argument, f"={shown(value)}: must be a path")
     try:
         path = Path(value).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         raise ArgumentError(
-            argument, f"={value}: not a valid path ({getattr(error, 'strerror', None) or error})"
+            argument, f"={shown(value)}: not a valid path ({getattr(error, 'strerror', None) or error})"
         ) from None
     return path
 
@@ -121,5 +135,6 @@ def check_file(argument: str, value: Any, allowed: str = "") -> Path:
     """
     path = check_path(argument, value)
     if not path.is_file():
-        raise ArgumentError(argument, f"={value}: no such file" + (f"; allowed: {allowed}" if allowed else ""))
+        problem = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise ArgumentError(argument, f"={value}: {problem}" + (f"; allowed: {allowed}" if allowed else ""))
     return path

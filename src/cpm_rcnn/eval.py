@@ -6,10 +6,10 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cpm_rcnn.cli.assembly import evaluation_data, load_detector
-from cpm_rcnn.cli.config import config_keys
+from cpm_rcnn.cli.assembly import evaluation_data, evaluation_keys, load_detector
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.trainer import build_evaluator
+from cpm_rcnn.cli.trainer_options import lightning_errors
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.evaluation.module import EvaluationModule
 from cpm_rcnn.ops import use_deform_backend
@@ -25,7 +25,7 @@ def evaluate(config: DictConfig) -> None:
     datamodule = evaluation_data(config, detector, data)
     trainer = build_evaluator(config, run_dir)
     loop = trainer.validate if config.split == "val" else trainer.test
-    with config_keys(config, "data"):
+    with evaluation_keys(config), lightning_errors(config):
         loop(module, datamodule=datamodule, verbose=False)
     if not trainer.is_global_zero:
         return

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -15,7 +17,7 @@ from cpm_rcnn.cli.config import as_path
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.data import ImageSource
 from cpm_rcnn.data.validation import counted
-from cpm_rcnn.errors import UserError, check_path, check_range
+from cpm_rcnn.errors import UserError, check_path, check_range, shown
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.pictures import draw, save
 
@@ -28,12 +30,13 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 def predict(config: DictConfig) -> None:
     """Detect in every image of ``source``; write ``images/`` and ``detections.json`` to Hydra's output folder.
 
-    Images that cannot be read are reported and skipped; the exit status is then 1.
+    Images of a folder that cannot be read are reported and skipped; the exit status is then 1.
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
     check_range("min_score", config.min_score, 0, 1)
-    folder, names = find_images(check_path("source", as_path(config.source)))
+    path = check_path("source", as_path(config.source))
+    folder, names = find_images(path)
     device = choose_device(config.device)
     detector, _ = load_detector(config)
     detector.to(device)
@@ -44,6 +47,8 @@ def predict(config: DictConfig) -> None:
         try:
             image = source.read(name)
         except UserError as error:
+            if folder / name == path:
+                raise UserError(f"source={path}: {str(error).removeprefix(f'{folder}: ')}") from error
             skipped += 1
             _log.warning("%s; skipped", error)
             continue
@@ -85,19 +90,22 @@ def find_images(source: Path) -> tuple[Path, list[str]]:
     return source, names
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: Any) -> torch.device:
     """The device of that name; ``auto`` is a CUDA device if there is one, otherwise the CPU.
 
     Raises:
         UserError: there is no such device.
     """
+    if not isinstance(name, str) or not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", name):
+        raise UserError(f"device={shown(name)}: must be auto, cpu, cuda, or a GPU such as cuda:1")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise UserError(f"device={name}: this machine has no such device ({reason})") from None
     return device
 
 

@@ -20,6 +20,7 @@ from cpm_rcnn.errors import (
     check_keys,
     check_list,
     check_range,
+    shown,
 )
 
 Check = Callable[[str, Any], None]
@@ -143,7 +144,7 @@ def flag(argument: str, value: Any) -> None:
 def text(argument: str, value: Any) -> None:
     """A string that is not empty."""
     if not isinstance(value, str) or not value:
-        raise ArgumentError(argument, f"={value}: must be a string that is not empty")
+        raise ArgumentError(argument, f"={shown(value)}: must be a string that is not empty")
 
 
 def optional(check: Check) -> Check:
@@ -157,7 +158,7 @@ def list_of(check: Check, length: int | None = None) -> Check:
     def check_all(argument: str, value: Any) -> None:
         check_list(argument, value)
         if length is not None and len(value) != length:
-            raise ArgumentError(argument, f"={list(value)}: must be a list of {length} values")
+            raise ArgumentError(argument, f"={shown(value)}: must be a list of {length} values")
         if not len(value):
             raise ArgumentError(argument, "=[]: must not be empty")
         for item in value:

@@ -13,11 +13,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from cpm_rcnn.cli.assembly import build_datamodule, build_module
-from cpm_rcnn.cli.config import config_keys
+from cpm_rcnn.cli.config import as_path, config_keys
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.recipe import training_recipe
 from cpm_rcnn.cli.run_folder import refuse_earlier_run, remove_checkpoints
 from cpm_rcnn.cli.trainer import build_trainer, check_disk_space, checkpoint_size
+from cpm_rcnn.cli.trainer_options import lightning_errors
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag
 from cpm_rcnn.ops import use_deform_backend
@@ -40,19 +41,19 @@ def train(config: DictConfig) -> None:
         return _run_in_subprocess(run_dir)
     use_deform_backend(config.ops.deform)
     check_count("sheet_images", config.sheet_images, 0)
-    check_count("seed", config.seed, 0)
+    check_count("seed", config.seed, 0, 2**32 - 1)
     check_flag("overwrite", config.overwrite)
     if config.init is not None and config.resume not in (None, False, "auto", True):
         raise UserError("init and resume: give only one of them; a resumed run has its weights already")
     check_choice("resume_changes", config.resume_changes, ("refuse", "allow"))
     if config.resume in (None, False) and not config.overwrite:
         refuse_earlier_run(run_dir)
-    resume_point = find_resume_point(config.resume, run_dir)
+    resume_point = find_resume_point(as_path(config.resume), run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = build_datamodule(config)
     module = build_module(config, datamodule)
     if resume_point is None:
-        initialize(module.model, module.detector.class_names, init=config.init)
+        initialize(module.model, module.detector.class_names, init=as_path(config.init))
     else:
         check_same_run(resume_point, module.model.settings, module.detector.categories)
         datamodule.start_step = resume_point.step * config.trainer.accumulate_grad_batches
@@ -68,7 +69,7 @@ def train(config: DictConfig) -> None:
             remove_checkpoints(run_dir)
         keep_metrics(run_dir, resuming=resume_point is not None)
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
-    with config_keys(config, "data"):
+    with config_keys(config, "data"), lightning_errors(config):
         _fit(trainer, module, datamodule, resume_point, run_dir)
     # A run with fast_dev_run leaves no checkpoint.
     best = None if config.trainer.fast_dev_run else _best_or_last(run_dir)

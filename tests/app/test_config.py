@@ -11,10 +11,11 @@ from omegaconf import OmegaConf
 
 from cpm_rcnn import build_detector
 from cpm_rcnn.cli.assembly import schedule_settings
-from cpm_rcnn.cli.config import config_key, to_dict
+from cpm_rcnn.cli.config import UNSET, config_key, to_dict
 from cpm_rcnn.cli.instantiate import ALLOWED, instantiate_allowed
 from cpm_rcnn.cli.overrides import register_overrides
 from cpm_rcnn.cli.trainer import build_trainer
+from cpm_rcnn.cli.trainer_options import TrainerOptions
 from cpm_rcnn.data import DataSettings
 from cpm_rcnn.data.settings import ShapesSettings
 from cpm_rcnn.errors import UserError
@@ -175,6 +176,9 @@ def test_the_other_nodes_mirror_their_dataclass():
     shapes = set(to_dict(composed("data=shapes").data)) - {"_target_"}
     paths = {f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("json", "images")}
     assert shapes == set(ShapesSettings.names()) - paths
+    trainer = to_dict(config.trainer)
+    assert trainer.pop("_target_") == "pytorch_lightning.Trainer"
+    assert trainer == TrainerOptions().to_dict()
     multi_scale = to_dict(composed("ckpt=x", "multi_scale=on", name="eval").multi_scale)
     assert multi_scale.pop("enabled") is True
     assert multi_scale == MultiScaleSettings().to_dict()
@@ -205,12 +209,12 @@ def test_an_option_is_declared_once_per_kind_of_head_and_described_once_per_conf
     assert len(described) == descriptions, described
 
 
-def test_a_checkpoint_s_options_are_all_null_in_eval_and_predict():
+def test_a_checkpoint_s_options_are_all_unset_in_eval_and_predict():
     for name, nodes in (("eval", ("detector", "data")), ("predict", ("detector", "data"))):
         config = composed("ckpt=x", *(["source=x"] if name == "predict" else []), name=name)
         assert {"score_threshold", "nms_iou", "proposals_test", "ism", "rsm"} <= set(config.detector)
         assert {"test_short_side", "test_max_size"} <= set(config.data)
-        assert all(value is None for node in nodes for value in config[node].values())
+        assert all(value == UNSET for node in nodes for value in config[node].values())
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_training_starts_from_a_converted_checkpoint_with_other_classes(command,
 
 def test_starting_from_another_model_and_resuming_without_a_run_are_refused(command, converted):
     line = refused(command("train", *RELEASE, f"init={converted}", *SAME_MODEL[2:], *FINE_TUNING))
-    assert "backbone.layout.blocks is [1, 1, 1, 1] in the checkpoint and None in this model" in line
+    assert "backbone.layout.blocks is [1, 1, 1, 1] in the checkpoint and null in this model" in line
     line = refused(command("train", *SMALL, f"init={converted}"))
     for difference in (
         "convention is inclusive in the checkpoint and continuous in this model",
@@ -232,7 +232,7 @@ def test_convert_refuses_in_one_line_and_writes_nothing(command, released, tmp_p
     [
         ("{}/released.pth/x.ckpt", "x.ckpt"),
         ("{}/" + "x" * 300, "too long"),
-        ("null", "dst=None"),
+        ("null", "dst=null"),
         ("{}", "is a folder"),
     ],
 )

@@ -293,7 +293,7 @@ def test_error_in_a_worker_ends_with_its_one_line_message(root, module, tmp_path
         next(iter(module(val_images=str(tmp_path / "val"), num_workers=1).val_dataloader()))
     last = str(error.value).strip().splitlines()[-1]
     image = f"image 1 of {root}/annotations/instances_val.json"
-    advice = "data.on_error=skip continues without such images"
+    advice = "on_error=skip continues without such images"
     assert last == f"cpm_rcnn.errors.UserError: {tmp_path}/val: image 000001.jpg not found ({image}); {advice}"
 
 
@@ -394,7 +394,7 @@ def test_with_skip_missing_images_are_treated_as_unreadable_with_one_warning(roo
 
 def test_a_folder_without_any_of_the_images_is_refused_also_with_skip(module, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"5 of 5 images cannot be read .*; set val_images to the folder or \.zip"):
+    with pytest.raises(UserError, match=r"^val_images=.*5 of 5 images cannot be read .*; must be the folder or \.zip"):
         module(val_images=str(tmp_path / "empty"), on_error="skip").setup("validate")
 
 

@@ -180,7 +180,7 @@ def damaged_file(folder):
 
 INVALID = {
     "missing file": (lambda folder: folder / "none.png", r"^images\[1\]=.*none\.png: no such file"),
-    "folder": (lambda folder: folder, r"^images\[1\]=.*: no such file"),
+    "folder": (lambda folder: folder, r"^images\[1\]=.*: is a folder"),
     "damaged file": (damaged_file, r"^images\[1\]: .*damaged\.png is damaged"),
     "float array": (
         lambda folder: as_array(IMAGE) / 255,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cpm_rcnn
-from cpm_rcnn.errors import ArgumentError, UserError
+from cpm_rcnn.errors import ArgumentError, UserError, shown
 from cpm_rcnn.inference import MultiScaleSettings
 from cpm_rcnn.inference.load import overrides_of_load
 from small_models import CATEGORIES, SIZES, change_checkpoint, same_values, small_module, write_trained
@@ -100,7 +100,7 @@ def test_other_settings_are_refused_with_the_allowed_ones(checkpoint, name):
     ],
 )
 def test_invalid_values_are_refused_with_the_bare_name_of_the_override(checkpoint, name, value):
-    with pytest.raises(ArgumentError, match=rf"^{name}={value}: "):
+    with pytest.raises(ArgumentError, match=rf"^{name}={shown(value)}: "):
         cpm_rcnn.load(checkpoint, **{name: value})
 
 

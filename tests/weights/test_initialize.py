@@ -49,7 +49,7 @@ def test_another_architecture_is_refused_with_both_values(trained):
     for options, difference in [
         ({"mlp_channels": 24}, "mlp_channels is 16 in the checkpoint and 24 in this model"),
         ({"convention": "inclusive"}, "convention is continuous in the checkpoint and inclusive in this model"),
-        ({"ism": False}, "ism is True in the checkpoint and False in this model"),
+        ({"ism": False}, "ism is true in the checkpoint and false in this model"),
         ({"backbone": {"name": "resnet18"}}, "backbone.name is tiny in the checkpoint and resnet18 in this model"),
         (
             {"anchor_sizes": [16, 32, 64, 128, 256]},
@@ -68,7 +68,7 @@ def test_all_differences_are_listed_together(trained):
     path, _ = trained
     with pytest.raises(
         UserError,
-        match="mlp_channels is 16 in the checkpoint and 24 in this model; rsm is True in the checkpoint and False in",
+        match="mlp_channels is 16 in the checkpoint and 24 in this model; rsm is true in the checkpoint and false in",
     ):
         initialize(small_module(mlp_channels=24, rsm=False).model, ["cat", "dog"], init=path)
 

@@ -4,6 +4,9 @@ import re
 from collections.abc import Sequence
 from pathlib import PurePath
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from cpm_rcnn.cli.help import choices, groups_of
 from cpm_rcnn.errors import UserError
 
 # Groups that offer ``on`` and ``off``, for which users also write true and false.
@@ -18,7 +21,7 @@ def normalize(arguments: Sequence[str]) -> list[str]:
         arguments: without the program's name.
 
     Raises:
-        UserError: ``name`` would put the run's folder outside ``outputs/``.
+        UserError: ``name`` is not a name or would put the run's folder outside ``outputs/``.
     """
     return [_normalized(argument) for argument in arguments]
 
@@ -34,6 +37,38 @@ def _normalized(argument: str) -> str:
         return "logger=none"
     if key == "name":
         path = PurePath(re.sub(r"^(['\"])(.*)\1$", r"\2", value))
-        if path.is_absolute() or ".." in path.parts:
+        if path.is_absolute() or ".." in path.parts or not path.parts or value.lower() in ("null", "???"):
             raise UserError(f"name={value}: must be a name, or a path inside outputs/ without ..")
     return argument
+
+
+def check_choices(arguments: Sequence[str], command: str) -> None:
+    """Refuse groups that a command does not have, and null and numbers as the choice of a group.
+
+    Hydra's own errors about them do not name the group, or advise to add it.
+
+    Args:
+        arguments: of the command, as :func:`normalize` returns them.
+        command: name of the command.
+
+    Raises:
+        UserError: there is such an argument.
+    """
+    own = groups_of(command)
+    for argument in arguments:
+        key, found, _ = argument.partition("=")
+        group = key.lstrip("+")
+        if found and not group:
+            raise UserError(f"{argument}: an argument is written KEY=VALUE")
+        if not found or not re.fullmatch(r"\w+", group) or not (group == "overrides" or choices(group)):
+            continue
+        if group not in own:
+            raise UserError(
+                f"{argument}: {command} has no group {group} (its groups: {', '.join(own) or 'none'}); an option of a "
+                "node is written NODE.OPTION=VALUE"
+            )
+        (override,) = OverridesParser.create().parse_overrides([argument])
+        value = None if override.is_sweep_override() else override.value()
+        none_allowed = override.is_sweep_override() or own[group] is None
+        if value == [] or not isinstance(value, (str, list, *([type(None)] if none_allowed else []))):
+            raise UserError(f"{argument}: must be one of {', '.join(choices(group))}")

@@ -1,13 +1,15 @@
 """Construction of data modules, models and detectors from a config."""
 
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from cpm_rcnn.cli.config import as_path, config_keys, non_null, to_dict
+from cpm_rcnn.cli.config import as_path, config_keys, overrides_in, to_dict
 from cpm_rcnn.cli.instantiate import instantiate_allowed
 from cpm_rcnn.data import CocoDataModule, DataSettings
-from cpm_rcnn.errors import UserError, check_count, check_keys, check_path
+from cpm_rcnn.errors import UserError, check_count, check_file, check_flag, check_keys, check_path, shown
 from cpm_rcnn.inference import Detector, MultiScaleSettings
 from cpm_rcnn.inference.detector import SIZE_OPTIONS
 from cpm_rcnn.inference.load import detector_from
@@ -26,7 +28,7 @@ def schedule_settings(config: DictConfig) -> Schedule:
     with config_keys(config, "schedule"):
         # The image sizes are read from the data node, which refers to them.
         check_keys(None, values, [*Schedule.names(), *DataSettings.names()])
-        return Schedule.from_dict({name: values[name] for name in Schedule.names()})
+        return Schedule.from_dict({name: values[name] for name in Schedule.names() if name in values})
 
 
 def build_datamodule(config: DictConfig) -> CocoDataModule:
@@ -40,6 +42,7 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
     with config_keys(config, "data"):
         datamodule = instantiate_allowed(
             _with_paths(config.data),
+            "cpm_rcnn.data.",
             batch_size=schedule.images_per_device,
             max_steps=schedule.max_steps * config.trainer.accumulate_grad_batches,
             seed=config.seed,
@@ -82,10 +85,10 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
         UserError: the file does not exist, is damaged, or is a checkpoint of another program or format, or a value is
             invalid.
     """
-    path = checkpoint_file(config.ckpt, "ckpt")
+    path = checkpoint_file(as_path(config.ckpt), "ckpt")
     checkpoint = read_checkpoint(path, "ckpt")
-    data = checkpoint["hyper_parameters"]["data"] | non_null(_with_paths(config.data))
-    overrides = non_null(config.detector) | {name: data[name] for name in SIZE_OPTIONS if name in data}
+    data = checkpoint["hyper_parameters"]["data"] | overrides_in(_with_paths(config.data))
+    overrides = overrides_in(config.detector) | {name: data[name] for name in SIZE_OPTIONS if name in data}
     multi_scale = multi_scale_settings(config)
     with config_keys(config, "detector"):
         detector = detector_from(checkpoint, f"ckpt={path}", multi_scale=multi_scale, **overrides)
@@ -95,9 +98,10 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
 def multi_scale_settings(config: DictConfig) -> MultiScaleSettings | None:
     """The settings of ``multi_scale``; None if it is off or the command has no such node."""
     values = to_dict(config.multi_scale) if "multi_scale" in config else {"enabled": False}
-    if not values.pop("enabled"):
-        return None
     with config_keys(config, "multi_scale"):
+        check_flag("enabled", values["enabled"])
+        if not values.pop("enabled"):
+            return None
         return MultiScaleSettings.from_dict(values)
 
 
@@ -114,17 +118,26 @@ def evaluation_data(config: DictConfig, detector: Detector, data: dict[str, Any]
         UserError: there is no such split, or a value is invalid.
     """
     if config.split not in ("val", "test"):
+        allowed = "val, test, or a COCO-style json with images=FOLDER_OR_ZIP, also for the training images"
+        if config.split is None:
+            raise UserError(f"split=null: must be {allowed}")
+        json = check_file("split", as_path(config.split), allowed)
         if config.images is None:
-            raise UserError(
-                f"split={config.split}: must be val, test, or a COCO-style json with images=FOLDER_OR_ZIP, also "
-                "for the training images"
-            )
-        data = data | {
-            "test_json": str(check_path("split", as_path(config.split)).absolute()),
-            "test_images": str(check_path("images", as_path(config.images)).absolute()),
-        }
+            raise UserError(f"split={config.split}: give its images with images=FOLDER_OR_ZIP")
+        images = check_path("images", as_path(config.images))
+        if not images.exists() and not Path(f"{images}.zip").is_file():
+            raise UserError(f"images={images}: no such folder and no such .zip")
+        data = data | {"test_json": str(json.absolute()), "test_images": str(images.absolute())}
+    elif config.images is not None:
+        raise UserError(f"images={shown(config.images)}: belongs to split=JSON; split={config.split} has data.*_images")
     if detector.multi_scale is not None:
         # The detector resizes the images itself.
         data = data | {"test_short_side": None}
-    with config_keys(config, "data"):
+    with evaluation_keys(config):
         return CocoDataModule(**data, categories=detector.categories, convention=detector.convention.name)
+
+
+def evaluation_keys(config: DictConfig) -> AbstractContextManager[None]:
+    """:func:`~cpm_rcnn.cli.config.config_keys` for the arguments of the data on which a detector is evaluated."""
+    own = config.split not in ("val", "test")
+    return config_keys(config, "data", {"test_json": "split", "test_images": "images"} if own else None)

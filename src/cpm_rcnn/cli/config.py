@@ -1,27 +1,74 @@
 """Plain values of a config, and config keys in error messages."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from cpm_rcnn.errors import ArgumentError, UserError
+from cpm_rcnn.errors import ArgumentError, UserError, shown
 
+# All nodes of the commands' configs. Other keys are options.
+_NODES = (
+    *("backbone", "cmm", "data", "detector", "fusion", "ism", "logger", "multi_scale", "ops", "rsm", "schedule"),
+    "trainer",
+)
+# Examples of keys that must be given.
+_EXAMPLES = {
+    "ckpt": "outputs/NAME/checkpoints/best.ckpt",
+    "source": "FILE_OR_FOLDER",
+    "src": "RELEASED.pth",
+    "dst": "NEW.ckpt",
+}
+# The value of an option of ``overrides`` that the user has not given. Null is a value of some options.
+UNSET = "unset"
 # Nodes whose entries are arguments of something that refuses unknown ones itself.
 _CHECKED_NODES = ("backbone", "data", "detector", "hydra", "logger", "trainer")
 
 
+def check_nodes(config: DictConfig) -> None:
+    """Refuse null and plain values in place of nodes.
+
+    Raises:
+        UserError: there is such a value.
+    """
+    for name in _NODES:
+        if name in config and not OmegaConf.is_dict(config[name]):
+            raise UserError(
+                f"{name}={shown(config[name])}: {name} holds options and has no value; set one with {name}.NAME=VALUE"
+            )
+
+
+def check_required(config: DictConfig) -> None:
+    """Refuse a config without a key that must be given.
+
+    Raises:
+        UserError: keys are missing; it names all of them.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        examples = " ".join(f"{key}={_EXAMPLES.get(key, _example(key))}" for key in missing)
+        raise UserError(f"{', '.join(missing)}: must be given, for example {examples}")
+
+
+def _example(key: str) -> str:
+    return "FOLDER_OR_ZIP" if key.endswith("_images") else "FILE.json" if key.endswith("_json") else "VALUE"
+
+
 def check_added_keys(config: DictConfig) -> None:
-    """Refuse keys that the user has added with ``+`` and that nothing reads.
+    """Refuse keys that the user has added with ``+`` and that nothing reads, and keys removed with ``~``.
 
     Raises:
         UserError: there is such a key.
     """
     hydra = HydraConfig.get()
-    for override in hydra.overrides.task:
+    # Not resolved: an override may contain an interpolation.
+    overrides: Any = OmegaConf.to_container(hydra.overrides.task)
+    for override in overrides:
+        if override.startswith("~") and not override.startswith("~logger."):
+            raise UserError(f"{override}: an option can be changed, not removed")
         if not override.startswith("+"):
             continue
         key = override.lstrip("+").partition("=")[0]
@@ -29,9 +76,14 @@ def check_added_keys(config: DictConfig) -> None:
         if key.partition(".")[0] in _CHECKED_NODES:
             continue
         if key in hydra.runtime.choices:
-            raise UserError(f"{key}: this command or the chosen head has no such group")
-        node = config.get(parent, config) if parent else config
+            raise UserError(f"{key}: head={hydra.runtime.choices.get('head')} has no such group")
+        node = OmegaConf.select(config, parent) if parent else config
+        if not OmegaConf.is_dict(node):  # reported by check_nodes
+            continue
         allowed = sorted(str(name) for name in node if str(name) != key.rpartition(".")[2])
+        if not allowed:  # the node was added too
+            key, parent = key.partition(".")[0], ""
+            allowed = sorted(str(name) for name in config if name != key)
         raise UserError(f"{key}: unknown option; {parent or 'the config'} has {', '.join(allowed)}")
 
 
@@ -45,18 +97,33 @@ def to_dict(node: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
-def non_null(node: DictConfig) -> dict[str, Any]:
-    """The values of a config node that are not null."""
-    return {key: value for key, value in to_dict(node).items() if value is not None}
+def overrides_in(node: DictConfig) -> dict[str, Any]:
+    """The values that the user has given in a node of ``overrides``; null is such a value."""
+    return {key: value for key, value in to_dict(node).items() if value != UNSET}
 
 
 @contextmanager
-def config_keys(config: DictConfig, node: str) -> Iterator[None]:
-    """Replace argument names by config keys in errors about arguments that come from ``node``."""
+def config_keys(config: DictConfig, node: str, renamed: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Replace argument names by config keys in errors about arguments that come from ``node``.
+
+    The argument that an error is about is replaced, and all that its message mentions as ``NAME=``.
+
+    Args:
+        config: the config.
+        node: name of the node.
+        renamed: config keys of arguments that do not come from an option of the same name.
+    """
     try:
         yield
     except ArgumentError as error:
-        raise UserError(f"{config_key(config, node, error.argument)}{error.problem}") from error
+        key = (renamed or {}).get(error.argument) or config_key(config, node, error.argument)
+        raise UserError(f"{key}{error.problem}") from error
+    except UserError as error:
+        names = "|".join(map(re.escape, map(str, config[node])))
+        text = re.sub(rf"(?<![\w./])({names})(?==)", lambda match: config_key(config, node, match[1]), str(error))
+        if text == str(error):
+            raise
+        raise UserError(text) from error
 
 
 def config_key(config: DictConfig, node: str, argument: str) -> str:

@@ -5,7 +5,7 @@ import errno
 import re
 from collections.abc import Iterator
 
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -33,9 +33,17 @@ def one_line(error: BaseException) -> str | None:
         if isinstance(cause, OSError) and cause.errno in _PATH_ERRORS and cause.filename:
             return f"{cause.filename}: {cause.strerror}"
     if isinstance(error, HydraException) and (group := re.match(r"Could not override '(\w+)'\. No match", str(error))):
-        return f"{group[1]}: this command or the chosen head has no such group"
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return _join(str(error))
+        return f"{group[1]}: the chosen head has no such group"
+    if isinstance(error, OverrideParseException):
+        return _join(f"{error.override}: not an override that Hydra can read ({error})")
+    if isinstance(error, OmegaConfBaseException):
+        message, key = _without_details(error)
+        return f"{key}: {message}"
+    if isinstance(error, HydraException):
+        reason = error.__cause__
+        return _join(
+            f"{error}: {_without_details(reason)[0]}" if isinstance(reason, OmegaConfBaseException) else str(error)
+        )
     return None
 
 
@@ -45,7 +53,13 @@ def _unknown_key(error: ConfigAttributeError | ConfigKeyError) -> str:
     allowed = sorted(str(option) for option in error.parent_node)
     close = difflib.get_close_matches(name, allowed, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    return f"{key}: unknown option{hint}; {parent or 'the config'} has {', '.join(allowed)}"
+    return f"{key}: unknown option{hint}; {parent or 'the config'} has {', '.join(allowed) or 'no options'}"
+
+
+def _without_details(error: OmegaConfBaseException) -> tuple[str, str]:
+    """The message of an error of OmegaConf, and the key that it is about, without the lines on the object's type."""
+    message, _, details = str(error).partition("full_key: ")
+    return _join(message), details.partition("\n")[0]
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -1,6 +1,5 @@
 """``--help``: the groups and options of one command, with the comments of its config."""
 
-from collections.abc import Iterator
 from importlib.resources import files
 
 import yaml
@@ -15,12 +14,10 @@ def help_text(config_name: str) -> str:
     conf = files("cpm_rcnn.conf")
     text = conf.joinpath(f"{config_name}.yaml").read_text("utf-8")
     lines = [f"usage: python -m cpm_rcnn.{config_name} [GROUP=CHOICE ...] [OPTION=VALUE ...]", ""]
-    if groups := list(_groups(text)):
+    if groups := groups_of(config_name):
         lines += ["Groups (GROUP=CHOICE):"]
-        for group, default in groups:
-            names = (item.name for item in conf.joinpath(group).iterdir())
-            choices = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
-            lines.append(f"  {group}: {' | '.join(choices)}" + (f"  (default {default})" if default else ""))
+        for group, default in groups.items():
+            lines.append(f"  {group}: {' | '.join(choices(group))}" + (f"  (default {default})" if default else ""))
         lines.append("")
     lines += [
         f"conf/{config_name}.yaml; an option of a node is written NODE.OPTION=VALUE, for example data.root=PATH:",
@@ -32,10 +29,30 @@ def help_text(config_name: str) -> str:
     return "\n".join(lines)
 
 
-def _groups(text: str) -> Iterator[tuple[str, str | None]]:
-    """The groups in a config's defaults list, with their default choice."""
-    for entry in yaml.safe_load(text)["defaults"]:
-        if isinstance(entry, dict):
-            ((group, choice),) = entry.items()
-            if group != "overrides" and not group.startswith("override "):
-                yield group, choice
+def choices(group: str) -> list[str]:
+    """The choices of a config group; empty if there is no such group."""
+    folder = files("cpm_rcnn.conf").joinpath(group)
+    names = (item.name for item in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def groups_of(config_name: str) -> dict[str, str | None]:
+    """The groups of a command, with their default choice.
+
+    Some choices have groups of their own, for example those of ``head``. These are included.
+    """
+    # "overrides" are options, and "override ..." are choices of Hydra's own groups.
+    own = {k: v for k, v in _defaults(f"{config_name}.yaml").items() if not k.startswith("override")}
+    nested: dict[str, str | None] = {}
+    for group, default in own.items():
+        # The default choice first: its defaults are shown.
+        for choice in sorted(choices(group), key=lambda name: name != default):
+            entries = _defaults(f"{group}/{choice}.yaml").items()
+            nested = {k.removeprefix("/"): v for k, v in entries if k.startswith("/")} | nested
+    return own | nested
+
+
+def _defaults(path: str) -> dict[str, str | None]:
+    """The groups in the defaults list of a config file, with their choices."""
+    content = yaml.safe_load(files("cpm_rcnn.conf").joinpath(path).read_text("utf-8")) or {}
+    return {k: v for entry in content.get("defaults", []) if isinstance(entry, dict) for k, v in entry.items()}

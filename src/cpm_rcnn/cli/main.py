@@ -10,11 +10,12 @@ from collections.abc import Callable
 import hydra
 from omegaconf import DictConfig
 
-from cpm_rcnn.cli.arguments import normalize
-from cpm_rcnn.cli.config import check_added_keys
+from cpm_rcnn.cli.arguments import check_choices, normalize
+from cpm_rcnn.cli.config import check_added_keys, check_nodes, check_required
 from cpm_rcnn.cli.error_lines import one_line
 from cpm_rcnn.cli.help import help_text
 from cpm_rcnn.cli.overrides import register_overrides
+from cpm_rcnn.errors import UserError
 
 
 def run(task: Callable[[DictConfig], None], config_name: str) -> None:
@@ -33,8 +34,14 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     # Without it Hydra prints errors itself and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
+    composed = False
+
     def checked(config: DictConfig) -> None:
         check_added_keys(config)
+        check_nodes(config)
+        check_required(config)
+        nonlocal composed
+        composed = True
         task(config)
 
     # Hydra names its job after the function.
@@ -42,6 +49,7 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
     main = hydra.main(version_base="1.3", config_path="pkg://cpm_rcnn.conf", config_name=config_name)(checked)
     try:
         sys.argv[1:] = normalize(sys.argv[1:])
+        check_choices(sys.argv[1:], config_name)
         main()
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C into SystemExit.
@@ -51,6 +59,9 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         message = one_line(error)
+        if message is None and not composed:
+            # Hydra and OmegaConf raise errors of Python for some overrides.
+            message = f"Hydra cannot compose the config of {' '.join(sys.argv[1:])}: {one_line(UserError(str(error)))}"
         if message is None:
             raise
         print(f"error: {message}", file=sys.stderr)

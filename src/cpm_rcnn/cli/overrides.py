@@ -1,13 +1,14 @@
 """The settings that ``eval``, ``predict`` and ``convert`` can override, derived from the settings dataclasses.
 
-These commands' configs have nodes ``detector`` and ``data`` in which every option is null, which means "as in the
-checkpoint". The nodes are generated here, so that no option is listed by hand.
+These commands' configs have nodes ``detector`` and ``data`` in which every option is ``unset``, which means "as in the
+checkpoint"; null is a value like others. The nodes are generated here, so that no option is listed by hand.
 """
 
 from collections.abc import Sequence
 
 from hydra.core.config_store import ConfigStore
 
+from cpm_rcnn.cli.config import UNSET
 from cpm_rcnn.data import DataSettings
 from cpm_rcnn.inference.detector import SIZE_OPTIONS
 from cpm_rcnn.models.settings import inference_options
@@ -24,5 +25,5 @@ def register_overrides() -> None:
     }
     store = ConfigStore.instance()
     for name, node in nodes.items():
-        content = {key: dict.fromkeys(options) for key, options in node.items()}
+        content = {key: dict.fromkeys(options, UNSET) for key, options in node.items()}
         store.store(group="overrides", name=name, node=content, package="_global_")

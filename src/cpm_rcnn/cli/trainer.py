@@ -1,17 +1,19 @@
 """Construction of Lightning's Trainer from a config."""
 
-import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from omegaconf import DictConfig
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 
+from cpm_rcnn.cli.config import config_keys
 from cpm_rcnn.cli.instantiate import instantiate_allowed
-from cpm_rcnn.errors import UserError, check_count, check_range
+from cpm_rcnn.cli.trainer_options import check_trainer, lightning_errors
+from cpm_rcnn.errors import ArgumentError, UserError, check_count, check_range, shown
 from cpm_rcnn.training.checkpoint_io import AtomicCheckpointIO
 from cpm_rcnn.training.interruption import EvaluationSignals, Interruption
 from cpm_rcnn.training.module import DetectionModule
@@ -39,11 +41,7 @@ def build_trainer(
     Raises:
         UserError: a value is invalid.
     """
-    if config.trainer.limit_val_batches == 0:
-        raise UserError(
-            "trainer.limit_val_batches=0: the best checkpoint is chosen by validation; null means all batches"
-        )
-    check_devices(config)
+    check_trainer(config)
     check_range("process_timeout", config.process_timeout, 1)
     steps = config.schedule.max_steps
     watch = ProcessWatch(config.process_timeout)
@@ -72,56 +70,55 @@ def build_trainer(
             callbacks.append(LearningRateMonitor("step"))
         # It must come first.
         callbacks.insert(0, Interruption(folder / "last.ckpt", reserve=checkpoint_size))
-    trainer = instantiate_allowed(
-        config.trainer,
-        max_steps=steps,
-        max_epochs=-1,
-        # Lightning counts this interval in batches, not in optimizer steps.
-        val_check_interval=min(config.schedule.val_interval, steps) * config.trainer.accumulate_grad_batches,
-        callbacks=callbacks,
-        logger=[
-            TolerantLogger(instantiate_allowed(logger, save_dir=str(run_dir))) for logger in config.logger.values()
-        ],
-        plugins=[AtomicCheckpointIO(resume_point)],
-        default_root_dir=str(run_dir),
-        # The data module distributes the samples itself: its order is a function of step and rank.
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-    )
+    loggers = [TolerantLogger(logger) for logger in _loggers(config, run_dir)]
+    with config_keys(config, "trainer"), lightning_errors(config):
+        trainer = instantiate_allowed(
+            config.trainer,
+            "pytorch_lightning.Trainer",
+            max_steps=steps,
+            max_epochs=-1,
+            # Lightning counts this interval in batches, not in optimizer steps.
+            val_check_interval=min(config.schedule.val_interval, steps) * config.trainer.accumulate_grad_batches,
+            callbacks=callbacks,
+            logger=loggers,
+            plugins=[AtomicCheckpointIO(resume_point)],
+            default_root_dir=str(run_dir),
+            # The data module distributes the samples itself: its order is a function of step and rank.
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
     watch.attach(trainer)
     return trainer
 
 
+def _loggers(config: DictConfig, run_dir: Path) -> Iterator[Any]:
+    for name, node in config.logger.items():
+        if not OmegaConf.is_dict(node):
+            raise UserError(f"logger.{name}={shown(node)}: must be a mapping with _target_; logger=none logs nothing")
+        try:
+            yield instantiate_allowed(node, "pytorch_lightning.loggers.", save_dir=str(run_dir))
+        except ArgumentError as error:
+            raise UserError(f"logger.{name}.{error}") from None
+        except InstantiationException as error:
+            if not isinstance(error.__cause__, (TypeError, ValueError, ImportError)):
+                raise
+            raise UserError(f"logger.{name}: {error.__cause__}") from error
+
+
 def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
     """The Trainer of an evaluation; it writes neither logs nor checkpoints."""
-    check_devices(config)
-    return instantiate_allowed(
-        config.trainer,
-        callbacks=[LossProgressBar(config.trainer.log_every_n_steps), EvaluationSignals()],
-        logger=False,
-        enable_checkpointing=False,
-        default_root_dir=str(run_dir),
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-    )
-
-
-def check_devices(config: DictConfig) -> None:
-    """Refuse more devices than the machine has, before a process is started for each.
-
-    Raises:
-        UserError: there are fewer GPUs; or none, and the CPU was not asked for.
-    """
-    devices, accelerator = config.trainer.devices, config.trainer.accelerator
-    wanted = int(devices) if re.fullmatch(r"\d+", str(devices)) else 1
-    if wanted < 2 or accelerator not in ("auto", "gpu", "cuda") or torch.backends.mps.is_available():
-        return
-    found = torch.cuda.device_count()
-    if wanted > found:
-        has = "no GPU" if found == 0 else f"{found} GPU{'s' if found > 1 else ''}"
-        raise UserError(
-            f"trainer.devices={wanted}: this machine has {has}; trainer=cpu trainer.devices={wanted} uses the CPU"
+    check_trainer(config)
+    with config_keys(config, "trainer"), lightning_errors(config):
+        return instantiate_allowed(
+            config.trainer,
+            "pytorch_lightning.Trainer",
+            callbacks=[LossProgressBar(config.trainer.log_every_n_steps), EvaluationSignals()],
+            logger=False,
+            enable_checkpointing=False,
+            default_root_dir=str(run_dir),
+            use_distributed_sampler=False,
+            enable_model_summary=False,
         )
 
 

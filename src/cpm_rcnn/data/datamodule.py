@@ -182,7 +182,9 @@ class CocoDataModule(pl.LightningDataModule):
             return
         described = f"{images.path}: {describe_problems(problems, len(rows))}, which {annotations.path} lists"
         if len(problems) == len(rows):
-            raise UserError(f"{described}; set {split}_images to the folder or .zip that its file names start from")
+            raise ArgumentError(
+                f"{split}_images", f"={described}; must be the folder or .zip that its file names start from"
+            )
         if self.settings.on_error == "raise":
             raise UserError(f"{described}; correct them, or skip these images with on_error=skip")
         self._faults_of(split).unreadable[list(problems)] = True

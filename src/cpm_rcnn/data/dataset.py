@@ -105,7 +105,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             return self._load(sample)
         except UserError as error:
             if self.on_error == "raise":
-                raise UserError(f"{error}; data.on_error=skip continues without such images") from error
+                raise UserError(f"{error}; on_error=skip continues without such images") from error
             if self.replacements is None:
                 self._warn(sample.image, f"{error}; counts as an image without detections")
                 return self._blank(sample)

@@ -92,7 +92,7 @@ class Detector:
         self.max_size = max_size
         self.multi_scale = multi_scale
         if multi_scale is not None and short_side is None:
-            raise ArgumentError("test_short_side", "=None: the multi-scale test needs a size that its scales refer to")
+            raise ArgumentError("test_short_side", "=null: the multi-scale test needs a size that its scales refer to")
 
     @property
     def class_names(self) -> list[str]:

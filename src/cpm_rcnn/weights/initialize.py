@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpm_rcnn.errors import ArgumentError, UserError
+from cpm_rcnn.errors import ArgumentError, UserError, shown
 from cpm_rcnn.models.detector import TwoStageDetector
 from cpm_rcnn.models.finite import check_weights
 from cpm_rcnn.models.settings import ModelSettings
@@ -63,7 +63,7 @@ def check_same_model(checkpoint: Mapping[str, Any], settings: ModelSettings, sou
     """
     theirs, ours = stored_settings(checkpoint, source).architecture(), settings.architecture()
     differences = [
-        f"{key} is {theirs.get(key)} in the checkpoint and {ours.get(key)} in this model"
+        f"{key} is {shown(theirs.get(key))} in the checkpoint and {shown(ours.get(key))} in this model"
         for key in sorted(theirs.keys() | ours.keys())
         if theirs.get(key) != ours.get(key)
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cpm_rcnn.errors import UserError, check_choice, check_path
+from cpm_rcnn.errors import UserError, check_choice, check_path, shown
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.checkpoints import read_checkpoint
 from cpm_rcnn.weights.initialize import check_same_model
@@ -94,7 +94,9 @@ def check_recipe(point: ResumePoint, recipe: Mapping[str, Any], changes: str) ->
     stored = arguments.get("recipe") or {f"schedule.{name}": value for name, value in arguments["schedule"].items()}
     changed = [name for name in recipe if name in stored and stored[name] != recipe[name]]
     fixed = [name for name in changed if name in _FIXED]
-    values = "; ".join(f"{name} is {stored[name]} there and {recipe[name]} here" for name in fixed or changed)
+    values = "; ".join(
+        f"{name} is {shown(stored[name])} there and {shown(recipe[name])} here" for name in fixed or changed
+    )
     if fixed:
         raise UserError(
             f"resume={point.path}: {values}; a run that resumes cannot change this: start from it with init="

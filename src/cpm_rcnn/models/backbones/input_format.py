@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpm_rcnn.errors import ArgumentError
+from cpm_rcnn.errors import ArgumentError, shown
 from cpm_rcnn.settings import Settings, architecture, choice, flag, list_of, number
 
 
 def _number(argument: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ArgumentError(argument, f"={value}: must be a finite number")
+        raise ArgumentError(argument, f"={shown(value)}: must be a finite number")
 
 
 def _positive(argument: str, value: Any) -> None:
     _number(argument, value)
     if value <= 0:
-        raise ArgumentError(argument, f"={value}: must be above 0")
+        raise ArgumentError(argument, f"={shown(value)}: must be above 0")
 
 
 @dataclass(frozen=True)
