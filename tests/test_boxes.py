@@ -219,6 +219,7 @@ def test_roi_align_and_padding_of_each_convention():
         "continuous": (True, 2, False),
         "inclusive": (False, 2, True),
         "detectron2": (True, 0, False),
+        "mmdetection": (True, 0, False),
         "torchvision": (False, 2, False),
     }
 
@@ -234,3 +235,9 @@ def test_anchors_of_detectron2_are_centered_on_the_corner_of_the_cell():
     root = 2**0.5
     expected = [[-32 * root, -16 * root], [-32, -32], [-16 * root, -32 * root]]
     torch.testing.assert_close(anchors, torch.tensor([[x, y, -x, -y] for x, y in expected]))
+
+
+def test_anchor_steps_of_torchvision_depend_on_the_padded_image():
+    # P5 has 7 rows and P6 has 4; torchvision divides 224 by 4.
+    assert TORCHVISION.anchor_steps(64, (4, 5), (224, 320)) == (56, 64)
+    assert DETECTRON2.anchor_steps(64, (4, 5), (224, 320)) == (64, 64)

@@ -8,7 +8,7 @@ code checks which convention is used.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class BoxConvention:
         sampling_ratio: RoIAlign's samples per side of a bin; 0 takes as many as the bin has cells, rounded up.
         pads_raw: whether images are padded with zeros before normalization at test; otherwise, and in training, after
             it.
+        ranks_probabilities: whether proposals are ranked by their probability in float32, in which many high scores are
+            equal, instead of by their logit.
     """
 
     name: str
@@ -39,6 +41,7 @@ class BoxConvention:
     aligned: bool
     sampling_ratio: int
     pads_raw: bool
+    ranks_probabilities: bool = False
 
     def sizes(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
         """Width and height, each (...), of boxes (..., 4)."""
@@ -71,6 +74,21 @@ class BoxConvention:
         half_w, half_h = 0.5 * (width - self.extra), 0.5 * (height - self.extra)
         anchors = torch.stack([center - half_w, center - half_h, center + half_w, center + half_h], dim=1).float()
         return anchors.round() if self.anchors == "corner_rounded" else anchors
+
+    def anchor_steps(self, stride: int, cells: Sequence[int], padded: Sequence[int]) -> tuple[int, int]:
+        """Distances (y, x) in pixels between the anchors of neighboring cells.
+
+        They are the level's stride, except in torchvision, where they are the rounded-down quotient of the size of the
+        padded image and the number of cells. On P6 it is smaller than the stride if P5 has an odd number of cells.
+
+        Args:
+            stride: stride of the level in pixels.
+            cells: height and width of the level in cells.
+            padded: height and width of the padded image in pixels.
+        """
+        if self.anchors == "corner_rounded":
+            return padded[0] // cells[0], padded[1] // cells[1]
+        return stride, stride
 
     def area(self, boxes: Tensor) -> Tensor:
         """Areas (...) in square pixels of boxes (..., 4)."""
@@ -142,7 +160,9 @@ class BoxConvention:
 
 CONTINUOUS = BoxConvention("continuous", 0.0, "center", aligned=True, sampling_ratio=2, pads_raw=False)
 INCLUSIVE = BoxConvention("inclusive", 1.0, "release", aligned=False, sampling_ratio=2, pads_raw=True)
-# mmdetection agrees with detectron2.
 DETECTRON2 = BoxConvention("detectron2", 0.0, "corner", aligned=True, sampling_ratio=0, pads_raw=False)
+MMDETECTION = replace(DETECTRON2, name="mmdetection", ranks_probabilities=True)
 TORCHVISION = BoxConvention("torchvision", 0.0, "corner_rounded", aligned=False, sampling_ratio=2, pads_raw=False)
-CONVENTIONS = {convention.name: convention for convention in (CONTINUOUS, INCLUSIVE, DETECTRON2, TORCHVISION)}
+CONVENTIONS = {
+    convention.name: convention for convention in (CONTINUOUS, INCLUSIVE, DETECTRON2, MMDETECTION, TORCHVISION)
+}

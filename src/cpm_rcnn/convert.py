@@ -1,4 +1,4 @@
-"""``python -m cpm_rcnn.convert src=FILE dst=FILE.ckpt``: convert released weights to a checkpoint of this project."""
+"""``python -m cpm_rcnn.convert src=FILE dst=FILE.ckpt``: convert another program's detector to a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -6,18 +6,15 @@ from typing import Any
 from omegaconf import DictConfig
 
 from cpm_rcnn.cli.assembly import schedule_settings
-from cpm_rcnn.cli.config import as_path, config_keys, overrides_in
+from cpm_rcnn.cli.config import as_path, config_keys, overrides_in, to_dict
 from cpm_rcnn.cli.instantiate import instantiate_allowed
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.coco_categories import COCO_CATEGORIES
 from cpm_rcnn.errors import UserError, check_path
-from cpm_rcnn.models.build import build
-from cpm_rcnn.models.heads.cpm import CPMSettings
-from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.checkpoints import write_checkpoint
-from cpm_rcnn.weights.reading import read_weights
-from cpm_rcnn.weights.release import convert_state, release_settings
+from cpm_rcnn.weights.detector_files import ConvertedDetector
+from cpm_rcnn.weights.detectors import convert_file
 
 
 def convert(config: DictConfig) -> None:
@@ -27,46 +24,30 @@ def convert(config: DictConfig) -> None:
         raise UserError(f"dst={target}: is a folder; give a file in it")
     if target.exists():
         raise UserError(f"dst={target}: exists already; delete it, or give another name")
-    state, source = read_weights(src, "src"), f"src={src}"
     with config_keys(config, "detector"):
-        settings, num_classes = release_settings(state, source, **overrides_in(config.detector))
-    weights = convert_state(state, build(settings, num_classes), source)
+        converted = convert_file(src, "src", **to_dict(config.backbone), **overrides_in(config.detector))
     hyper_parameters = {
-        "model": settings.to_options(),
-        "categories": _categories(config.categories, num_classes, source),
+        "model": converted.settings.to_options(),
+        "categories": _categories(config.categories, converted, f"src={src}"),
         "schedule": schedule_settings(config).to_dict(),
         "data": instantiate_allowed(config.data, "cpm_rcnn.data.").evaluation_arguments,
     }
-    write_checkpoint(target, weights, hyper_parameters)
-    millions = sum(value.numel() for value in state.values()) / 1e6
-    print(f"{_description(settings, num_classes)}; {millions:.1f} million values")
-    if not _is_published(settings):
-        print("note: not one of the three published models; check that the file is complete")
+    write_checkpoint(target, converted.state, hyper_parameters)
+    print(f"{converted.description}; {converted.num_values / 1e6:.1f} million values")
+    for note in converted.notes:
+        print(f"note: {note}")
     print(target)
 
 
-def _description(settings: ModelSettings, num_classes: int) -> str:
-    head = settings.head
-    assert isinstance(head, CPMSettings)
-    parts = [f"{len(head.stages)} grid stages"]
-    parts += [name.upper() for name in ("ism", "rsm", "fusion") if getattr(head, name)]
-    return f"{settings.backbone.name}, {num_classes} classes, {', '.join(parts)}"
-
-
-def _is_published(settings: ModelSettings) -> bool:
-    head = settings.head
-    assert isinstance(head, CPMSettings)
-    complete = len(head.stages) == 3 and head.ism and head.rsm and head.grid_convs == CPMSettings.grid_convs
-    return complete and settings.backbone.name != "resnet"
-
-
-def _categories(json: str | None, num_classes: int, source: str) -> list[dict[str, Any]]:
-    """The classes: COCO's, or those of a COCO-style json."""
-    categories = COCO_CATEGORIES if json is None else CocoAnnotations.load(Path(json).expanduser()).categories
-    if len(categories) != num_classes:
-        origin = "COCO has" if json is None else f"categories={json} has"
+def _categories(json: str | None, converted: ConvertedDetector, source: str) -> list[dict[str, Any]]:
+    """The classes: those of a COCO-style json, or those that the file names, or COCO's."""
+    if json is None:
+        categories, origin = converted.categories or COCO_CATEGORIES, "COCO has"
+    else:
+        categories, origin = CocoAnnotations.load(Path(json).expanduser()).categories, f"categories={json} has"
+    if len(categories) != converted.num_classes:
         raise UserError(
-            f"{source}: has {num_classes} classes, but {origin} {len(categories)}; "
+            f"{source}: has {converted.num_classes} classes, but {origin} {len(categories)}; "
             "give the annotations that the file was trained on as categories=JSON"
         )
     return categories

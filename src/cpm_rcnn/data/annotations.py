@@ -33,6 +33,7 @@ class CocoAnnotations:
         widths: (I,) int64 pixels.
         category_ids: C ids in ascending order. Label ``k + 1`` stands for ``category_ids[k]``; label 0 is background.
         category_names: C names in the same order.
+        listed: (C,) bool, the categories that the json lists; all if it lists none of them. A model may know more.
         has_annotations: False if the json only lists images, as COCO's test-dev does.
         offsets: (I + 1,) int64; the objects of image i are the rows ``offsets[i]`` to ``offsets[i + 1]``, in the order
             of the file.
@@ -51,6 +52,7 @@ class CocoAnnotations:
     widths: np.ndarray
     category_ids: list[int]
     category_names: list[str]
+    listed: np.ndarray
     has_annotations: bool
     offsets: np.ndarray
     labels: np.ndarray
@@ -136,6 +138,7 @@ class CocoAnnotations:
 
         known = sorted(content.get("categories", []) if categories is None else categories, key=lambda c: c["id"])
         category_ids = [int(category["id"]) for category in known]
+        listed = np.isin(category_ids, [category["id"] for category in content.get("categories", [])])
         images, objects = np.flatnonzero(found.good_images), np.flatnonzero(kept)
         heights, widths = found.heights[images], found.widths[images]
         image_rows = np.searchsorted(images, found.image_rows[objects])
@@ -152,6 +155,7 @@ class CocoAnnotations:
             widths=widths,
             category_ids=category_ids,
             category_names=[category["name"] for category in known],
+            listed=listed | (not listed.any()),
             has_annotations="annotations" in content,
             offsets=np.searchsorted(image_rows, np.arange(len(images) + 1)),
             labels=np.searchsorted(category_ids, found.category_ids[objects]) + 1,

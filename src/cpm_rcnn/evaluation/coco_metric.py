@@ -6,6 +6,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ class CocoMetric(Metric):
         annotations: the ground truth. If it only lists images (``has_annotations`` is False, as for COCO's test-dev),
             there are results but all metrics are NaN.
         categories: the category of each label, with ``id`` and ``name``: label l means ``categories[l - 1]``. If
-            several have the same name, ``per_class`` appends their ids.
+            several have the same name, ``per_class`` appends their ids. Those that the annotation file does not list
+            are neither evaluated nor part of the results.
         convention: convention of the boxes of the detections.
 
     Raises:
@@ -80,6 +82,9 @@ class CocoMetric(Metric):
             category["name"] if occurrences[category["name"]] == 1 else f"{category['name']} ({category['id']})"
             for category in categories
         ]
+        # Categories that the model knows and the file does not list are not reported.
+        listed = dict(zip(annotations.category_ids, annotations.listed.tolist()))
+        self._reported = [listed.get(key, True) for key in self.category_ids]
         self._known_ids = set(annotations.image_ids.tolist())
         self._results: list[dict[str, Any]] | None = None
         for state in ("image_ids", "counts", "boxes", "scores", "labels"):
@@ -127,14 +132,15 @@ class CocoMetric(Metric):
             if there is no object for it. All are NaN without annotations.
         """
         image_ids, self._results = self._gathered()
+        names = list(compress(self.category_names, self._reported))
+        category_ids = list(compress(self.category_ids, self._reported))
         if not self.annotations.has_annotations:
-            return _metrics([math.nan] * len(METRIC_NAMES), dict.fromkeys(self.category_names, math.nan))
-        stats, precision = _evaluate(self.annotations, self._results, image_ids, self.category_ids)
+            return _metrics([math.nan] * len(METRIC_NAMES), dict.fromkeys(names, math.nan))
+        stats, precision = _evaluate(self.annotations, self._results, image_ids, category_ids)
         # The engine sorts the categories by id.
-        by_id = {category_id: precision[:, :, k] for k, category_id in enumerate(sorted(self.category_ids))}
+        by_id = {category_id: precision[:, :, k] for k, category_id in enumerate(sorted(category_ids))}
         per_class = {
-            name: _mean_of_defined(by_id[category_id])
-            for name, category_id in zip(self.category_names, self.category_ids, strict=True)
+            name: _mean_of_defined(by_id[category_id]) for name, category_id in zip(names, category_ids, strict=True)
         }
         return _metrics(stats.tolist(), per_class)
 
@@ -176,6 +182,7 @@ class CocoMetric(Metric):
                         "score": score,
                     }
                     for label, bbox, score in zip(labels[start:end], boxes[start:end], scores[start:end])
+                    if self._reported[label - 1]
                 ]
             start = end
         return list(seen), results

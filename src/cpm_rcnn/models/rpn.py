@@ -83,8 +83,9 @@ class RegionProposalNetwork(nn.Module):
         # (B, A, H, W) -> (B, H * W * A), the order of the anchors.
         logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits_per_level]
         deltas = [x.permute(0, 2, 3, 1).reshape(len(x), -1, 4).float() for x in deltas_per_level]
+        padded = [side * self.strides[0] for side in features[0].shape[-2:]]
         anchors = [
-            level_anchors(self.convention, stride, size, feature.shape[-2:], feature.device)
+            level_anchors(self.convention, stride, size, feature.shape[-2:], feature.device, padded)
             for stride, size, feature in zip(self.strides, self.settings.anchor_sizes, features)
         ]
         if ground_truth is None:
@@ -102,7 +103,7 @@ class RegionProposalNetwork(nn.Module):
         batch = len(image_sizes)
         boxes, scores, levels = [], [], []
         for level, (level_logits, level_deltas, anchor) in enumerate(zip(logits, deltas, anchors)):
-            best, rows = level_logits.topk(min(limit, level_logits.shape[1]), dim=1)
+            best, rows = self._best(level_logits, limit)
             picked = level_deltas.gather(1, rows[..., None].expand(-1, -1, 4))
             boxes.append(self.convention.decode(picked, anchor[rows]))
             scores.append(best)
@@ -118,6 +119,15 @@ class RegionProposalNetwork(nn.Module):
         together = self.training and self.settings.proposals_train_per == "batch"
         rank, _ = rank_in_group(-score[kept], torch.zeros_like(image) if together else image, batch)
         return Rois.of(box, image, image_sizes)[(rank < limit).nonzero().squeeze(1)]
+
+    def _best(self, logits: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        """The highest scores (B, K) of a level in descending order, and their anchors (B, K); logits (B, A)."""
+        if self.convention.ranks_probabilities:
+            # mmdetection sorts all scores. Among equal ones, this gives the same order more often than topk.
+            scores, rows = logits.sigmoid().sort(dim=1, descending=True)
+            return scores[:, :limit], rows[:, :limit]
+        scores, rows = logits.topk(min(limit, logits.shape[1]), dim=1)
+        return scores, rows
 
     def _losses(
         self, logits: Tensor, deltas: Tensor, anchors: Tensor, image_sizes: Tensor, ground_truth: GroundTruth
@@ -184,7 +194,12 @@ class RegionProposalNetwork(nn.Module):
 
 
 def level_anchors(
-    convention: BoxConvention, stride: int, size: float, shape: Sequence[int], device: torch.device
+    convention: BoxConvention,
+    stride: int,
+    size: float,
+    shape: Sequence[int],
+    device: torch.device,
+    padded: Sequence[int] | None = None,
 ) -> Tensor:
     """The anchors of one level, ordered by row, column and ratio.
 
@@ -194,13 +209,16 @@ def level_anchors(
         size: square root of the anchors' area in pixels.
         shape: height and width of the level in cells.
         device: device of the result.
+        padded: height and width of the padded image in pixels; None if it is ``shape`` times ``stride``.
 
     Returns:
         (H * W * 3, 4) float32, xyxy pixels.
     """
     cell = convention.cell_anchors(stride, size, RATIOS).to(device, non_blocking=True)
-    y = torch.arange(shape[0], dtype=torch.float32, device=device) * stride
-    x = torch.arange(shape[1], dtype=torch.float32, device=device) * stride
+    padded = [side * stride for side in shape] if padded is None else padded
+    step_y, step_x = convention.anchor_steps(stride, shape, padded)
+    y = torch.arange(shape[0], dtype=torch.float32, device=device) * step_y
+    x = torch.arange(shape[1], dtype=torch.float32, device=device) * step_x
     y, x = torch.meshgrid(y, x, indexing="ij")
     shifts = torch.stack([x, y, x, y], dim=-1)
     return (shifts[:, :, None] + cell).flatten(0, 2)

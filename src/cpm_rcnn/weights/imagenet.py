@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.hub import load_state_dict_from_url
-from torchvision.models import get_model_weights
+from torchvision.models import get_model_weights, list_models
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from cpm_rcnn.errors import ArgumentError, check_file
@@ -59,7 +59,7 @@ def resnet_weights(name: str, weights: str) -> tuple[dict[str, Tensor], WeightSo
     """ImageNet weights of a ResNet by torchvision's names, without the classifier.
 
     Args:
-        name: torchvision's name of the network, or ``resnet`` if it has none.
+        name: torchvision's name of the network, or another name if it has none.
         weights: torchvision's weight name, a name in :data:`TIMM_FILES`, or a local file: a ``.pth`` or
             ``.safetensors`` of torchvision, timm or the CPM R-CNN release (they share their names), or a ``.pkl`` of
             detectron2 or Caffe2.
@@ -106,7 +106,7 @@ def warn_of_new_recipe(settings: BackboneSettings) -> None:
 
 def _torchvision_weights(name: str) -> Mapping[str, Any]:
     """Torchvision's weights of a ResNet by name; none for other networks."""
-    return get_model_weights(name).__members__ if name in RESNETS else {}
+    return get_model_weights(name).__members__ if name in RESNETS and name in list_models() else {}
 
 
 def _download(weights: str, known: Mapping[str, Any], others: Mapping[str, str]) -> Mapping[str, Tensor]:
@@ -147,8 +147,7 @@ def check_pixel_range(
 ) -> None:
     """Refuse an input format whose pixel range (0..255 or normalized) is not the one that the weights were trained on.
 
-    The standard deviation of the first layer's outputs in training, divided by the norm of its filters, estimates the
-    standard deviation of its inputs. The two ranges differ by a factor of 58, so a rough estimate is enough.
+    The two ranges differ by a factor of 58, so the rough estimate of :func:`trained_deviation` is enough.
 
     Args:
         source: the weight file or name, for messages.
@@ -160,12 +159,9 @@ def check_pixel_range(
     Raises:
         ArgumentError: the ranges differ.
     """
-    norms = weight.float().flatten(1).norm(dim=1)
-    spread = variance.float().sqrt() if variance is not None else _TYPICAL_SPREAD / scale.float().abs().clamp(min=1e-12)
-    active = (norms > 1e-6) & (scale.float().abs() > 1e-6)
-    if not active.any():
+    trained = trained_deviation(weight, scale, variance)
+    if trained is None:
         return
-    trained = (spread / norms)[active].median().item()
     given = _STD / input_format.scale / (sum(input_format.std) / len(input_format.std))
     if not 1 / _TOLERANCE < trained / given < _TOLERANCE:
         raise ArgumentError(
@@ -174,6 +170,25 @@ def check_pixel_range(
             f"gives {given:.2g}; weights for 0..255 need backbone.input_format=caffe, weights for normalized pixels "
             "rgb or timm; set backbone.check_weights=false for unusual weights",
         )
+
+
+def trained_deviation(weight: Tensor, scale: Tensor, variance: Tensor | None) -> float | None:
+    """An estimate of the standard deviation of the pixels that a network was trained on.
+
+    It is the standard deviation of the first layer's outputs in training, divided by the norm of its filters.
+
+    Args:
+        weight: (C, 3, kh, kw), weight of the first convolution.
+        scale: (C,), weight of its BatchNorm.
+        variance: (C,), running variance of that BatchNorm, or None if it is merged into ``scale``.
+
+    Returns:
+        The estimate; None if all filters are zero.
+    """
+    norms = weight.float().flatten(1).norm(dim=1)
+    spread = variance.float().sqrt() if variance is not None else _TYPICAL_SPREAD / scale.float().abs().clamp(min=1e-12)
+    active = (norms > 1e-6) & (scale.float().abs() > 1e-6)
+    return (spread / norms)[active].median().item() if active.any() else None
 
 
 def _from_caffe2(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

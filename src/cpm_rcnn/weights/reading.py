@@ -1,6 +1,7 @@
 """Read weight files of any origin without executing code in them, and compare their names and shapes."""
 
 import codecs
+import hashlib
 import pickle
 import re
 import zipfile
@@ -32,16 +33,42 @@ _NUMPY_GLOBALS: dict[tuple[str, str], Any] = {
     ("numpy._core.numeric", "_frombuffer"): np.zeros(1).__reduce_ex__(5)[0],
     ("_codecs", "encode"): codecs.encode,
 }
-# What training checkpoints of the CPM R-CNN release contain in addition to weights: numbers, and the settings of its
-# solver,
-# which are read as a plain mapping.
-_INERT: list[Any] = [
-    (OrderedDict, "pet.utils.collections.AttrDict"),
-    (_SCALAR, "numpy.core.multiarray.scalar"),
-    (_SCALAR, "numpy._core.multiarray.scalar"),
-    np.dtype,
+# Packages whose objects training checkpoints contain in addition to weights: settings, log histories, and the like.
+_INERT_PACKAGES = ("pet", "mmengine", "mmcv", "mmdet", "addict")
+# Numbers and arrays in such objects.
+_NUMBERS: list[Any] = [
+    *((value, f"{module}.{name}") for (module, name), value in _NUMPY_GLOBALS.items()),
     *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
 ]
+# Maximum number of different inert objects in a file; a file is read once more for each.
+_MOST_INERT = 32
+
+
+class InertObject:
+    """An object of a class that this project does not have, read from a file as plain data.
+
+    Attributes:
+        arguments: what the file passes to the class.
+        state: the attributes that the file stores for it.
+    """
+
+    arguments: tuple[Any, ...]
+    state: Any
+
+    def __new__(cls, *arguments: Any) -> "InertObject":
+        item = super().__new__(cls)
+        item.arguments, item.state = arguments, None
+        return item
+
+    def __init__(self, *arguments: Any) -> None:
+        """Accept any arguments."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+def _no_attribute(*_: Any) -> None:
+    """Takes the place of ``getattr``, with which pickles refer to the methods of an inert class."""
 
 
 def read_weights(path: str | Path, argument: str) -> dict[str, Tensor]:
@@ -83,14 +110,12 @@ def read_file(path: str | Path, argument: str) -> Any:
             with file.open("rb") as stream:
                 return _ArrayUnpickler(stream, encoding="latin1").load()
         _check_archive(file)
-        with torch.serialization.safe_globals(_INERT):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return _load_inert(file)
     except pickle.UnpicklingError as error:
-        # torch's message is long; only the name that the pickle refers to is reported.
-        asked = re.search(r"GLOBAL (\S+) was not", str(error)) or re.search(r"refers to (\S+)", str(error))
-        if asked and not asked[1].startswith("torch."):  # an unknown name of torch itself means a truncated file
+        name = _refused_name(error)
+        if name and not name.startswith("torch."):  # an unknown name of torch itself means a truncated file
             raise UserError(
-                f"{source}: refused, it refers to the code {asked[1]}; a weight file may contain tensors only"
+                f"{source}: refused, it refers to the code {name}; a weight file may contain tensors only"
             ) from None
         why = type(error).__name__
     except zipfile.BadZipFile as error:
@@ -98,6 +123,61 @@ def read_file(path: str | Path, argument: str) -> Any:
     except Exception as error:  # each format has errors of its own
         why = getattr(error, "strerror", None) or type(error).__name__
     raise UserError(f"{source}: cannot be read as weights ({why}); it is damaged or not a weight file")
+
+
+def _load_inert(file: Path) -> Any:
+    """The content of a ``torch.save`` file, with objects of :data:`_INERT_PACKAGES` as inert data.
+
+    The packages are neither imported nor needed. torch has a list of allowed names, without patterns, so the file is
+    read again whenever it refers to a new one.
+    """
+    allowed: dict[str, Any] = {}
+    while True:
+        try:
+            with torch.serialization.safe_globals([*_NUMBERS, *((value, name) for name, value in allowed.items())]):
+                return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            name = _refused_name(error)
+            if name == "getattr":
+                name, stand_in = "builtins.getattr", _no_attribute
+            elif name and name.partition(".")[0] in _INERT_PACKAGES:
+                stand_in = OrderedDict if name.endswith("Dict") else InertObject  # type: ignore[assignment]
+            else:
+                raise
+            if name in allowed or len(allowed) == _MOST_INERT:
+                raise
+            allowed[name] = stand_in
+
+
+def _refused_name(error: pickle.UnpicklingError) -> str | None:
+    """The name in a pickle that a restricted unpickler has refused, from its error, whose message is long."""
+    found = re.search(r"GLOBAL (\S+) was not", str(error)) or re.search(r"refers to (\S+)", str(error))
+    return found[1] if found else None
+
+
+def check_published_name(path: str | Path, argument: str) -> None:
+    """Compare a file with the checksum in its name.
+
+    torchvision and mmdetection publish files as ``NAME-XXXXXXXX.pth``, where X are the first digits of the file's
+    SHA-256. Files in torch's old format have no other checksum.
+
+    Args:
+        path: the file.
+        argument: name of the argument that ``path`` comes from, for messages.
+
+    Raises:
+        UserError: the checksums differ.
+    """
+    stated = re.search(r"-([0-9a-f]{8})\.pth$", str(path))
+    if not stated:
+        return
+    with check_file(argument, path).open("rb") as stream:
+        actual = hashlib.file_digest(stream, "sha256").hexdigest()
+    if not actual.startswith(stated[1]):
+        raise UserError(
+            f"{argument}={path}: damaged, its SHA-256 begins with {actual[:8]} and not as its name states; rename it "
+            "if the name is not its publisher's"
+        )
 
 
 def named_tensors(content: Any, source: str) -> dict[str, Tensor]:

@@ -1,32 +1,40 @@
 """The authors' released weights, converted to this project's model (docs/method.md sections 9 and 10)."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cpm_rcnn.errors import ArgumentError, UserError
-from cpm_rcnn.models.backbones.resnet import RESNETS, ResNetLayout
+from cpm_rcnn.errors import UserError
 from cpm_rcnn.models.build import build
 from cpm_rcnn.models.detector import TwoStageDetector
-from cpm_rcnn.models.heads.cpm import CMM_STAGES, TWO_STAGES, CPMHead
+from cpm_rcnn.models.heads.cpm import CMM_STAGES, TWO_STAGES, CPMSettings
 from cpm_rcnn.models.settings import ModelSettings
-from cpm_rcnn.weights.imagenet import with_statistics
-from cpm_rcnn.weights.reading import check_names, named_tensors, read_weights
+from cpm_rcnn.weights.detector_files import (
+    ConvertedDetector,
+    DetectorFile,
+    Rule,
+    TensorSource,
+    convert_tensors,
+    count,
+    fusion_names,
+    model_settings,
+    rename,
+    resnet_options,
+    weight_shape,
+)
+from cpm_rcnn.weights.reading import named_tensors, read_weights
 
 # The stage settings of a released model, by its number of stages.
 _STAGES = {1: CMM_STAGES[:1], 2: TWO_STAGES, 3: CMM_STAGES}
-# How many grid points send features to each point; the release numbers the senders of each receiver.
-_SENDERS = [2, 3, 2, 3, 4, 3, 2, 3, 2]
-
 _ISM = r"Grid_Cascade_RCNN\.Output_grid_\d\.iou_"
 _RSM = r"Grid_Cascade_RCNN\.(Head|Output)_rescore\."
 
 # Pairs of a pattern that matches a parameter name of this project, and the release's name.
-_NAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+_NAMES: list[Rule] = [
     (r"backbone\.body\.stem\.", "Conv_Body."),
     (r"backbone\.body\.layers\.(\d)", lambda m: f"Conv_Body.layer{int(m[1]) + 1}"),
     (r"backbone\.fpn\.inner_blocks\.3\.0", "Conv_Body_FPN.p5_in"),
@@ -72,64 +80,72 @@ def from_release(path_or_state_dict: str | Path | Mapping[str, Any], **overrides
         state, source = read_weights(path_or_state_dict, "src"), f"src={path_or_state_dict}"
     settings, num_classes = release_settings(state, source, **overrides)
     detector = build(settings, num_classes)
-    detector.load_state_dict(convert_state(state, detector, source))
+    detector.load_state_dict(convert_state(state, settings, num_classes, source))
     return detector.eval()
 
 
-def release_settings(state: Mapping[str, Tensor], source: str, **overrides: Any) -> tuple[ModelSettings, int]:
+def recognizes(names: Collection[str]) -> bool:
+    """Whether a file with these parameter names is a released CPM R-CNN."""
+    return any(name.startswith(("Grid_Cascade_RCNN.", "Conv_Body.", "Conv_Body_FPN.")) for name in names)
+
+
+def read(file: DetectorFile, input_format: Any = None, **overrides: Any) -> ConvertedDetector:
+    """The detector of a released file.
+
+    Args:
+        file: content of the file.
+        input_format: replaces the release's input format; see
+            :class:`~cpm_rcnn.models.backbones.settings.BackboneSettings`.
+        **overrides: options that replace those derived from the file.
+
+    Raises:
+        ArgumentError: an override is invalid.
+        UserError: the file is damaged.
+    """
+    settings, num_classes = release_settings(file.state, file.source, input_format=input_format, **overrides)
+    state = convert_state(file.state, settings, num_classes, file.source)
+    head = settings.head
+    assert isinstance(head, CPMSettings)
+    parts = [f"{len(head.stages)} grid stages"]
+    parts += [name.upper() for name in ("ism", "rsm", "fusion") if getattr(head, name)]
+    description = f"{settings.backbone.name}, {num_classes} classes, {', '.join(parts)}"
+    complete = len(head.stages) == 3 and head.ism and head.rsm and head.grid_convs == CPMSettings.grid_convs
+    notes = ("not one of the three published models; check that the file is complete",)
+    published = complete and settings.backbone.name != "resnet"
+    return ConvertedDetector(settings, num_classes, state, None, description, () if published else notes)
+
+
+def release_settings(
+    state: Mapping[str, Tensor], source: str, input_format: Any = None, **overrides: Any
+) -> tuple[ModelSettings, int]:
     """The settings and the number of classes of a released model.
 
     Args:
         state: tensors by the release's names, without ``module.``.
         source: where the tensors came from, for messages.
+        input_format: replaces the release's input format.
         **overrides: options that replace those derived from the file.
 
     Raises:
         ArgumentError: an override is invalid.
         UserError: names that determine the architecture are missing.
     """
-    options, num_classes = _release_options(state, source)
-    try:
-        return ModelSettings.from_options(**{**options, **overrides}), num_classes
-    except ArgumentError as error:
-        if re.split(r"[.\[=]", error.argument)[0] in options.keys() - overrides.keys() - {"head"}:
-            raise UserError(f"{source}: {error}") from None
-        raise
+    options, num_classes = _release_options(state, f"{source}: not a released CPM R-CNN")
+    options["backbone"]["input_format"] = "caffe" if input_format is None else input_format
+    return model_settings(options, overrides, source), num_classes
 
 
 def _release_options(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Any], int]:
     """The arguments of :meth:`ModelSettings.from_options`, and the number of classes."""
 
     def shape(name: str) -> torch.Size:
-        if name not in state or state[name].ndim < 2:
-            raise UserError(f"{source}: not a released CPM R-CNN: {name} is missing")
-        return state[name].shape
+        return weight_shape(state, name, source)
 
-    def count(pattern: str) -> int:
-        """One more than the largest number that the pattern's group matches; gaps show when names are compared."""
-        return max((int(m[1]) + 1 for m in (re.match(pattern, name) for name in state) if m), default=0)
-
-    body = "Conv_Body.layer"
-    blocks = [count(rf"Conv_Body\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)]
-    width, channels = shape(f"{body}1.0.conv2.weight")[:2]
-    # Impossible sizes are replaced by valid ones; the comparison of names reports them later.
-    layout = ResNetLayout(
-        tuple(max(n, 1) for n in blocks), groups=max(width // max(channels, 1), 1), width_per_group=max(channels, 1)
-    )
-    name = next((name for name, known in RESNETS.items() if known == layout), "resnet")
-    backbone: dict[str, Any] = {
-        "name": name,
-        "weights": None,
-        "frozen_stages": 2,
-        "deformable_stages": [s for s in (3, 4, 5) if count(rf"Conv_Body\.layer{s - 1}\.(\d+)\.conv2\.conv_offset")],
-        "input_format": "caffe",
-    }
-    if name == "resnet":
-        backbone["layout"] = layout
+    backbone = resnet_options(state, [f"Conv_Body.layer{stage}." for stage in (1, 2, 3, 4)], source)
     head = "Grid_Cascade_RCNN."
-    stages = count(rf"{head}(?:Head|Output)_grid_(\d)\.")
+    stages = count(state, rf"{head}(?:Head|Output)_grid_(\d)\.")
     if stages not in _STAGES:
-        raise UserError(f"{source}: not a released CPM R-CNN: {stages} grid stages instead of 1, 2 or 3")
+        raise UserError(f"{source}: {stages} grid stages instead of 1, 2 or 3")
     options = {
         "backbone": backbone,
         "head": "cpm",
@@ -141,44 +157,37 @@ def _release_options(state: Mapping[str, Tensor], source: str) -> tuple[dict[str
         "fpn_channels": shape("Conv_Body_FPN.p5_in.weight")[0],
         "mlp_channels": shape(f"{head}Head_cls.fc6.weight")[0],
         "point_channels": shape(f"{head}Output_grid_0.deconv_1.weight")[0] // 9,
-        "grid_convs": max(count(rf"{head}Head_grid_\d\.convs\.(\d+)\."), 1),
+        "grid_convs": max(count(state, rf"{head}Head_grid_\d\.convs\.(\d+)\."), 1),
         "max_grid_rois": 32 if backbone["deformable_stages"] else 96,
     }
     return options, shape(f"{head}Output_cls.cls_score.weight")[0] - 1
 
 
-def convert_state(state: Mapping[str, Tensor], detector: TwoStageDetector, source: str) -> dict[str, Tensor]:
-    """A released state dict with the parameter names of ``detector``; ISM and RSM are dropped if it has none.
+def convert_state(
+    state: Mapping[str, Tensor], settings: ModelSettings, num_classes: int, source: str
+) -> dict[str, Tensor]:
+    """A released state dict with this project's parameter names; ISM and RSM are dropped if the model has none.
 
     Args:
         state: tensors by the release's names; BatchNorm with its statistics, or merged into scale and shift.
-        detector: built from the settings of the same state.
+        settings: settings of the model, derived from the same state.
+        num_classes: number of foreground classes.
         source: where the state came from, for messages.
 
     Raises:
         UserError: names or shapes are missing, unexpected or wrong, or values are not finite.
     """
-    head = detector.head
-    assert isinstance(head, CPMHead)
-    state = {name: value for name, value in with_statistics(state).items() if not name.endswith("num_batches_tracked")}
-    for part, names_of in ((head.ism, _ISM), (head.rsm, _RSM)):
-        if part is None:
+    head = settings.head
+    assert isinstance(head, CPMSettings)
+    for used, names_of in ((head.ism, _ISM), (head.rsm, _RSM)):
+        if not used:
             state = {name: value for name, value in state.items() if not re.match(names_of, name)}
-    if nonfinite := [name for name, value in state.items() if not value.isfinite().all()]:
-        listed = ", ".join(nonfinite[:6])
-        raise UserError(f"{source}: {len(nonfinite)} of {len(state)} tensors have non-finite values: {listed}")
-    own = detector.state_dict()
-    names = {name: release_names(name, len(head.stages)) for name in own}
-    check_names(
-        source,
-        state,
-        {
-            theirs: torch.Size([own[name].shape[0] // len(parts), *own[name].shape[1:]])
-            for name, parts in names.items()
-            for theirs in parts
-        },
-    )
-    return {name: torch.cat([state[theirs] for theirs in parts]) for name, parts in names.items()}
+    stages = len(head.stages)
+
+    def source_of(name: str) -> TensorSource:
+        return TensorSource(tuple(release_names(name, stages)))
+
+    return convert_tensors(state, settings, num_classes, source_of, source)
 
 
 def release_names(name: str, stages: int) -> list[str]:
@@ -191,14 +200,10 @@ def release_names(name: str, stages: int) -> list[str]:
         name: this project's name of a parameter or buffer.
         stages: number of grid stages of the model; ISM belongs to the last.
     """
-    if match := re.fullmatch(r"head\.stages\.(\d)\.fusion\.(f|s)\w+_order\.(\d)\.(weight|bias)", name):
-        stage, order, layer, kind = match.groups()
-        prefix = f"Grid_Cascade_RCNN.Head_grid_{stage}.{order}order_trans"
-        return [f"{prefix}.{point}.{i}.{layer}.{kind}" for point, many in enumerate(_SENDERS) for i in range(many)]
+    if names := fusion_names(name, r"Grid_Cascade_RCNN.Head_grid_{stage}.{order}order_trans"):
+        return names
     output = f"Grid_Cascade_RCNN.Output_grid_{stages - 1}"
     ism = [(r"head\.ism\.mlp\.0", "iou_fc1"), (r"head\.ism\.mlp\.2", "iou_fc2"), (r"head\.ism\.predictor", "iou_pred")]
-    for pattern, theirs in _NAMES + [(ours, f"{output}.{theirs}") for ours, theirs in ism]:
-        renamed, found = re.subn(rf"^{pattern}", theirs, name)
-        if found:
-            return [renamed]
-    raise AssertionError(f"{name} has no name in the release")
+    renamed = rename(name, [*_NAMES, *((ours, f"{output}.{theirs}") for ours, theirs in ism)])
+    assert renamed is not None, f"{name} has no name in the release"
+    return [renamed]

@@ -41,13 +41,15 @@ class ResNetLayout(Settings):
         return self.bottleneck and self.groups == 1
 
 
-# The keys are torchvision's names.
+# The keys are torchvision's names, and for a network that it does not have, a name of the same form.
 RESNETS = {
     "resnet18": ResNetLayout((2, 2, 2, 2), bottleneck=False),
     "resnet34": ResNetLayout((3, 4, 6, 3), bottleneck=False),
     "resnet50": ResNetLayout((3, 4, 6, 3)),
     "resnet101": ResNetLayout((3, 4, 23, 3)),
     "resnext50_32x4d": ResNetLayout((3, 4, 6, 3), groups=32, width_per_group=4),
+    "resnext101_32x4d": ResNetLayout((3, 4, 23, 3), groups=32, width_per_group=4),
+    "resnext101_32x8d": ResNetLayout((3, 4, 23, 3), groups=32, width_per_group=8),
     "resnext101_64x4d": ResNetLayout((3, 4, 23, 3), groups=64, width_per_group=4),
 }
 

@@ -28,7 +28,7 @@ class BackboneSettings(Settings):
     """Settings of the backbone.
 
     Attributes:
-        name: ``tiny``, a torchvision name in :data:`~cpm_rcnn.models.backbones.resnet.RESNETS`, ``resnet`` (with
+        name: ``tiny``, a key of :data:`~cpm_rcnn.models.backbones.resnet.RESNETS`, ``resnet`` (with
             ``layout``), or the name of a timm model.
         weights: where the starting weights come from: None, a weight name of torchvision,
             ``resnext101_64x4d.gluon_in1k``, ``pretrained`` (timm), or a local file. Only
