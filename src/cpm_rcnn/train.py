@@ -23,7 +23,7 @@ from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.curves import keep_metrics, plot_curves
-from cpm_rcnn.reporting.tables import percent, print_metrics, write_metrics
+from cpm_rcnn.reporting.tables import percent, print_metrics, print_transfer, write_metrics
 from cpm_rcnn.reporting.validation_sheet import validation_sheet
 from cpm_rcnn.training.interruption import Interrupted, Interruption
 from cpm_rcnn.training.module import DetectionModule
@@ -32,6 +32,7 @@ from cpm_rcnn.weights.checkpoints import read_checkpoint
 from cpm_rcnn.weights.imagenet import warn_of_new_recipe
 from cpm_rcnn.weights.initialize import initialize
 from cpm_rcnn.weights.resume import ResumePoint, check_recipe, check_same_run, checkpoint_step, find_resume_point
+from cpm_rcnn.weights.starting import read_starting_detector
 
 _log = logging.getLogger(__name__)
 
@@ -48,15 +49,25 @@ def train(config: DictConfig) -> None:
     check_choice("select", config.select, ("best", "last"))
     if config.init is not None and config.resume not in (None, False, "auto", True):
         raise UserError("init and resume: give only one of them; a resumed run has its weights already")
+    check_choice("init_stages", config.init_stages, ("own", "repeat"))
     check_choice("resume_changes", config.resume_changes, ("refuse", "allow"))
     if config.resume in (None, False) and not config.overwrite:
         refuse_earlier_run(run_dir)
     resume_point = find_resume_point(as_path(config.resume), run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = build_datamodule(config)
-    module = build_module(config, datamodule)
+    start = None
+    if resume_point is not None:
+        input_format = resume_point.settings.backbone.resolved_format
+    elif config.init is not None:
+        start = read_starting_detector(as_path(config.init))
+        input_format = start.settings.backbone.resolved_format
+    else:
+        input_format = None
+    module = build_module(config, datamodule, input_format)
     if resume_point is None:
-        initialize(module.model, module.detector.class_names, init=as_path(config.init))
+        repeat = config.init_stages == "repeat"
+        transferred = initialize(module.model, module.detector.class_names, start=start, repeat_stages=repeat)
     else:
         check_same_run(resume_point, module.model.settings, module.detector.categories)
         datamodule.start_step = resume_point.step * config.trainer.accumulate_grad_batches
@@ -68,6 +79,8 @@ def train(config: DictConfig) -> None:
         check_recipe(resume_point, module.hparams["recipe"], config.resume_changes)
         module.schedule_counts = True
     if trainer.is_global_zero:
+        if start is not None:
+            print_transfer(start, transferred)
         if resume_point is None and config.init is None and module.schedule.optimizer == "sgd":
             warn_of_new_recipe(module.model.settings.backbone)
         if resume_point is None:

@@ -1,6 +1,7 @@
 """Released weights with the commands: convert, then evaluate, predict and fine-tune as with any checkpoint."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torchvision.io import write_png
 
 from cpm_rcnn import from_release, load
 from cpm_rcnn.data.coco_categories import COCO_CATEGORIES
+from peer_files import small_shapes
 from release_files import case_image, case_state
 
 
@@ -155,7 +157,9 @@ def test_training_starts_from_a_converted_checkpoint_with_other_classes(command,
         "train", "experiment=release_r50", "overwrite=true", f"init={converted}", *SAME_MODEL, *FINE_TUNING
     )
     assert answer.status == 0, answer.err
-    assert "head.rsm.predictor.weight" in answer.out + answer.err
+    rows = dict(re.findall(r"│ (\S+) +│ (.+?) *│", answer.out))
+    assert rows["backbone.body"] == "from the file"
+    assert rows["head.rsm"].startswith("from the file; classification layers initialized")
     tuned = load(answer.folder / "checkpoints/last.ckpt")
     start = from_release(released).state_dict()
     assert len(tuned.class_names) == 5
@@ -171,17 +175,37 @@ def test_training_starts_from_a_converted_checkpoint_with_other_classes(command,
     assert answer.status == 0, answer.err
 
 
-def test_starting_from_another_model_and_resuming_without_a_run_are_refused(command, converted):
+def test_starting_from_another_backbone_and_resuming_without_a_run_are_refused(command, converted):
     line = refused(command("train", *RELEASE, f"init={converted}", *SAME_MODEL[2:], *FINE_TUNING))
-    assert "backbone.layout.blocks is [1, 1, 1, 1] in the checkpoint and null in this model" in line
+    assert "its backbone, resnet, does not fit this model's, resnet50" in line
     line = refused(command("train", *SMALL, f"init={converted}"))
-    for difference in (
-        "convention is inclusive in the checkpoint and continuous in this model",
-        "fpn_channels is 64 in the checkpoint and 16 in this model",
-    ):
-        assert difference in line
+    assert "its backbone, resnet, does not fit this model's, tiny" in line
     assert "init=" in refused(command("train", *SMALL, f"resume={converted}"))
     assert "init and resume" in refused(command("train", *SMALL, f"resume={converted}", f"init={converted}"))
+
+
+def test_a_cpm_rcnn_starts_from_detectron2_s_faster_rcnn_and_reads_what_its_weights_know(command, tmp_path):
+    torch.manual_seed(0)
+    state = {name: 0.01 * torch.randn(shape) for name, shape in small_shapes("d2_faster_r50").items()}
+    torch.save(
+        state | {name: torch.ones(len(state[name])) for name in state if "running_var" in name}, tmp_path / "d2.pth"
+    )
+    backbone = ["backbone=r50", *SAME_MODEL[:2], "backbone.weights=null", "detector.fpn_channels=16"]
+    sizes = ["head_size.mlp_channels=8", "head_size.point_channels=4", "head_size.grid_convs=1", *FINE_TUNING]
+    run = [*backbone, *sizes, f"init={tmp_path}/d2.pth", "name=from_d2", "schedule.base_lr=0"]
+    answer = command("train", *run)
+    assert answer.status == 0, answer.err
+    rows = dict(re.findall(r"│ (\S+) +│ (.+?) *│", answer.out))
+    assert rows["head.classifier"].startswith("from head.stages.0.classifier of the file")
+    assert rows["head.stages.0.convs"] == "initialized: the file has no such part"
+    assert "detectron2 Faster R-CNN, resnet, 80 classes" in answer.out
+    settings = load(answer.folder / "checkpoints/last.ckpt").model.settings
+    assert (settings.backbone.input_format.order, settings.backbone.input_format.stride_in_1x1) == ("bgr", True)
+    assert settings.trunk.convention == "continuous"
+    # A run that resumes has the input format of the run, without the file.
+    (tmp_path / "d2.pth").unlink()
+    answer = command("train", *run, "schedule.max_steps=3", "resume=auto")
+    assert answer.status == 0, answer.err
 
 
 def test_init_takes_all_weights_of_a_trained_checkpoint(command, checkpoint):

@@ -22,6 +22,7 @@ from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.training.step_seed import StepSeed
 from cpm_rcnn.weights.initialize import initialize
 from cpm_rcnn.weights.resume import check_same_run, find_resume_point
+from cpm_rcnn.weights.starting import read_starting_detector
 from small_models import SMALL, is_plain, same_values, shapes_data, small_trainer
 
 
@@ -176,13 +177,17 @@ def test_it_starts_from_a_checkpoint_with_other_classes(trained, root):
     categories = [{"id": k + 1, "name": name} for k, name in enumerate(reversed(CLASSES))]
     model = make_module(shapes_data(root), categories).model
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    initialize(model, list(reversed(CLASSES)), init=path)
+    start = read_starting_detector(path)
+    rows = initialize(model, list(reversed(CLASSES)), start=start)
+    assert [(row.part, row.taken) for row in rows][-1] == ("head.classifier", True)
     stored = cpm_rcnn.load(path).model.state_dict()
+    order = [0, *range(len(CLASSES), 0, -1)]
     for name, value in model.state_dict().items():
-        source = before if name.startswith("head.classifier.predictor.") else stored
-        assert torch.equal(value, source[name]), name
-    with pytest.raises(UserError, match="width is 8 in the checkpoint and 12 in this model"):
-        initialize(make_module(shapes_data(root), width=12).model, CLASSES, init=path)
+        by_class = name.startswith("head.classifier.predictor.")
+        assert torch.equal(value, stored[name][order] if by_class else stored[name]), name
+        assert not torch.equal(value, before[name]) or not before[name].any() or "bn" in name, name
+    wider = make_module(shapes_data(root), width=12).model
+    assert not initialize(wider, CLASSES, start=start)[-1].taken
 
 
 def test_nothing_remains_registered(monkeypatch):

@@ -8,9 +8,10 @@ import json
 
 import torch
 import triton
-from cpm_rcnn.kernels import deform_conv_triton as kernels
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from cpm_rcnn.kernels import deform_conv_triton as kernels
 
 NARROW = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 SUMS = ("grad_input", "grad_offset", "grad_mask", "partial")

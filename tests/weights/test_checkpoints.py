@@ -16,8 +16,8 @@ from cpm_rcnn.weights.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from cpm_rcnn.weights.initialize import initialize
 from cpm_rcnn.weights.resume import find_resume_point
+from cpm_rcnn.weights.starting import read_starting_detector
 from small_models import change_checkpoint, is_plain, same_values, small_module, write_trained
 
 
@@ -40,7 +40,7 @@ def load(path):
 
 
 def initialize_from(path):
-    initialize(small_module().model, ["cat", "dog"], init=path)
+    read_starting_detector(path)
 
 
 def resume(path):

@@ -13,6 +13,7 @@ from cpm_rcnn.errors import UserError, check_count, check_file, check_flag, chec
 from cpm_rcnn.inference import Detector, MultiScaleSettings
 from cpm_rcnn.inference.detector import SIZE_OPTIONS
 from cpm_rcnn.inference.load import detector_from
+from cpm_rcnn.models.backbones import InputFormat
 from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.training.schedule import Schedule
 from cpm_rcnn.weights.checkpoints import checkpoint_file, read_checkpoint
@@ -61,17 +62,27 @@ def _with_paths(data: DictConfig) -> DictConfig:
     return OmegaConf.merge(data, {name: as_path(data[name]) for name in names})  # type: ignore[return-value]
 
 
-def build_module(config: DictConfig, datamodule: CocoDataModule) -> DetectionModule:
+def build_module(
+    config: DictConfig, datamodule: CocoDataModule, input_format: InputFormat | None = None
+) -> DetectionModule:
     """The module of a training run, with random weights.
+
+    Args:
+        config: the config.
+        datamodule: the data of the run.
+        input_format: of the weights that the run starts from or resumes, which ``backbone.input_format=null`` means.
 
     Raises:
         UserError: a value is invalid.
     """
     with config_keys(config, "data"):
         categories, data = datamodule.categories, datamodule.evaluation_arguments
+    backbone = to_dict(config.backbone)
+    if backbone["input_format"] is None and input_format is not None:
+        backbone["input_format"] = input_format.to_dict()
     with config_keys(config, "detector"):
         return DetectionModule(
-            model={"backbone": to_dict(config.backbone), **to_dict(config.detector)},
+            model={"backbone": backbone, **to_dict(config.detector)},
             categories=categories,
             schedule=schedule_settings(config).to_dict(),
             data=data,

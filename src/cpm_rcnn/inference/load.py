@@ -11,8 +11,7 @@ from cpm_rcnn.models.build import build
 from cpm_rcnn.models.finite import check_weights
 from cpm_rcnn.models.heads import HEADS
 from cpm_rcnn.models.settings import inference_options
-from cpm_rcnn.weights.checkpoints import detector_state, read_checkpoint
-from cpm_rcnn.weights.initialize import stored_settings
+from cpm_rcnn.weights.checkpoints import detector_state, read_checkpoint, stored_settings
 from cpm_rcnn.weights.reading import check_names
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from cpm_rcnn.errors import UserError
+from cpm_rcnn.weights.starting import StartingDetector
+from cpm_rcnn.weights.transfer import Transfer
 
 # Number of metrics per row, which gives the rows AP, AP by size, AR, and AR by size.
 _PAIRS = 3
@@ -31,6 +33,24 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     table.add_section()
     _add_pairs(table, ((f"AP {name}", value) for name, value in metrics["per_class"].items()))
     return table
+
+
+def transfer_table(start: StartingDetector, transferred: Sequence[Transfer]) -> Table:
+    """Which parts of a model start from a file, and which are initialized."""
+    table = Table(title=escape(start.source), title_justify="left")
+    table.add_column("part")
+    table.add_column("starting weights")
+    for row in transferred:
+        table.add_row(row.part, escape(row.details), style=None if row.taken else "yellow")
+    return table
+
+
+def print_transfer(start: StartingDetector, transferred: Sequence[Transfer], console: Console | None = None) -> None:
+    """Print what is known about the file, and :func:`transfer_table`, by default to the terminal."""
+    console = console or Console()
+    for note in start.notes:
+        console.print(note, highlight=False, markup=False)
+    console.print(transfer_table(start, transferred))
 
 
 def print_metrics(metrics: dict[str, Any], console: Console | None = None) -> None:

@@ -10,7 +10,8 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from cpm_rcnn.errors import UserError, check_path
+from cpm_rcnn.errors import ArgumentError, UserError, check_path
+from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.weights.reading import named_tensors, read_file
 from cpm_rcnn.weights.writing import write_atomically
 
@@ -131,6 +132,29 @@ def write_checkpoint(path: Path, weights: Mapping[str, Tensor], hyper_parameters
         "state_dict": {f"{_PREFIX}{name}": value for name, value in weights.items()},
     }
     write_atomically(path, lambda file: torch.save(checkpoint, file))
+
+
+def stored_settings(checkpoint: Mapping[str, Any], source: str, **overrides: Any) -> ModelSettings:
+    """The model settings of a checkpoint.
+
+    Args:
+        checkpoint: content of a checkpoint of ``train`` or ``convert``.
+        source: the argument and file, for messages.
+        **overrides: options that replace the checkpoint's.
+
+    Raises:
+        ArgumentError: an override is invalid.
+        UserError: the stored settings are invalid.
+    """
+    options = dict(checkpoint["hyper_parameters"]["model"])
+    try:
+        return ModelSettings.from_options(**{**options, **overrides})
+    except ArgumentError as error:
+        if error.argument in overrides:
+            raise
+        raise UserError(f"{source}: {error}") from None
+    except TypeError as error:
+        raise UserError(f"{source}: its model settings are damaged ({error})") from None
 
 
 def detector_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

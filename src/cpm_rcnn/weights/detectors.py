@@ -47,10 +47,40 @@ def convert_file(path: Any, argument: str, **options: Any) -> ConvertedDetector:
         ArgumentError: an option is invalid.
         UserError: the file does not exist, is damaged, refers to code, or is of no known program or kind of model.
     """
+    converted = convert_download(path, f"{argument}={path}", **options)
+    return converted or convert_content(read_file(path, argument), path, argument, **options)
+
+
+def convert_download(name: Any, source: str, **options: Any) -> ConvertedDetector | None:
+    """The detector that ``torchvision:NAME`` means; None if ``name`` is something else.
+
+    Args:
+        name: the name, or a path.
+        source: the argument and its value, for messages.
+        **options: see :func:`convert_file`.
+
+    Raises:
+        UserError: the name is unknown, or the file cannot be downloaded.
+    """
+    if not torchvision.downloads(name):
+        return None
+    return torchvision.read(DetectorFile(torchvision.download(name, source), None, source), **options)
+
+
+def convert_content(content: Any, path: Any, argument: str, **options: Any) -> ConvertedDetector:
+    """The detector of a file whose content was read with :func:`~cpm_rcnn.weights.reading.read_file`.
+
+    Args:
+        content: content of the file.
+        path: the file.
+        argument: name of the argument that ``path`` comes from, for messages.
+        **options: see :func:`convert_file`.
+
+    Raises:
+        ArgumentError: an option is invalid.
+        UserError: the file is damaged, or of no known program or kind of model.
+    """
     source = f"{argument}={path}"
-    if torchvision.downloads(path):
-        return torchvision.read(DetectorFile(torchvision.download(path, source), None, source), **options)
-    content = read_file(path, argument)
     check_published_name(path, argument)
     meta = content.get("meta") if isinstance(content, Mapping) else None
     state = named_tensors(content, source)

@@ -11,8 +11,7 @@ import torch
 
 from cpm_rcnn.errors import UserError, check_choice, check_path, shown
 from cpm_rcnn.models.settings import ModelSettings
-from cpm_rcnn.weights.checkpoints import read_checkpoint
-from cpm_rcnn.weights.initialize import check_same_model
+from cpm_rcnn.weights.checkpoints import read_checkpoint, stored_settings
 
 _log = logging.getLogger(__name__)
 # Options without which the state of the optimizer or the position in the run have no meaning.
@@ -35,6 +34,11 @@ class ResumePoint:
     def step(self) -> int:
         """The number of optimizer steps of the run so far."""
         return self.checkpoint["global_step"]
+
+    @property
+    def settings(self) -> ModelSettings:
+        """The model settings of the run."""
+        return stored_settings(self.checkpoint, f"resume={self.path}")
 
 
 def find_resume_point(resume: str | bool | None, run_dir: Path) -> ResumePoint | None:
@@ -71,6 +75,24 @@ def check_same_run(point: ResumePoint, settings: ModelSettings, categories: Sequ
     check_same_model(point.checkpoint, settings, f"resume={point.path}")
     if point.checkpoint["hyper_parameters"]["categories"] != list(categories):
         raise UserError(f"resume={point.path}: its classes differ from those of the training data")
+
+
+def check_same_model(checkpoint: Mapping[str, Any], settings: ModelSettings, source: str) -> None:
+    """Raise :class:`UserError` unless a checkpoint's weights can be used in a model with ``settings``.
+
+    Args:
+        checkpoint: content of a checkpoint of ``train`` or ``convert``.
+        settings: settings of the model to load into. Those with the role training or inference may differ.
+        source: the argument and file, for messages.
+    """
+    theirs, ours = stored_settings(checkpoint, source).architecture(), settings.architecture()
+    differences = [
+        f"{key} is {shown(theirs.get(key))} in the checkpoint and {shown(ours.get(key))} in this model"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key)
+    ]
+    if differences:
+        raise UserError(f"{source}: is a checkpoint of another model; {'; '.join(differences)}")
 
 
 def check_recipe(point: ResumePoint, recipe: Mapping[str, Any], changes: str) -> list[str]:

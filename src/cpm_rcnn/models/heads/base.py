@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -10,6 +10,20 @@ from cpm_rcnn.models.heads.classification import Classifier
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.structures import Detections, GroundTruth, Rois
 from cpm_rcnn.settings import Settings
+
+
+class Role(NamedTuple):
+    """What a part of a head computes. Parts of two heads with equal roles can exchange weights.
+
+    Attributes:
+        kind: a name such as ``classifier``.
+        stage: index of the part's stage.
+        meaning: the value on which the meaning of the part's outputs depends, such as a mapping ratio.
+    """
+
+    kind: str
+    stage: int = 0
+    meaning: float | None = None
 
 
 class RoIHead(nn.Module, ABC):
@@ -45,6 +59,13 @@ class RoIHead(nn.Module, ABC):
             proposals: proposals of the RPN; ground-truth boxes are not among them.
             ground_truth: ground truth of the batch.
         """
+
+    def roles(self) -> dict[str, Role]:
+        """The roles of the head's parts, by the beginning of their parameter names; each parameter is in one part.
+
+        By default each child module is a part whose role only heads of the same class have.
+        """
+        return {name: Role(f"{name} of {type(self).__name__}") for name, _ in self.named_children()}
 
     def class_parameters(self) -> list[str]:
         """Names of the parameters whose shape or meaning depends on the classes.

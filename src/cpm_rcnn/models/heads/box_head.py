@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cpm_rcnn.models.finite import check_output
-from cpm_rcnn.models.heads.base import RoIHead
+from cpm_rcnn.models.heads.base import RoIHead, Role
 from cpm_rcnn.models.heads.box_stage import BoxOutput, BoxStage
 from cpm_rcnn.models.heads.classification import select_detections
 from cpm_rcnn.models.heads.inputs import HeadInputs
@@ -115,6 +115,18 @@ class BoxHead(RoIHead):
         if self.rsm is not None:
             losses["loss_rsm"] = self.rsm.loss(features, cascade.rois, ground_truth)
         return losses
+
+    def roles(self) -> dict[str, Role]:
+        """The classifiers and regressors of all stages, ISM and RSM, see :meth:`RoIHead.roles`."""
+        roles = {}
+        for k in range(len(self.stages)):
+            roles[f"stages.{k}.classifier"] = Role("classifier", k)
+            roles[f"stages.{k}.regressor"] = Role("box regressor", k)
+        if self.ism is not None:
+            roles["ism"] = Role("ISM of box stages")
+        if self.rsm is not None:
+            roles["rsm"] = Role("RSM")
+        return roles
 
     @property
     def box_stages(self) -> list[BoxStage]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.models.finite import check_output
-from cpm_rcnn.models.heads.base import RoIHead
+from cpm_rcnn.models.heads.base import RoIHead, Role
 from cpm_rcnn.models.heads.classification import Classifier, classification_loss, select_detections
 from cpm_rcnn.models.heads.grid_stage import FEATURE_SIZE, INITIALIZATIONS, GridStage, StageSettings
 from cpm_rcnn.models.heads.inputs import HeadInputs
@@ -179,6 +179,19 @@ class CPMHead(RoIHead):
         if self.rsm is not None:
             losses["loss_rsm"] = self.rsm.loss(features, sampled.negatives().cat(cascade.rois), ground_truth)
         return losses
+
+    def roles(self) -> dict[str, Role]:
+        """The classification branch, the grid stages, ISM and RSM, see :meth:`RoIHead.roles`."""
+        roles = {"classifier": Role("classifier")}
+        for k, stage in enumerate(self.grid_stages):
+            # The feature fusion is a part of its own, so that stages with and without it can exchange the others.
+            for name in ("convs", "deconvs", *(["fusion"] if stage.fusion is not None else [])):
+                roles[f"stages.{k}.{name}"] = Role(f"grid {name}", k, stage.settings.mapping_ratio)
+        if self.ism is not None:
+            roles["ism"] = Role("ISM of grid stages")
+        if self.rsm is not None:
+            roles["rsm"] = Role("RSM")
+        return roles
 
     @property
     def grid_stages(self) -> list[GridStage]:
