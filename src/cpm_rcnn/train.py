@@ -1,11 +1,11 @@
-"""``python -m cpm_rcnn.train``: train a model, evaluate its best checkpoint, write plots and tables."""
+"""``python -m cpm_rcnn.train``: train a model, evaluate its best and its last checkpoint, write plots and tables."""
 
 import logging
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
@@ -23,11 +23,13 @@ from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.curves import keep_metrics, plot_curves
-from cpm_rcnn.reporting.tables import print_metrics, write_metrics
+from cpm_rcnn.reporting.tables import percent, print_metrics, write_metrics
 from cpm_rcnn.reporting.validation_sheet import validation_sheet
 from cpm_rcnn.training.interruption import Interrupted, Interruption
 from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.training.process_watch import ProcessWatch
+from cpm_rcnn.weights.checkpoints import read_checkpoint
+from cpm_rcnn.weights.imagenet import warn_of_new_recipe
 from cpm_rcnn.weights.initialize import initialize
 from cpm_rcnn.weights.resume import ResumePoint, check_recipe, check_same_run, checkpoint_step, find_resume_point
 
@@ -43,6 +45,7 @@ def train(config: DictConfig) -> None:
     check_count("sheet_images", config.sheet_images, 0)
     check_count("seed", config.seed, 0, 2**32 - 1)
     check_flag("overwrite", config.overwrite)
+    check_choice("select", config.select, ("best", "last"))
     if config.init is not None and config.resume not in (None, False, "auto", True):
         raise UserError("init and resume: give only one of them; a resumed run has its weights already")
     check_choice("resume_changes", config.resume_changes, ("refuse", "allow"))
@@ -65,24 +68,56 @@ def train(config: DictConfig) -> None:
         check_recipe(resume_point, module.hparams["recipe"], config.resume_changes)
         module.schedule_counts = True
     if trainer.is_global_zero:
+        if resume_point is None and config.init is None and module.schedule.optimizer == "sgd":
+            warn_of_new_recipe(module.model.settings.backbone)
         if resume_point is None:
             remove_checkpoints(run_dir)
         keep_metrics(run_dir, resuming=resume_point is not None)
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     with config_keys(config, "data"), lightning_errors(config):
         _fit(trainer, module, datamodule, resume_point, run_dir)
-    # A run with fast_dev_run leaves no checkpoint.
-    best = None if config.trainer.fast_dev_run else _best_or_last(run_dir)
-    # Only the first process is sure to have the file.
-    evaluated = False
-    if trainer.is_global_zero and best is not None:
-        evaluated = module.evaluated_step == trainer.global_step == checkpoint_step(best)
-    # Without name=, the folder is named by the time, which can differ between machines: take the first process's.
-    best, evaluated = trainer.strategy.broadcast((best, evaluated))
-    if not evaluated:
-        trainer.validate(module, datamodule=datamodule, ckpt_path=best, verbose=False, weights_only=True)
+    if config.trainer.fast_dev_run:  # it leaves no checkpoint
+        trainer.validate(module, datamodule=datamodule, verbose=False)
+        selected, evaluated = "last", {"last": {"step": trainer.global_step, **module.metrics}}
+    else:
+        selected, evaluated = _evaluate(trainer, module, datamodule, run_dir, config.select)
     if trainer.is_global_zero:
-        _report(config, trainer, module, datamodule, run_dir)
+        _report(config, trainer, module, datamodule, run_dir, selected, evaluated)
+
+
+def _evaluate(
+    trainer: pl.Trainer, module: DetectionModule, datamodule: CocoDataModule, run_dir: Path, select: str
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Evaluate the last and the best checkpoint.
+
+    Args:
+        trainer: the trainer of the run.
+        module: gets the weights of the selected checkpoint in the first process.
+        datamodule: the data of the run.
+        run_dir: the run's folder.
+        select: the checkpoint to report, ``best`` or ``last``; ``best`` is the last if there is no best.
+
+    Returns:
+        The name of the selected checkpoint, and by name the step and the metrics of each.
+    """
+    paths = {name: run_dir / "checkpoints" / f"{name}.ckpt" for name in ("last", "best")}
+    # Only the first process is sure to have the files. Without name=, the folder is named by the time, which can
+    # differ between machines: take the first process's.
+    steps = {}
+    if trainer.is_global_zero:
+        steps = {name: checkpoint_step(path) for name, path in paths.items() if path.exists()}
+    paths, steps = trainer.strategy.broadcast((paths, steps))
+    at_end = module.evaluated_step if module.evaluated_step == trainer.global_step else None
+    evaluated = {} if at_end is None else {at_end: module.metrics}
+    current = at_end
+    for name, step in steps.items():
+        if step not in evaluated:
+            trainer.validate(module, datamodule=datamodule, ckpt_path=paths[name], verbose=False, weights_only=True)
+            evaluated[step], current = module.metrics, step
+    selected = select if select in steps else "last"
+    if trainer.is_global_zero and current != steps[selected]:
+        module.load_state_dict(read_checkpoint(paths[selected])["state_dict"])
+    return selected, {name: {"step": step, **evaluated[step]} for name, step in steps.items()}
 
 
 def _fit(
@@ -127,9 +162,16 @@ def _stop(trainer: pl.Trainer, message: str, number: int, run_dir: Path) -> NoRe
 
 
 def _report(
-    config: DictConfig, trainer: pl.Trainer, module: DetectionModule, datamodule: CocoDataModule, run_dir: Path
+    config: DictConfig,
+    trainer: pl.Trainer,
+    module: DetectionModule,
+    datamodule: CocoDataModule,
+    run_dir: Path,
+    selected: str,
+    evaluated: dict[str, dict[str, Any]],
 ) -> None:
-    write_metrics(module.metrics, run_dir / "metrics.json")
+    metrics = {name: value for name, value in evaluated[selected].items() if name != "step"}
+    write_metrics({**metrics, "selected": selected, **evaluated}, run_dir / "metrics.json")
     if not config.trainer.fast_dev_run and (run_dir / "metrics.csv").exists():
         plot_curves(run_dir / "metrics.csv", run_dir)
     if config.sheet_images:
@@ -137,14 +179,10 @@ def _report(
         detector = module.detector.to(trainer.strategy.root_device)
         dataset = datamodule.val_dataloader().dataset
         validation_sheet(detector, dataset, run_dir / "validation.png", config.sheet_images)
-    print_metrics(module.metrics)
+    print_metrics(metrics)
+    each = (f"{name} (step {found['step']}) {percent(found['AP'])}" for name, found in evaluated.items())
+    print(f"AP: {', '.join(each)}; the table is of the {selected} checkpoint")
     print(run_dir)
-
-
-def _best_or_last(run_dir: Path) -> Path:
-    """The checkpoint for the final metrics: the best, or the last if there is no best checkpoint."""
-    best = run_dir / "checkpoints" / "best.ckpt"
-    return best if best.exists() else best.with_name("last.ckpt")
 
 
 def _run_in_subprocess(run_dir: Path) -> None:

@@ -26,6 +26,7 @@ from cpm_rcnn.models.heads.cpm import CMM_STAGES, TWO_STAGES
 from cpm_rcnn.models.rpn import RPNSettings
 from cpm_rcnn.models.settings import TrunkSettings
 from cpm_rcnn.training.schedule import Schedule
+from cpm_rcnn.weights.imagenet import TIMM_FILES
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -70,7 +71,11 @@ def test_every_combination_of_modules_builds_on_every_backbone(backbone):
             f"fusion={fusion}",
         )
         detector = model_of(config)
-        assert len(detector.head.stages) == len(config.cmm.stages) == {"on": 3, "off": 1, "two_stage": 2}[cmm]
+        assert (
+            len(detector.head.stages)
+            == len(config.cmm.stages)
+            == {"on": 3, "off": 1, "two_stage": 2, "first_two": 2}[cmm]
+        )
         assert (detector.head.ism is not None) == (ism == "on")
         assert (detector.head.rsm is not None) == (rsm == "on")
         assert all((stage.fusion is not None) == (fusion == "on") for stage in detector.head.stages)
@@ -126,6 +131,57 @@ def test_backbone_x101_dcn_on_eight_devices_is_the_paper_s_model_and_schedule():
     assert config.trainer.devices == 8
     assert config.schedule.max_steps == 180_000
     assert config.data._target_ == "cpm_rcnn.data.CocoDataModule"
+
+
+@pytest.mark.parametrize("backbone", ["x101", "x101_dcn"])
+def test_resnext_starts_from_weights_of_an_older_recipe_that_can_be_downloaded(backbone):
+    assert composed(f"backbone={backbone}").backbone.weights == "resnext101_64x4d.gluon_in1k"
+    assert "resnext101_64x4d.gluon_in1k" in TIMM_FILES
+
+
+# Every training detail in which the authors' release differs: the release's value and this project's default.
+RELEASE = {
+    "detector.convention": ("inclusive", "continuous"),
+    "detector.grid_init": ("pytorch", "grid_rcnn"),
+    "detector.ism_weights": ("release", "equal"),
+    "detector.loss_mean": ("process", "run"),
+    "detector.proposals_train_per": ("batch", "image"),
+    "data.resize_rounding": ("down", "nearest"),
+    "data.min_box_size": (1, 0),
+    "data.batch_orientation": ("process", "step"),
+    "select": ("last", "best"),
+}
+
+
+@pytest.mark.parametrize("experiment", [name for name in options("experiment") if name != "finetune"])
+def test_the_release_experiments_and_no_others_have_the_training_details_of_the_release(experiment):
+    overrides = ["cmm=two_stage", "data=shapes"] if experiment == "release_r50" else []  # groups can be combined
+    config = composed(f"experiment={experiment}", "backbone.weights=x.pth", *overrides)
+    column = 0 if experiment.startswith("release_") else 1
+    assert {key: OmegaConf.select(config, key) for key in RELEASE} == {key: row[column] for key, row in RELEASE.items()}
+    if column == 0:
+        assert config.backbone.input_format == "caffe"
+        assert config.schedule.max_steps == 180_000
+
+
+@pytest.mark.parametrize(
+    ("row", "groups"),
+    [
+        ("none", ("off", "off", "off")),
+        ("two_stage", ("two_stage", "off", "off")),
+        ("cmm", ("on", "off", "off")),
+        ("cmm_two", ("first_two", "off", "off")),
+        ("ism_one", ("off", "on", "off")),
+        ("ism", ("two_stage", "on", "off")),
+        ("rsm", ("two_stage", "off", "on")),
+        ("ism_rsm", ("two_stage", "on", "on")),
+    ],
+)
+def test_every_ablation_is_the_named_combination_of_groups(row, groups):
+    config = composed(f"experiment=ablation_{row}")
+    expected = composed(*(f"{group}={choice}" for group, choice in zip(("cmm", "ism", "rsm"), groups)))
+    assert to_dict(config.detector) == to_dict(expected.detector)
+    assert config.backbone == expected.backbone
 
 
 @pytest.mark.parametrize("name", ["eval", "predict"])
@@ -185,7 +241,12 @@ def test_the_other_nodes_mirror_their_dataclass():
 
 
 def test_the_cascades_of_the_configs_are_those_of_the_code():
-    for choice, stages in (("on", CMM_STAGES), ("off", CMM_STAGES[:1]), ("two_stage", TWO_STAGES)):
+    for choice, stages in (
+        ("on", CMM_STAGES),
+        ("off", CMM_STAGES[:1]),
+        ("first_two", CMM_STAGES[:2]),
+        ("two_stage", TWO_STAGES),
+    ):
         assert to_dict(composed(f"cmm={choice}").cmm)["stages"] == [stage.to_dict() for stage in stages]
 
 

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from runs import metrics, refused
+from runs import metrics, refused, same
 from small_run import SMALL
 
+from cpm_rcnn import train as train_module
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.evaluation.module import EvaluationModule
+from cpm_rcnn.weights.checkpoints import detector_state
 
 RUN = [*SMALL, "schedule.max_steps=2", "schedule.val_interval=2", "sheet_images=0"]
 
@@ -18,9 +20,13 @@ def test_the_log_file_has_the_course_of_the_run(command):
         assert part in log
 
 
-@pytest.mark.parametrize(("scores", "validations"), [([0.1, 0.2], 2), ([0.2, 0.1], 3)])
-def test_the_best_checkpoint_is_validated_again_only_if_it_is_older_than_the_last(
-    command, monkeypatch, scores, validations
+SCORES = [([0.1, 0.2], 2), ([0.2, 0.1], 3)]
+
+
+@pytest.mark.parametrize("select", ["best", "last"])
+@pytest.mark.parametrize(("scores", "validations"), SCORES)
+def test_best_and_last_are_reported_and_the_best_is_validated_again_only_if_it_is_older(
+    command, monkeypatch, scores, validations, select
 ):
     compute, steps = CocoMetric.compute, []
 
@@ -35,10 +41,37 @@ def test_the_best_checkpoint_is_validated_again_only_if_it_is_older_than_the_las
 
     monkeypatch.setattr(CocoMetric, "compute", scored)
     monkeypatch.setattr(EvaluationModule, "_start", started)
-    answer = command("train", *RUN, f"name=scored_{scores[0]}", "schedule.val_interval=1")
+    drawn = []
+    monkeypatch.setattr(train_module, "validation_sheet", lambda detector, *rest: drawn.append(detector.model))
+    answer = command(
+        *("train", *RUN, f"name=scored_{scores[0]}", "schedule.val_interval=1", f"select={select}", "sheet_images=1")
+    )
     assert answer.status == 0, answer.err
     assert len(steps) == validations
-    assert metrics(answer.folder)["AP"] == max(scores)
+    found = metrics(answer.folder)
+    best = 1 + scores.index(max(scores))
+    assert (found["selected"], found["AP"]) == (select, {"best": max(scores), "last": scores[-1]}[select])
+    assert (found["best"]["step"], found["best"]["AP"]) == (best, max(scores))
+    assert (found["last"]["step"], found["last"]["AP"]) == (2, scores[-1])
+    assert found["last"]["per_class"].keys() == found["per_class"].keys()
+    line = f"AP: last (step 2) {100 * scores[-1]:.1f}, best (step {best}) {100 * max(scores):.1f}"
+    assert f"{line}; the table is of the {select} checkpoint" in answer.out
+    checkpoint = torch.load(answer.folder / f"checkpoints/{select}.ckpt", weights_only=True)
+    assert same(detector_state(checkpoint), drawn[0].state_dict())
+
+
+def test_a_checkpoint_that_does_not_exist_cannot_be_selected(command):
+    assert "select=newest: must be one of best, last" in refused(command("train", *RUN, "select=newest"))
+
+
+def test_new_recipe_weights_are_named_when_a_training_with_sgd_starts_from_them(command, monkeypatch):
+    named = []
+    monkeypatch.setattr(train_module, "warn_of_new_recipe", lambda settings: named.append(settings.name))
+    for optimizer, expected in (("adamw", []), ("sgd", ["tiny"])):
+        options = [f"name=recipe_{optimizer}", f"schedule.optimizer={optimizer}", "schedule.base_lr=0.001"]
+        answer = command("train", *RUN, *options)
+        assert answer.status == 0, answer.err
+        assert named == expected
 
 
 @pytest.mark.parametrize("options", [["trainer=ddp"], ["trainer.accelerator=auto", "trainer.devices=8"]])

@@ -52,6 +52,16 @@ def test_crowds_and_boxes_that_only_touch_the_image_are_not_usable(content, load
     assert loaded.portrait.tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize(("limit", "usable"), [(0.0, True), (0.9, True), (1.0, False), (2.0, False)])
+@pytest.mark.parametrize("box", [[2, 4, 1, 8], [2, 4, 8, 1], [-3, 4, 4, 8]])
+def test_objects_of_at_most_the_minimum_size_inside_the_image_are_not_usable(content, tmp_path, box, limit, usable):
+    content["annotations"][0]["bbox"] = box
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(content))
+    loaded = CocoAnnotations.load(path, min_box_size=limit)
+    assert loaded.usable.tolist() == [True, False, usable, True, False]
+
+
 def test_flat_boxes_as_in_coco_train2017_are_ignored_in_training_with_a_warning(content, load, caplog):
     content["annotations"][4]["bbox"] = [16.65, 38.33, 1.03, 0.0]
     loaded = load(content)

@@ -62,6 +62,67 @@ def test_training_batches_are_as_configured(module):
     assert sizes == {64, 80}
 
 
+def test_small_objects_and_images_with_no_others_are_left_out_of_training_but_not_of_validation(root, module, tmp_path):
+    content = json.loads((root / FILES["train_json"]).read_text())
+    first, second = content["images"][:2]
+    for annotation in content["annotations"]:
+        if annotation["image_id"] == first["id"]:
+            annotation["bbox"][2] = 1.0
+    small = next(a for a in content["annotations"] if a["image_id"] == second["id"])
+    small["bbox"][3] = 0.5
+    (tmp_path / "small.json").write_text(json.dumps(content))
+    files = {f"{split}_json": str(tmp_path / "small.json") for split in ("train", "val")} | {"val_images": "train"}
+    number = sum(a["image_id"] == second["id"] for a in content["annotations"])
+    for limit, trained, boxes in ((0, True, number), (1, False, number - 1)):
+        data = module(**files, min_box_size=limit, max_steps=12)
+        targets = {t["image_id"]: t for _, batch in data.train_dataloader() for t in batch}
+        assert (first["id"] in targets) == trained
+        assert len(targets[second["id"]]["boxes"]) == boxes
+        assert data.annotations("val").usable.all()
+
+
+def test_without_a_large_enough_object_training_is_refused_with_the_limit(module):
+    with pytest.raises(UserError, match=r"no image has an object to train on \(crowds or boxes of at most 9999 pixels"):
+        module(min_box_size=9999).train_dataloader()
+
+
+def test_resize_rounding_reaches_the_training_images_only(module):
+    options = {"short_sides": [65], "max_size": 200, "test_short_side": 65, "test_max_size": 200}
+    data = module(**options, resize_rounding="down", val_json=FILES["train_json"], val_images="train")
+    for loader, to_pixels in ((data.train_dataloader(), int), (data.val_dataloader(), round)):
+        samples = [sample for images, targets in loader for sample in zip(images, targets)]
+        exact = [65 / min(t["original_size"]) * max(t["original_size"]) for _, t in samples]
+        assert any(int(side) != round(side) for side in exact)
+        assert [max(image.shape) for image, _ in samples] == list(map(to_pixels, exact))
+
+
+def test_with_one_orientation_per_process_square_images_count_as_portrait(root, module, tmp_path):
+    content = json.loads((root / FILES["train_json"]).read_text())
+    (tmp_path / "train").mkdir()
+    for i, image in enumerate(content["images"]):
+        image["width"], image["height"] = [(90, 60), (60, 90), (60, 60)][i % 3]
+        Image.new("RGB", (image["width"], image["height"])).save(tmp_path / "train" / image["file_name"])
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [5, 5, 40, 40]
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    files = {"train_json": str(tmp_path / "train.json"), "train_images": str(tmp_path / "train")}
+
+    def shapes_of(orientation):
+        """For each step, the widths and heights of the images of each of two ranks."""
+        parts = []
+        for rank in range(2):
+            data = module(**files, batch_orientation=orientation, batch_size=2, max_steps=60)
+            data.trainer = types.SimpleNamespace(global_rank=rank, world_size=2)
+            parts.append([[t["original_size"] for t in batch] for _, batch in data.train_dataloader()])
+        return list(zip(*parts))
+
+    wide = lambda sizes, or_square: {w > h or (or_square and w == h) for h, w in sizes}  # noqa: E731
+    assert all(len(wide(first + second, True)) == 1 for first, second in shapes_of("step"))
+    steps = shapes_of("process")
+    assert all(len(wide(part, False)) == 1 for step in steps for part in step)
+    assert any(wide(first, False) != wide(second, False) for first, second in steps)
+
+
 def test_draws_of_a_sample_are_pinned_the_first_word_scales_and_the_second_flips(module):
     number, flips = 0, 0
     options = {"seed": 5, "max_steps": 4, "max_size": 999}

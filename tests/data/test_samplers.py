@@ -7,10 +7,10 @@ import torch
 from cpm_rcnn.data.samplers import EvalSampler, TrainBatchSampler, TrainOrder, collate
 
 
-def order(n_landscape=37, n_portrait=11, seed=5, batch_size=4, world_size=2):
+def order(n_landscape=37, n_portrait=11, seed=5, batch_size=4, world_size=2, per_rank=False):
     """An order in which portrait images have rows from 100, so that rows differ from positions."""
     rows = np.concatenate([np.arange(n_landscape), 100 + np.arange(n_portrait)])
-    return TrainOrder(rows, rows >= 100, seed, batch_size, world_size)
+    return TrainOrder(rows, rows >= 100, seed, batch_size, world_size, per_rank)
 
 
 def test_a_step_is_the_same_in_whatever_order_steps_are_asked_for():
@@ -33,8 +33,8 @@ def test_order_is_the_same_on_every_machine():
 
 
 def test_samples_are_numbered_consecutively_through_the_run():
-    numbers = [sample.number for step in range(7) for sample in order().global_batch(step)]
-    assert numbers == list(range(7 * 8))
+    for it in (order(), order(per_rank=True)):
+        assert [sample.number for step in range(7) for sample in it.global_batch(step)] == list(range(7 * 8))
 
 
 def test_global_batch_has_one_orientation():
@@ -42,9 +42,19 @@ def test_global_batch_has_one_orientation():
         assert len({sample.image >= 100 for sample in order().global_batch(step)}) == 1
 
 
+def test_with_per_rank_each_rank_s_batch_has_one_orientation_and_steps_mix_them():
+    it, mixed = order(per_rank=True), 0
+    for step in range(200):
+        portrait = [sample.image >= 100 for sample in it.global_batch(step)]
+        assert len(set(portrait[:4])) == len(set(portrait[4:])) == 1
+        mixed += portrait[0] != portrait[4]
+    assert mixed > 50
+
+
+@pytest.mark.parametrize("per_rank", [False, True])
 @pytest.mark.parametrize(("n_landscape", "n_portrait"), [(37, 11), (3, 2), (1, 1), (0, 5), (5, 0), (40, 1)])
-def test_all_images_of_a_stream_occur_equally_often(n_landscape, n_portrait):
-    it = order(n_landscape, n_portrait)
+def test_all_images_of_a_stream_occur_equally_often(n_landscape, n_portrait, per_rank):
+    it = order(n_landscape, n_portrait, per_rank=per_rank)
     counts = Counter(sample.image for step in range(480) for sample in it.global_batch(step))
     for group in (range(n_landscape), range(100, 100 + n_portrait)):
         seen = [counts[row] for row in group]

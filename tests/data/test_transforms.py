@@ -30,6 +30,28 @@ def test_shorter_side_has_its_length_unless_the_longer_exceeds_the_maximum(size,
     assert network_size(size, short_side, max_size) == expected
 
 
+@pytest.mark.parametrize(
+    ("size", "short_side", "max_size", "expected"),
+    [
+        ((480, 640), 800, 1333, (800, 1066)),
+        ((640, 480), 800, 1333, (1066, 800)),
+        ((480, 1285), 800, 1333, (497, 1333)),
+        ((1000, 1000), 400, 1333, (400, 400)),
+        ((1, 5000), 800, 1333, (1, 1333)),
+        # 334 * (800 / 334) is 799.99... in floating point.
+        ((334, 500), 800, 1333, (800, 1197)),
+    ],
+)
+def test_rounding_down_drops_the_fraction_of_a_pixel_and_keeps_exact_lengths(size, short_side, max_size, expected):
+    assert network_size(size, short_side, max_size, "down") == expected
+
+
+def test_random_resize_rounds_as_it_is_told():
+    image, rng = torch.zeros(3, 48, 64, dtype=torch.uint8), sample_rng(0, 0)
+    shapes = [RandomResize((80,), 134, rounding)(image, target_of(), rng)[0].shape for rounding in ("nearest", "down")]
+    assert shapes == [(3, 80, 107), (3, 80, 106)]
+
+
 def block_image(box, height=40, width=60):
     x1, y1, x2, y2 = box
     image = torch.zeros(3, height, width, dtype=torch.uint8)

@@ -66,6 +66,13 @@ def test_each_part_of_the_head_has_its_loss(features, proposals, ground_truth):
     assert (baseline.ism, baseline.rsm) == (None, None)
 
 
+def test_initialization_and_ism_weights_reach_the_parts_of_the_head():
+    for init, ism_weights in (("grid_rcnn", "equal"), ("pytorch", "release")):
+        head = make_head(grid_init=init, ism_weights=ism_weights)
+        assert [bool(stage.deconvs[0].bias.any()) for stage in head.stages] == [init == "pytorch"] * 3
+        assert head.ism.weights == ism_weights
+
+
 def test_stages_train_on_rois_that_overlap_their_match_by_at_least_their_threshold(
     features, proposals, ground_truth, trained
 ):
@@ -154,7 +161,7 @@ def test_ism_learns_the_iou_of_the_rois_that_entered_the_last_stage(
     monkeypatch.setattr(
         scoring_module,
         "instance_score_loss",
-        lambda predictions, iou, valid: calls.append((predictions, iou)) or loss(predictions, iou, valid),
+        lambda predictions, iou, *rest: calls.append((predictions, iou)) or loss(predictions, iou, *rest),
     )
     head = make_head()
     head.losses(features, proposals, ground_truth)

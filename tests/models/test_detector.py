@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+import torch.distributed as dist
 from inputs import make_target, random_image
 
 from cpm_rcnn.boxes import CONTINUOUS
@@ -55,6 +56,21 @@ def two_objects():
     image[0, 6:40, 4:34] = 230
     image[2, 22:58, 36:60] = 230
     return image, make_target([4, 6, 34, 40], [36, 22, 60, 58])
+
+
+@pytest.mark.parametrize(("loss_mean", "factor"), [("run", 0.5), ("process", 1.0)])
+def test_losses_are_means_over_the_run_or_the_process(monkeypatch, loss_mean, factor):
+    image, target = two_objects()
+    detector = make_detector(loss_mean=loss_mean).train()
+    torch.manual_seed(1)
+    alone = detector([image], [target])
+    # Another process with three times the RoIs: the mean count is twice this process's.
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda counts: counts.mul_(4))
+    torch.manual_seed(1)
+    for name, loss in detector([image], [target]).items():
+        torch.testing.assert_close(loss, factor * alone[name])
 
 
 def no_objects(height=64, width=64):

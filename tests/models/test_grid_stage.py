@@ -9,6 +9,38 @@ from cpm_rcnn.models.heatmaps import grid_loss, grid_targets
 from cpm_rcnn.models.structures import Match, Rois, match_rois
 
 
+def layers_of(stage):
+    return [layer for layer in stage.modules() if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))]
+
+
+def test_grid_rcnn_s_initialization_starts_with_scores_of_one_percent():
+    torch.manual_seed(0)
+    stage = GridStage(StageSettings(0.5, 1.0, 1.0), head_inputs(), point_channels=16, num_convs=2, fusion=False)
+    *convs, first, last = layers_of(stage)
+    for conv in convs:
+        fan_out = conv.out_channels * 9
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+        assert (conv.bias == 0).all()
+    for deconv in (first, last):
+        assert deconv.weight.std().item() == pytest.approx(0.001, rel=0.05)
+    assert (first.bias == 0).all()
+    torch.testing.assert_close(last.bias.sigmoid(), torch.full((9,), 0.01))
+
+
+def test_pytorch_s_initialization_is_that_of_newly_constructed_layers():
+    torch.manual_seed(0)
+    settings = StageSettings(0.5, 1.0, 1.0)
+    stage = GridStage(settings, head_inputs(), point_channels=16, num_convs=2, fusion=False, init="pytorch")
+    torch.manual_seed(0)
+    for layer in layers_of(stage):
+        new = type(layer)(
+            layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, groups=layer.groups
+        )
+        assert torch.equal(layer.weight, new.weight)
+        assert torch.equal(layer.bias, new.bias)
+        assert layer.bias.any()
+
+
 def make_stage(fusion=False, point_channels=4, num_convs=2, **settings):
     torch.manual_seed(0)
     settings = StageSettings(**{"positive_iou": 0.5, "mapping_ratio": 1.0, "loss_weight": 1.0} | settings)

@@ -45,8 +45,9 @@ ROWS = {"cls": (3, 5), "grid": (4, 0), "rare": (0, 1), "none": (0, 0)}
 class Toy(nn.Module):
     """A linear layer whose losses are the mean squared outputs for the rows of some images."""
 
-    def __init__(self):
+    def __init__(self, mean_over="run"):
         super().__init__()
+        self.mean_over = mean_over
         generator = torch.Generator().manual_seed(0)
         self.linear = nn.Linear(6, 2, bias=False)
         self.linear.weight.data = torch.randn(2, 6, generator=generator)
@@ -58,13 +59,13 @@ class Toy(nn.Module):
             rows = torch.cat([per_image[image] for image in images])
             count = torch.tensor(len(rows)) if i % 2 else len(rows)
             terms[name] = LossTerm(self.linear(rows).square().sum(), count)
-        return reduce_losses(terms)
+        return reduce_losses(terms, self.mean_over)
 
 
-def train_one_image(rank, file, folder):
+def train_one_image(rank, file, folder, mean_over):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    model = nn.parallel.DistributedDataParallel(Toy())
+    model = nn.parallel.DistributedDataParallel(Toy(mean_over))
     losses = model([rank])
     sum(losses.values()).backward()
     result = {name: loss.item() for name, loss in losses.items()}, model.module.linear.weight.grad
@@ -78,7 +79,7 @@ def test_two_processes_with_one_image_each_get_the_gradient_of_one_process_with_
     whole = Toy()
     losses = whole([0, 1])
     sum(losses.values()).backward()
-    mp.spawn(train_one_image, (tmp_path / "rendezvous", tmp_path), nprocs=2)
+    mp.spawn(train_one_image, (tmp_path / "rendezvous", tmp_path, "run"), nprocs=2)
     (first, gradient), (second, same_gradient) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert torch.equal(gradient, same_gradient)
     torch.testing.assert_close(gradient, whole.linear.weight.grad)
@@ -86,3 +87,18 @@ def test_two_processes_with_one_image_each_get_the_gradient_of_one_process_with_
         {name: loss.item() for name, loss in losses.items()}, rel=1e-5
     )
     assert first["none"] == second["none"] == second["grid"] == first["rare"] == 0
+
+
+def test_with_a_mean_per_process_two_processes_get_the_mean_gradient_of_one_process_for_each_image(tmp_path):
+    alone = [Toy("process") for _ in range(2)]
+    losses = [toy([image]) for image, toy in enumerate(alone)]
+    for each in losses:
+        sum(each.values()).backward()
+    mp.spawn(train_one_image, (tmp_path / "rendezvous", tmp_path, "process"), nprocs=2)
+    for rank in range(2):
+        found, gradient = torch.load(tmp_path / f"{rank}.pt")
+        assert found == pytest.approx({name: loss.item() for name, loss in losses[rank].items()})
+        torch.testing.assert_close(gradient, sum(toy.linear.weight.grad for toy in alone) / 2)
+    whole = Toy()
+    sum(whole([0, 1]).values()).backward()
+    assert not torch.allclose(gradient, whole.linear.weight.grad)

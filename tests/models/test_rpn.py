@@ -16,11 +16,15 @@ from cpm_rcnn.models.structures import GroundTruth
 CPU = torch.device("cpu")
 
 
-def make_rpn(strides=(8, 16), *, convention=CONTINUOUS, border=False, train=200, test=100):
+def make_rpn(strides=(8, 16), *, convention=CONTINUOUS, border=False, train=200, test=100, **options):
     """An RPN on one or two levels with anchors of 32 and 64 pixels."""
     torch.manual_seed(0)
     settings = RPNSettings(
-        anchor_sizes=(32, 64, 128, 256, 512), ignore_border_anchors=border, proposals_train=train, proposals_test=test
+        anchor_sizes=(32, 64, 128, 256, 512),
+        ignore_border_anchors=border,
+        proposals_train=train,
+        proposals_test=test,
+        **options,
     )
     return RegionProposalNetwork(settings, 4, strides, convention)
 
@@ -101,6 +105,23 @@ def test_number_of_proposals_is_limited_separately_in_training_and_at_test():
     sizes = torch.tensor([[128, 128]] * 2)
     counts = {mode: rpn.train(mode)(pyramid(), sizes)[0].images.bincount().tolist() for mode in (True, False)}
     assert counts == {True: [30, 30], False: [7, 7]}
+
+
+def test_proposals_per_batch_are_the_best_of_all_its_images_in_training_only():
+    rpn = make_rpn(train=200, test=200, proposals_train_per="batch")
+    features, sizes = pyramid(), torch.tensor([[128, 128]] * 2)
+    logits, deltas = rpn.head(features)
+    # Every score of image 1 is higher than every score of image 0.
+    logits = [x.detach().contiguous() + torch.tensor([0.0, 100.0]).view(2, 1, 1, 1) for x in logits]
+    rpn.head.forward = lambda _: (logits, deltas)
+    each, _ = rpn.eval()(features, sizes)
+    counts = each.images.bincount().tolist()
+    assert all(100 < count <= 200 for count in counts)
+    together, _ = rpn.train()(features, sizes)
+    assert len(together) == 200
+    for image, count in enumerate([200 - counts[1], counts[1]]):
+        kept = each.boxes[each.images == image][:count]
+        torch.testing.assert_close(together.boxes[together.images == image], kept)
 
 
 def test_losses_and_proposals_equal_torchvisions_when_all_anchors_are_sampled(monkeypatch):

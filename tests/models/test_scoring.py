@@ -7,10 +7,17 @@ from torch import Tensor, nn
 
 from cpm_rcnn.boxes import CONTINUOUS
 from cpm_rcnn.models.heads.refinement import RefinementStage, refine
-from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring, instance_rescale, instance_score_loss, rescore
+from cpm_rcnn.models.heads.scoring import (
+    InstanceScoring,
+    Rescoring,
+    instance_rescale,
+    instance_score_loss,
+    release_weights,
+    rescore,
+)
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.pooling import PyramidRoIAlign
-from cpm_rcnn.models.structures import Rois, match_rois
+from cpm_rcnn.models.structures import Match, Rois, match_rois
 
 
 class ShiftOutput(NamedTuple):
@@ -110,6 +117,41 @@ def test_ism_loss_is_the_mean_squared_error_to_one_minus_iou_and_iou():
     assert (term.total / term.count).item() == pytest.approx(expected)
     assert instance_score_loss(predictions.bfloat16(), iou, valid).total.dtype == torch.float32
     assert instance_score_loss(torch.stack([1 - iou, iou], dim=1), iou, valid).total.item() == 0
+
+
+def test_the_release_s_ism_weights_favor_the_first_two_rois_of_the_first_image():
+    """Of 40 valid RoIs, those two count about 10 times, exact ground truth 0.3 times and the others 0.5 times."""
+    count = 42
+    images = torch.arange(count) // 21
+    images = 1 - images  # image 1 comes first
+    rois = Rois.of(torch.rand(count, 4), images).where((torch.arange(count) != 21) & (torch.arange(count) != 40))
+    boxes = rois.boxes + 1
+    boxes[[3, 30]] = rois.boxes[[3, 30]]
+    expected = torch.full((count,), 0.5)
+    expected[[3, 30]] = 0.3
+    expected[[22, 23]] = 10.5
+    weights = release_weights(rois, Match(torch.ones(count), boxes, torch.ones(count, dtype=torch.int64)))
+    torch.testing.assert_close(weights, expected)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_the_release_s_ism_weights_exist_for_fewer_than_two_rois(count):
+    rois = Rois.of(torch.zeros(count, 4), torch.zeros(count, dtype=torch.int64))
+    match = Match(torch.ones(count), torch.ones(count, 4), torch.ones(count, dtype=torch.int64))
+    assert release_weights(rois, match).tolist() == [0.75] * count
+
+
+def test_ism_uses_the_weights_that_it_was_told_to(rois, ground_truth):
+    match = match_rois(rois, ground_truth, CONTINUOUS)
+    features, totals = torch.randn(3, 8), {}
+    for name in ("equal", "release"):
+        torch.manual_seed(0)
+        ism = InstanceScoring(8, name)
+        totals[name] = ism.loss(features, rois, match).total
+        weights = {"equal": torch.ones(3), "release": release_weights(rois, match)}[name]
+        error = (ism(features) - torch.stack([1 - match.iou, match.iou], dim=1)).square().sum(dim=1)
+        torch.testing.assert_close(totals[name], (error * weights).sum())
+    assert totals["equal"] != totals["release"]
 
 
 def test_ism_scales_the_score_by_the_predicted_iou_clamped_to_0_and_1():

@@ -1,14 +1,22 @@
 """Pretrained weights of a backbone: names known to torchvision and timm, local files, and damaged ones."""
 
+import hashlib
+import sys
+import threading
+from functools import partial
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import ResNet18_Weights, get_model
+from torchvision.models import ResNet18_Weights, get_model, get_model_weights
 
 from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.models.backbones import BackboneSettings, build_body
+from cpm_rcnn.models.backbones.resnet import RESNETS
 from cpm_rcnn.models.build import build_detector
+from cpm_rcnn.weights import imagenet
 from cpm_rcnn.weights.backbone import load_backbone
 from cpm_rcnn.weights.initialize import initialize
 from imagenet_files import features_of
@@ -175,3 +183,95 @@ def test_a_failed_download_of_torchvision_weights_gives_one_line(monkeypatch):
     monkeypatch.setattr(ResNet18_Weights, "get_state_dict", get_state_dict)
     with pytest.raises(ArgumentError, match=r"^backbone\.weights=IMAGENET1K_V1: cannot download https.*no network"):
         load("resnet18", "IMAGENET1K_V1")
+
+
+@pytest.fixture
+def served(resnet18, tmp_path, monkeypatch):
+    """Weights of ``resnet18`` on a server of this machine, known by timm's name ``resnet18.gluon_in1k``.
+
+    Returns a function that changes the address under which they are known.
+    """
+    torch.save(resnet18.state_dict(), tmp_path / "weights")
+    digest = hashlib.sha256((tmp_path / "weights").read_bytes()).hexdigest()[:8]
+    for name in (f"resnet18-{digest}.pth", "resnet18-01234567.pth"):
+        (tmp_path / name).write_bytes((tmp_path / "weights").read_bytes())
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+
+    def known_as(file=f"resnet18-{digest}.pth", port=server.server_port):
+        url = f"http://127.0.0.1:{port}/{file}"
+        monkeypatch.setattr(imagenet, "TIMM_FILES", {"resnet18.gluon_in1k": url})
+        return url
+
+    known_as()
+    yield known_as
+    server.shutdown()
+    server.server_close()
+
+
+def test_weights_with_timm_s_name_are_downloaded_once_without_timm(served, resnet18, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for _ in range(2):
+        body = load("resnet18", "resnet18.gluon_in1k")
+        assert torch.equal(body.stem.conv1.weight, resnet18.conv1.weight)
+        served(port=1)  # the second time, the file is not asked for
+
+
+def test_a_download_that_fails_or_does_not_match_its_hash_gives_one_line_with_the_address(served):
+    for options, why in (({"port": 1}, "refused"), ({"file": "none-01234567.pth"}, "404")):
+        url = served(**options)
+        with pytest.raises(
+            ArgumentError, match=rf"^backbone\.weights=resnet18\.gluon_in1k: cannot download {url} .*{why}"
+        ):
+            load("resnet18", "resnet18.gluon_in1k")
+    url = served("resnet18-01234567.pth")
+    with pytest.raises(ArgumentError, match=rf"cannot download {url} .*hash.*; download it elsewhere") as caught:
+        load("resnet18", "resnet18.gluon_in1k")
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_network_are_not_offered(served):
+    with pytest.raises(ArgumentError, match=r"^backbone\.weights=resnet18\.gluon_in1k: no such file") as caught:
+        load("resnet50", "resnet18.gluon_in1k")
+    assert "gluon" not in str(caught.value).partition("no such file")[2]
+
+
+@pytest.mark.parametrize("name", imagenet.TIMM_FILES)
+def test_files_with_timm_s_names_are_those_of_timm_and_of_the_rgb_format(name):
+    timm = pytest.importorskip("timm")
+    config = timm.get_pretrained_cfg(name)
+    assert config.url == imagenet.TIMM_FILES[name]
+    settings = BackboneSettings(name.partition(".")[0])
+    assert (config.mean, config.std) == (settings.resolved_format.mean, settings.resolved_format.std)
+    with torch.device("meta"):
+        theirs, ours = timm.create_model(settings.name), get_model(settings.name)
+    assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
+
+
+NEW = {("resnext101_64x4d", "IMAGENET1K_V1"), *((name, "IMAGENET1K_V2") for name in RESNETS)}
+NAMED = [(name, weights) for name in RESNETS for weights in get_model_weights(name).__members__ if weights != "DEFAULT"]
+
+
+@pytest.mark.parametrize(("name", "weights"), [*NAMED, ("resnext101_64x4d", "resnext101_64x4d.gluon_in1k")])
+def test_weights_of_torchvision_s_newer_recipe_are_named_in_one_line_with_older_ones(name, weights, caplog):
+    imagenet.warn_of_new_recipe(BackboneSettings(name, weights=weights))
+    assert len(caplog.messages) == ((name, weights) in NEW)
+    if caplog.messages:
+        assert caplog.messages[0].startswith(f"backbone.weights={weights}: ")
+        older = "resnext101_64x4d.gluon_in1k" if name == "resnext101_64x4d" else "IMAGENET1K_V1"
+        assert f"backbone.weights={older} is" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"name": "tiny"}, {"name": "resnet50"}, {"name": "resnet50", "weights": "r50.pth"}]
+)
+def test_other_weights_are_not_said_to_be_of_a_newer_recipe(options, caplog):
+    imagenet.warn_of_new_recipe(BackboneSettings(**options))
+    assert not caplog.messages

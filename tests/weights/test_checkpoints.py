@@ -8,7 +8,14 @@ import torch
 import cpm_rcnn
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.training.module import DetectionModule
-from cpm_rcnn.weights.checkpoints import FORMAT, class_names, detector_state, read_checkpoint, write_checkpoint
+from cpm_rcnn.weights.checkpoints import (
+    FORMAT,
+    checkpoint_file,
+    class_names,
+    detector_state,
+    read_checkpoint,
+    write_checkpoint,
+)
 from cpm_rcnn.weights.initialize import initialize
 from cpm_rcnn.weights.resume import find_resume_point
 from small_models import change_checkpoint, is_plain, same_values, small_module, write_trained
@@ -89,6 +96,19 @@ def damaged(path, kind, folder):
     elif kind == "unknown setting":
         change_checkpoint(path, file, model={"backbone": {"name": "tiny"}, "color": "red"})
     return file
+
+
+@pytest.mark.parametrize(
+    ("report", "taken"),
+    [('{"selected": "last"}', "last"), ('{"selected": "best"}', "best"), ('{"AP": 0.1}', "best"), ("[]", "best")],
+)
+def test_of_a_run_s_folder_the_checkpoint_that_it_reports_is_taken(tmp_path, report, taken):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("best", "last"):
+        (tmp_path / f"checkpoints/{name}.ckpt").touch()
+    assert checkpoint_file(str(tmp_path), "ckpt").name == "best.ckpt"
+    (tmp_path / "metrics.json").write_text(report)
+    assert checkpoint_file(str(tmp_path), "ckpt").name == f"{taken}.ckpt"
 
 
 KINDS = ["truncated", "flipped bit", "empty", "text", "code", "folder", "absent", "weights only"]

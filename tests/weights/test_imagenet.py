@@ -113,3 +113,8 @@ def test_a_pickle_of_another_program_is_refused_by_name(tmp_path):
     file.write_bytes(pickle.dumps({"model": {"layer": np.zeros(3, np.float32)}}))
     with pytest.raises(UserError, match=r"odd\.pkl: does not fit .*missing: conv1.weight.*unexpected: layer"):
         load(file, "rgb")
+
+
+def test_a_network_that_torchvision_does_not_have_needs_a_file():
+    with pytest.raises(ArgumentError, match=r"IMAGENET1K_V1: no such file; allowed: null, a local file"):
+        resnet_weights("resnext101_32x4d", "IMAGENET1K_V1")

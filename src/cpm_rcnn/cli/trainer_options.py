@@ -85,14 +85,14 @@ def check_trainer(config: DictConfig) -> None:
         raise UserError(f"trainer.devices={shown(devices)}: must be a number of processes on the CPU, at least 1")
     if accelerator == "cpu" or mps:
         return
-    if accelerator != "auto" and not found:
-        raise UserError(f"trainer.accelerator={accelerator}: this machine has no such device; trainer=cpu uses the CPU")
     wanted = int(devices) if re.fullmatch(r"\d+", str(devices)) else 1
     if 2 <= wanted > found:
         has = "no GPU" if found == 0 else f"{found} GPU{'s' if found > 1 else ''}"
         raise UserError(
             f"trainer.devices={wanted}: this machine has {has}; trainer=cpu trainer.devices={wanted} uses the CPU"
         )
+    if accelerator != "auto" and not found:
+        raise UserError(f"trainer.accelerator={accelerator}: this machine has no such device; trainer=cpu uses the CPU")
 
 
 @contextmanager

@@ -41,7 +41,8 @@ class CocoAnnotations:
         xywh: (A, 4) float64, COCO's x, y, width, height in pixels, exactly as in the file.
         areas: (A,) float64 square pixels, exactly as in the file; the area of the box if the file has none.
         crowds: (A,) bool, ``iscrowd`` in COCO's format.
-        usable: (A,) bool, the objects used in training: not crowds, and partly inside their image. Evaluation uses all.
+        usable: (A,) bool, the objects used in training: not crowds, partly inside their image, and large enough.
+            Evaluation uses all.
     """
 
     path: Path
@@ -74,6 +75,11 @@ class CocoAnnotations:
         return self.heights > self.widths
 
     @property
+    def square(self) -> np.ndarray:
+        """(I,) bool, the images whose height equals their width."""
+        return self.heights == self.widths
+
+    @property
     def image_rows(self) -> np.ndarray:
         """(A,) int64, the row of each object's image."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
@@ -89,6 +95,7 @@ class CocoAnnotations:
         categories: Sequence[dict[str, Any]] | None = None,
         on_error: OnError = "raise",
         folder: str | Path | None = None,
+        min_box_size: float = 0.0,
     ) -> "CocoAnnotations":
         """Read and check a COCO-style json file.
 
@@ -102,6 +109,7 @@ class CocoAnnotations:
             on_error: ``raise``, or ``skip``: skip invalid images and annotations and log a warning with their number.
                 Of several entries with the same id, the first is kept.
             folder: where the images are. Absolute file names inside it become relative to it, all others are invalid.
+            min_box_size: objects whose width or height inside their image is at most this many pixels are not usable.
 
         Raises:
             UserError: the file cannot be read or is not in COCO's format; its categories are invalid or not in
@@ -138,7 +146,7 @@ class CocoAnnotations:
         objects, image_rows = objects[order], image_rows[order]
         boxes, crowds = found.boxes[objects], found.crowds[objects]
         limits = np.stack([widths, heights], axis=1)[image_rows]
-        inside = np.minimum(boxes[:, :2] + boxes[:, 2:], limits) > np.maximum(boxes[:, :2], 0)
+        inside = np.minimum(boxes[:, :2] + boxes[:, 2:], limits) - np.maximum(boxes[:, :2], 0)
         return cls(
             path=path,
             image_ids=found.image_ids[images],
@@ -154,5 +162,5 @@ class CocoAnnotations:
             xywh=boxes,
             areas=found.areas[objects],
             crowds=crowds,
-            usable=inside.all(axis=1) & ~crowds,
+            usable=(inside > min_box_size).all(axis=1) & ~crowds,
         )

@@ -95,7 +95,7 @@ class CocoDataModule(pl.LightningDataModule):
         self.convention = CONVENTIONS[convention]
         self.start_step = 0
         self.train_augmentations: list[Augmentation] = [
-            RandomResize(self.settings.short_sides, self.settings.max_size),
+            RandomResize(self.settings.short_sides, self.settings.max_size, self.settings.resize_rounding),
             RandomFlip(self.settings.flip_probability, self.convention),
         ]
         self.eval_augmentations: list[Augmentation] = [
@@ -145,7 +145,8 @@ class CocoDataModule(pl.LightningDataModule):
             known = self._given_categories if split == self._category_split else self.categories
             images = getattr(self.settings, f"{split}_images")
             folder = None if images is None else self.root / images.removesuffix(".zip")
-            self._annotations[split] = CocoAnnotations.load(path, known, self.settings.on_error, folder)
+            min_box_size = self.settings.min_box_size if split == "train" else 0.0
+            self._annotations[split] = CocoAnnotations.load(path, known, self.settings.on_error, folder, min_box_size)
         return self._annotations[split]
 
     def setup(self, stage: str) -> None:
@@ -226,11 +227,14 @@ class CocoDataModule(pl.LightningDataModule):
         annotations = self.annotations("train")
         rows = annotations.images_with_objects()
         if len(rows) == 0:
-            raise UserError(f"{annotations.path}: no image has an object to train on (crowds do not count)")
+            small = f" or boxes of at most {self.settings.min_box_size:g} pixels" if self.settings.min_box_size else ""
+            raise UserError(f"{annotations.path}: no image has an object to train on (crowds{small} do not count)")
         if self.max_steps is None:
             raise ArgumentError("max_steps", "=None: training needs the number of steps")
         rank, world_size = self._rank()
-        order = TrainOrder(rows, annotations.portrait[rows], self.seed, self.batch_size, world_size)
+        per_process = self.settings.batch_orientation == "process"
+        portrait = (annotations.portrait | annotations.square if per_process else annotations.portrait)[rows]
+        order = TrainOrder(rows, portrait, self.seed, self.batch_size, world_size, per_process)
         sampler = TrainBatchSampler(order, rank, self.start_step, self.max_steps)
         return self._loader("train", self.train_augmentations, replacements=rows, batch_sampler=sampler)
 

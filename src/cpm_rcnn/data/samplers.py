@@ -30,14 +30,16 @@ class TrainOrder:
 
     Portrait images and the others form two streams. A stream concatenates permutations of its images, so within it all
     images occur equally often. Each step takes its batch from one stream; the steps are distributed over the streams
-    in proportion to their numbers of images, as evenly as whole batches allow. No image is dropped or buffered.
+    in proportion to their numbers of images, as evenly as whole batches allow. No image is dropped or buffered. With
+    ``per_rank``, the same holds for the batches of the ranks, one after the other, instead of those of the steps.
 
     Args:
         images: rows of the images to train on.
-        portrait: for each of them, whether its height exceeds its width.
+        portrait: for each of them, whether it is a portrait image.
         seed: random seed of the run, at least 0.
         batch_size: images per step and rank.
         world_size: number of ranks.
+        per_rank: whether the ranks of a step may get images of different orientations.
     """
 
     def __init__(
@@ -47,11 +49,14 @@ class TrainOrder:
         seed: int,
         batch_size: int,
         world_size: int,
+        per_rank: bool = False,
     ) -> None:
         rows = np.asarray(images, dtype=np.int64)
         portrait = np.asarray(portrait, dtype=bool)
         self.batch_size = batch_size
         self.world_size = world_size
+        # Number of parts of a step that take their images from one stream each.
+        self._parts = world_size if per_rank else 1
         self._streams = (_Stream(rows[~portrait], seed, 0), _Stream(rows[portrait], seed, 1))
         self._images = len(rows)
         self._portraits = int(portrait.sum())
@@ -60,16 +65,21 @@ class TrainOrder:
 
     def global_batch(self, step: int) -> list[Sample]:
         """The ``batch_size * world_size`` samples of one step, ordered by rank."""
-        size = self.batch_size * self.world_size
-        before = self._portrait_steps(step)
-        is_portrait = self._portrait_steps(step + 1) > before
-        steps_of_stream = before if is_portrait else step - before
-        rows = self._streams[is_portrait].take(steps_of_stream * size, size)
-        return [Sample(row, step * size + position) for position, row in enumerate(rows)]
+        first = step * self._parts
+        rows = [row for part in range(first, first + self._parts) for row in self._part(part)]
+        return [Sample(row, step * len(rows) + position) for position, row in enumerate(rows)]
 
-    def _portrait_steps(self, step: int) -> int:
-        """How many of the first ``step`` steps use portrait images."""
-        return (step * self._portraits + self._phase) // self._images
+    def _part(self, part: int) -> list[int]:
+        """The images of one part; parts are counted from the start of the run."""
+        size = self.batch_size * self.world_size // self._parts
+        before = self._portrait_parts(part)
+        is_portrait = self._portrait_parts(part + 1) > before
+        parts_of_stream = before if is_portrait else part - before
+        return self._streams[is_portrait].take(parts_of_stream * size, size)
+
+    def _portrait_parts(self, part: int) -> int:
+        """How many of the first ``part`` parts use portrait images."""
+        return (part * self._portraits + self._phase) // self._images
 
 
 # Where the Philox counters of this module start. Those of transforms.sample_rng start at 0 and may have equal keys.

@@ -30,7 +30,13 @@ class DataSettings(Settings):
         max_size: maximum length in pixels of the longer side in training.
         test_short_side: length in pixels of the shorter side in validation and test; None keeps the original size.
         test_max_size: maximum length in pixels of the longer side in validation and test.
+        resize_rounding: whether the sides of a resized training image are rounded to the ``nearest`` whole pixel or
+            ``down``. Validation and test round to the nearest.
         flip_probability: probability of a horizontal flip in training.
+        min_box_size: objects whose width or height inside the image is at most this many pixels are not used in
+            training, as are images without other objects.
+        batch_orientation: which images have the same orientation: those of a ``step``, over all processes, or those of
+            a ``process`` in a step. With ``process``, square images count as portrait.
         on_error: ``raise`` stops at the first invalid annotation file or image; ``skip`` skips invalid images and
             annotations and logs a warning with their number (see :meth:`CocoAnnotations.load
             <cpm_rcnn.data.CocoAnnotations.load>` and :class:`~cpm_rcnn.data.CocoDataset`).
@@ -51,7 +57,10 @@ class DataSettings(Settings):
     max_size: int = training(1333, check=integer())
     test_short_side: int | None = inference(800, check=optional(integer()))
     test_max_size: int = inference(1333, check=integer())
+    resize_rounding: str = training("nearest", check=choice("nearest", "down"))
     flip_probability: float = training(0.5, check=number(0, 1))
+    min_box_size: float = training(0.0, check=number(0))
+    batch_orientation: str = training("step", check=choice("step", "process"))
     on_error: OnError = inference("raise", check=choice("raise", "skip"))
     check_images: bool = inference(False, check=flag)
 

@@ -64,10 +64,12 @@ class RandomResize:
     Attributes:
         short_sides: lengths of the shorter side in pixels, of which one is drawn.
         max_size: maximum length of the longer side in pixels.
+        rounding: see :func:`network_size`.
     """
 
     short_sides: Sequence[int]
     max_size: int
+    rounding: str = "nearest"
 
     def draw(self, rng: Generator) -> int:
         """A random length of the shorter side in pixels."""
@@ -77,7 +79,7 @@ class RandomResize:
 
     def __call__(self, image: Tensor, target: Target, rng: Generator) -> tuple[Tensor, Target]:
         """See :class:`Augmentation`."""
-        return _resize(image, target, self.draw(rng), self.max_size)
+        return _resize(image, target, self.draw(rng), self.max_size, self.rounding)
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class Resize:
         return (image, target) if self.short_side is None else _resize(image, target, self.short_side, self.max_size)
 
 
-def network_size(size: tuple[int, int], short_side: int, max_size: int) -> tuple[int, int]:
+def network_size(size: tuple[int, int], short_side: int, max_size: int, rounding: str = "nearest") -> tuple[int, int]:
     """Size (height, width) in pixels after resizing with the aspect ratio kept.
 
     Args:
@@ -129,8 +131,14 @@ def network_size(size: tuple[int, int], short_side: int, max_size: int) -> tuple
         short_side: length of the shorter side in pixels; it becomes smaller if the longer side would exceed
             ``max_size``.
         max_size: maximum length of the longer side in pixels.
+        rounding: ``nearest``, or ``down`` to drop the fraction of a pixel.
     """
     height, width = size
+    if rounding == "down":
+        # In whole numbers: a rounding error of the scale would cost a pixel.
+        short, long = min(size), max(size)
+        num, den = (short_side, short) if short_side * long <= max_size * short else (max_size, long)
+        return max(height * num // den, 1), max(width * num // den, 1)
     scale = min(short_side / min(height, width), max_size / max(height, width))
     return max(round(height * scale), 1), max(round(width * scale), 1)
 
@@ -157,8 +165,10 @@ def flip(image: Tensor, boxes: Tensor, convention: BoxConvention) -> tuple[Tenso
     return image.flip(-1), convention.flip(boxes, image.shape[-1])
 
 
-def _resize(image: Tensor, target: Target, short_side: int, max_size: int) -> tuple[Tensor, Target]:
-    size = network_size((image.shape[-2], image.shape[-1]), short_side, max_size)
+def _resize(
+    image: Tensor, target: Target, short_side: int, max_size: int, rounding: str = "nearest"
+) -> tuple[Tensor, Target]:
+    size = network_size((image.shape[-2], image.shape[-1]), short_side, max_size, rounding)
     image, boxes = resize(image, target["boxes"], size)
     return image, target | {"boxes": boxes}
 

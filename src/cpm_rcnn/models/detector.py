@@ -90,7 +90,8 @@ class TwoStageDetector(nn.Module):
         assert targets is not None
         ground_truth = GroundTruth.stack(targets)
         proposals, losses = self.rpn(features, sizes, ground_truth)
-        return reduce_losses(losses | self.head.losses(pooling_format(features), proposals, ground_truth))
+        losses |= self.head.losses(pooling_format(features), proposals, ground_truth)
+        return reduce_losses(losses, self.settings.trunk.loss_mean)
 
 
 def _per_image(detections: Detections, num_images: int) -> list[dict[str, Tensor]]:

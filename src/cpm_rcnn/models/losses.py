@@ -24,12 +24,16 @@ class LossTerm:
         return LossTerm(self.total * weight, self.count)
 
 
-def reduce_losses(terms: dict[str, LossTerm]) -> dict[str, Tensor]:
+def reduce_losses(terms: dict[str, LossTerm], mean_over: str = "run") -> dict[str, Tensor]:
     """The mean of each term by name: total / count, or 0 if the count is 0.
 
     Under ``torch.distributed`` each count is replaced by its mean over the processes, with one all-reduce for all
     terms. DDP averages gradients over the processes, so the result is the gradient of the mean over all RoIs, as if one
     process had all images. A process without RoIs contributes zero and does not change the others' weights.
+
+    Args:
+        terms: the losses.
+        mean_over: ``run``, as above, or ``process``: every process divides by its own counts.
     """
     device = next(iter(terms.values())).total.device
     counts = torch.stack(
@@ -38,7 +42,7 @@ def reduce_losses(terms: dict[str, LossTerm]) -> dict[str, Tensor]:
             for term in terms.values()
         ]
     )
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if mean_over == "run" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(counts)
         counts /= dist.get_world_size()
     # A mean count over several processes can be a fraction below 1, so only zero is replaced.

@@ -17,7 +17,7 @@ class ImagePreprocessor(nn.Module):
     Args:
         input_format: channel order, range, mean and std that the backbone expects.
         convention: decides whether padding is zero before or after the normalization at test. In training it is zero
-            after the normalization, as in the release (spec section 11).
+            after the normalization, as in the release (docs/method.md section 11).
     """
 
     mean: Tensor

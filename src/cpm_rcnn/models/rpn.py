@@ -14,7 +14,7 @@ from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
 from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
 from cpm_rcnn.models.structures import GroundTruth, Rois
-from cpm_rcnn.settings import Settings, architecture, flag, inference, integer, list_of, number, training
+from cpm_rcnn.settings import Settings, architecture, choice, flag, inference, integer, list_of, number, training
 
 RATIOS = (0.5, 1.0, 2.0)
 _POSITIVE_IOU, _NEGATIVE_IOU = 0.7, 0.3
@@ -34,12 +34,15 @@ class RPNSettings(Settings):
         ignore_border_anchors: whether anchors that cross the image border are ignored in training, as in the release.
             If images are hardly larger than their objects, almost no anchors remain, and this should be False.
         proposals_train: proposals kept per level before NMS and per image after NMS, in training.
-        proposals_test: the same at test.
+        proposals_train_per: what ``proposals_train`` limits after NMS: the proposals of an ``image``, or of the
+            ``batch`` of a process, whose best are kept whatever their image.
+        proposals_test: as ``proposals_train``, at test and always per image.
     """
 
     anchor_sizes: Sequence[float] = architecture((32, 64, 128, 256, 512), check=list_of(number(1), 5))
     ignore_border_anchors: bool = training(True, check=flag)
     proposals_train: int = training(2000, check=integer())
+    proposals_train_per: str = training("image", check=choice("image", "batch"))
     proposals_test: int = inference(1000, check=integer())
 
 
@@ -113,7 +116,8 @@ class RegionProposalNetwork(nn.Module):
         box, score, group = box[keep], score[keep], image[keep] * len(anchors) + level_of[keep]
         kept = grouped_nms(box, score, group, _NMS_IOU)
         box, image = box[kept], image[keep][kept]
-        rank, _ = rank_in_group(-score[kept], image, batch)
+        together = self.training and self.settings.proposals_train_per == "batch"
+        rank, _ = rank_in_group(-score[kept], torch.zeros_like(image) if together else image, batch)
         return Rois.of(box, image, image_sizes)[(rank < limit).nonzero().squeeze(1)]
 
     def _best(self, logits: Tensor, limit: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from cpm_rcnn.errors import ArgumentError, check_choice
 from cpm_rcnn.models.backbones import BackboneSettings
 from cpm_rcnn.models.heads import HEADS
 from cpm_rcnn.models.rpn import RPNSettings
-from cpm_rcnn.settings import Settings, architecture, choice, integer
+from cpm_rcnn.settings import Settings, architecture, choice, integer, training
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,14 @@ class TrunkSettings(Settings):
         head: name of the RoI head, a key of :data:`~cpm_rcnn.models.heads.HEADS`.
         convention: box coordinate convention: ``continuous``, or ``inclusive`` for the released weights.
         fpn_channels: number of channels of each level of the feature pyramid.
+        loss_mean: which RoIs (or anchors) a loss is the mean of: those of the whole ``run`` in a step, or those of a
+            ``process``. With ``process``, an RoI counts less in a process with many of them.
     """
 
     head: str = architecture("cpm", check=lambda argument, value: check_choice(argument, value, tuple(HEADS)))
     convention: str = architecture("continuous", check=choice(*CONVENTIONS))
     fpn_channels: int = architecture(256, check=integer())
+    loss_mean: str = training("run", check=choice("run", "process"))
 
 
 @dataclass(frozen=True)

@@ -53,12 +53,13 @@ def write_metrics(metrics: dict[str, Any], path: str | PathLike[str]) -> None:
 
 
 def _add_pairs(table: Table, pairs: Iterable[tuple[str, float]]) -> None:
-    cells = [cell for name, value in pairs for cell in (escape(name), _percent(value))]
+    cells = [cell for name, value in pairs for cell in (escape(name), percent(value))]
     for start in range(0, len(cells), 2 * _PAIRS):
         table.add_row(*cells[start : start + 2 * _PAIRS])
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A metric from 0 to 1 in percent; a dash if it is undefined."""
     return "–" if math.isnan(value) or value == -1 else f"{100 * value:.1f}"
 
 

@@ -23,7 +23,8 @@ def load_backbone(body: nn.Module, settings: BackboneSettings, weights: str) -> 
     Args:
         body: the backbone, built from ``settings``.
         settings: settings of the backbone; its ``input_format`` must be the one that the weights were trained with.
-        weights: a weight name of torchvision, ``pretrained`` (timm), or a local file.
+        weights: a weight name of torchvision, a name in :data:`~cpm_rcnn.weights.imagenet.TIMM_FILES`, ``pretrained``
+            (timm), or a local file.
 
     Raises:
         UserError: the weights are unknown, or the file does not exist, is damaged, does not fit the backbone, or was

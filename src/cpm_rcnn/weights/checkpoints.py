@@ -1,5 +1,6 @@
 """Checkpoint files of this project. Only tensors and plain values are read from them; no code is executed."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,9 @@ def read_checkpoint(path: str | Path, argument: str = "ckpt") -> dict[str, Any]:
 
 
 def checkpoint_file(value: Any, argument: str) -> Any:
-    """The checkpoint that the user means: a file, or the best (else the last) of a run's folder.
+    """The checkpoint that the user means: a file, or one of a run's folder.
+
+    Of a folder, it is the checkpoint that the run's ``metrics.json`` reports, otherwise the best, otherwise the last.
 
     Args:
         value: a path.
@@ -56,11 +59,20 @@ def checkpoint_file(value: Any, argument: str) -> Any:
     path = check_path(argument, value)
     if not path.is_dir():
         return value
-    for name in ("checkpoints/best.ckpt", "checkpoints/last.ckpt", "best.ckpt", "last.ckpt"):
-        if (path / name).is_file():
-            _log.warning("%s=%s: using %s", argument, value, path / name)
-            return path / name
+    names = ["last", "best"] if _selected(path) == "last" else ["best", "last"]
+    for file in [*(path / "checkpoints" / f"{name}.ckpt" for name in names), path / "best.ckpt", path / "last.ckpt"]:
+        if file.is_file():
+            _log.warning("%s=%s: using %s", argument, value, file)
+            return file
     raise UserError(f"{argument}={value}: is a folder without checkpoints/best.ckpt and checkpoints/last.ckpt")
+
+
+def _selected(run_dir: Path) -> Any:
+    """The name of the checkpoint that a finished run reports; None if that is unknown."""
+    try:
+        return json.loads((run_dir / "metrics.json").read_text("utf-8")).get("selected")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def check_checkpoint(checkpoint: Any, source: str) -> None:

@@ -3,17 +3,21 @@
 See docs/method.md sections 2 and 10.
 """
 
+import logging
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from http.client import HTTPException
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.hub import load_state_dict_from_url
 from torchvision.models import get_model_weights, list_models
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from cpm_rcnn.errors import ArgumentError, check_file
-from cpm_rcnn.models.backbones import InputFormat
+from cpm_rcnn.models.backbones import BackboneSettings, InputFormat
+from cpm_rcnn.models.backbones.resnet import RESNETS
 from cpm_rcnn.weights.reading import read_weights
 
 # Standard deviation of ImageNet's pixels in 0..255.
@@ -23,6 +27,17 @@ _TOLERANCE = 8.0
 # Standard deviation of the stem's outputs after its BatchNorm, assumed if a merged BatchNorm stores no variance;
 # measured on ResNets.
 _TYPICAL_SPREAD = 0.3
+
+_log = logging.getLogger(__name__)
+
+# Weights that torchvision does not have, by timm's name, and the file that timm's description of them names. timm is
+# not needed to read it: the parameter names are torchvision's. torch.hub compares the file with the hash in its name.
+TIMM_FILES = {
+    "resnext101_64x4d.gluon_in1k": "https://github.com/rwightman/pytorch-pretrained-gluonresnet/releases/download/v0.1/"
+    "gluon_resnext101_64x4d-f9a8e184.pth",
+}
+# Parts of the addresses by which torchvision names its newer, longer recipe.
+_NEW_RECIPE = ("new-recipe", "vision/issues/3995", "vision/pull/5935")
 
 _CAFFE2_LAYERS = {"branch1": "downsample.0", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
 _CAFFE2_NORMS = {"branch1": "downsample.1", "branch2a": "bn1", "branch2b": "bn2", "branch2c": "bn3"}
@@ -44,24 +59,20 @@ def resnet_weights(name: str, weights: str) -> tuple[dict[str, Tensor], WeightSo
     """ImageNet weights of a ResNet by torchvision's names, without the classifier.
 
     Args:
-        name: torchvision's name of the network, or another name if it has none.
-        weights: torchvision's weight name, or a local file: a ``.pth`` or ``.safetensors`` of torchvision, timm or the
-            CPM R-CNN release (they share their names), or a ``.pkl`` of detectron2 or Caffe2.
+        name: torchvision's name of the network, or ``resnet`` if it has none.
+        weights: torchvision's weight name, a name in :data:`TIMM_FILES`, or a local file: a ``.pth`` or
+            ``.safetensors`` of torchvision, timm or the CPM R-CNN release (they share their names), or a ``.pkl`` of
+            detectron2 or Caffe2.
 
     Raises:
         UserError: the weights are unknown or cannot be downloaded, or the file does not exist or is damaged.
     """
-    known = get_model_weights(name).__members__ if name in list_models() else {}
-    if weights in known:
-        try:
-            state = known[weights].get_state_dict(progress=False, check_hash=True)
-        except OSError as error:
-            raise ArgumentError(
-                "backbone.weights",
-                f"={weights}: cannot download {known[weights].url} ({error}); download it elsewhere and give the file",
-            ) from None
+    known = _torchvision_weights(name)
+    others = {key: url for key, url in TIMM_FILES.items() if key.partition(".")[0] == name}
+    if weights in known or weights in others:
+        state = _download(weights, known, others)
     else:
-        check_file("backbone.weights", weights, ", ".join(["null", *known, "a local file"]))
+        check_file("backbone.weights", weights, ", ".join(["null", *others, *known, "a local file"]))
         state = read_weights(weights, "backbone.weights")
     caffe2 = "conv1_w" in state
     if caffe2:
@@ -71,6 +82,43 @@ def resnet_weights(name: str, weights: str) -> tuple[dict[str, Tensor], WeightSo
     state = {k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
     merged = "bn1.running_var" not in state
     return with_statistics(state), WeightSource(caffe2, merged)
+
+
+def warn_of_new_recipe(settings: BackboneSettings) -> None:
+    """Log one line if the starting weights come from torchvision's newer recipe, which suits SGD training badly.
+
+    Args:
+        settings: settings of the backbone of a training with SGD and frozen BatchNorm.
+    """
+    known = _torchvision_weights(settings.name)
+    if settings.weights is None or settings.weights not in known:
+        return
+    recipe = str(known[settings.weights].meta.get("recipe"))
+    if any(part in recipe for part in _NEW_RECIPE):
+        old = [key for key in TIMM_FILES if key.partition(".")[0] == settings.name] or ["IMAGENET1K_V1"]
+        _log.warning(
+            "backbone.weights=%s: trained with torchvision's newer recipe; such weights are known to cost several "
+            "points of AP with SGD and frozen BatchNorm; backbone.weights=%s is of an older recipe",
+            settings.weights,
+            old[0],
+        )
+
+
+def _torchvision_weights(name: str) -> Mapping[str, Any]:
+    """Torchvision's weights of a ResNet by name; none for other networks."""
+    return get_model_weights(name).__members__ if name in RESNETS and name in list_models() else {}
+
+
+def _download(weights: str, known: Mapping[str, Any], others: Mapping[str, str]) -> Mapping[str, Tensor]:
+    url = known[weights].url if weights in known else others[weights]
+    try:
+        if weights in known:
+            return known[weights].get_state_dict(progress=False, check_hash=True)
+        return load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: the file does not have its hash
+        raise ArgumentError(
+            "backbone.weights", f"={weights}: cannot download {url} ({error}); download it elsewhere and give the file"
+        ) from None
 
 
 def with_statistics(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

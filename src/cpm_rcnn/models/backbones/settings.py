@@ -30,8 +30,9 @@ class BackboneSettings(Settings):
     Attributes:
         name: ``tiny``, a key of :data:`~cpm_rcnn.models.backbones.resnet.RESNETS`, ``resnet`` (with
             ``layout``), or the name of a timm model.
-        weights: where the starting weights come from: None, a weight name of torchvision, ``pretrained`` (timm), or a
-            local file. Only :func:`cpm_rcnn.weights.initialize.initialize` reads it.
+        weights: where the starting weights come from: None, a weight name of torchvision,
+            ``resnext101_64x4d.gluon_in1k``, ``pretrained`` (timm), or a local file. Only
+            :func:`cpm_rcnn.weights.initialize.initialize` reads it.
         frozen_stages: how many of stem, C2, C3, C4, C5 get no gradient. None freezes the stem and C2 of a ResNet and
             the stem of a timm model if ``weights`` is given, and nothing otherwise.
         deformable_stages: which of 3, 4, 5 (C3..C5) have deformable 3x3 convolutions; ResNets with bottlenecks only.

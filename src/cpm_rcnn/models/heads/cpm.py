@@ -11,7 +11,7 @@ from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.heads.base import RoIHead
 from cpm_rcnn.models.heads.classification import Classifier, classification_loss, select_detections
-from cpm_rcnn.models.heads.grid_stage import FEATURE_SIZE, GridStage, StageSettings
+from cpm_rcnn.models.heads.grid_stage import FEATURE_SIZE, INITIALIZATIONS, GridStage, StageSettings
 from cpm_rcnn.models.heads.inputs import HeadInputs
 from cpm_rcnn.models.heads.refinement import refine, train_cascade
 from cpm_rcnn.models.heads.roi_sampling import limit_crowded, sample_rois
@@ -23,6 +23,7 @@ from cpm_rcnn.models.structures import Detections, GroundTruth, Match, Rois
 from cpm_rcnn.settings import (
     Settings,
     architecture,
+    choice,
     flag,
     inference,
     integer,
@@ -61,6 +62,10 @@ class CPMSettings(Settings):
         mlp_channels: width of the FC layers of both classification branches.
         point_channels: channels per grid point, a multiple of 4.
         grid_convs: number of 3x3 convolutions in a grid stage.
+        grid_init: how the convolutions and transposed convolutions of the grid stages are initialized: ``grid_rcnn``
+            (kaiming-normal, N(0, 0.001), and a bias for first scores of 0.01) or ``pytorch`` (PyTorch's defaults).
+        ism_weights: weights of the RoIs in the loss of ISM: ``equal``, or ``release`` for an approximation of the
+            release's (:func:`~cpm_rcnn.models.heads.scoring.release_weights`).
         samples: RoIs per image that train a classification branch.
         max_grid_rois: positives per image that enter the first grid stage in training. Later stages get no more than
             that from an image with more objects than that, and from other images all decoded and ground-truth boxes.
@@ -80,6 +85,8 @@ class CPMSettings(Settings):
     mlp_channels: int = architecture(1024, check=integer())
     point_channels: int = architecture(64, check=_is_point_channels)
     grid_convs: int = architecture(8, check=integer())
+    grid_init: str = training("grid_rcnn", check=choice(*INITIALIZATIONS))
+    ism_weights: str = training("equal", check=choice("equal", "release"))
     samples: int = training(512, check=integer())
     max_grid_rois: int = training(96, check=integer())
     score_threshold: float = inference(0.03, check=number(0, 1))
@@ -120,11 +127,12 @@ class CPMHead(RoIHead):
                 point_channels=settings.point_channels,
                 num_convs=settings.grid_convs,
                 fusion=settings.fusion,
+                init=settings.grid_init,
             )
             for stage in settings.stages
         )
         stage_features = NUM_POINTS * settings.point_channels * FEATURE_SIZE**2
-        self.ism = InstanceScoring(stage_features) if settings.ism else None
+        self.ism = InstanceScoring(stage_features, settings.ism_weights) if settings.ism else None
         self.rsm = Rescoring(inputs, settings.mlp_channels, settings.samples) if settings.rsm else None
 
     def detect(self, features: Sequence[Tensor], proposals: Rois) -> Detections:

@@ -19,7 +19,9 @@ from cpm_rcnn.settings import Settings, architecture, number, training
 _POOLED_SIZE = 14
 FEATURE_SIZE = 7
 _NORM_GROUPS = 36
-# The first predictions are sigmoid(bias) = 0.01, because most cells are negative.
+# Grid R-CNN's initialization, or PyTorch's defaults, which the CPM R-CNN release uses (docs/method.md section 11).
+INITIALIZATIONS = ("grid_rcnn", "pytorch")
+# In Grid R-CNN's, the first predictions are sigmoid(bias) = 0.01, because most cells are negative.
 _PRIOR_LOGIT = -4.59511985013459
 
 
@@ -110,12 +112,20 @@ class GridStage(RefinementStage):
         point_channels: number of channels per point, a multiple of 4 (GroupNorm has 36 groups over 9 points).
         num_convs: number of convolutions before the transposed ones.
         fusion: whether points exchange features (on in Grid R-CNN, off in CPM R-CNN).
+        init: how the layers are initialized, one of :data:`INITIALIZATIONS`.
     """
 
     settings: StageSettings
 
     def __init__(
-        self, settings: StageSettings, inputs: HeadInputs, *, point_channels: int, num_convs: int, fusion: bool
+        self,
+        settings: StageSettings,
+        inputs: HeadInputs,
+        *,
+        point_channels: int,
+        num_convs: int,
+        fusion: bool,
+        init: str = "grid_rcnn",
     ) -> None:
         super().__init__()
         width = NUM_POINTS * point_channels
@@ -124,14 +134,16 @@ class GridStage(RefinementStage):
         layers: list[nn.Module] = []
         for i in range(num_convs):
             conv = nn.Conv2d(width if i else inputs.channels, width, 3, stride=1 if i else 2, padding=1)
-            init_conv(conv)
+            if init == "grid_rcnn":
+                init_conv(conv)
             layers += [conv, nn.GroupNorm(_NORM_GROUPS, width), nn.ReLU(inplace=True)]
         self.convs = nn.Sequential(*layers)
         self.fusion = PointFusion(point_channels) if fusion else None
         first = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, groups=NUM_POINTS)
         last = nn.ConvTranspose2d(width, NUM_POINTS, 4, stride=2, padding=1, groups=NUM_POINTS)
-        init_deconv(first, bias=0.0)
-        init_deconv(last, bias=_PRIOR_LOGIT)
+        if init == "grid_rcnn":
+            init_deconv(first, bias=0.0)
+            init_deconv(last, bias=_PRIOR_LOGIT)
         self.deconvs = nn.Sequential(first, nn.GroupNorm(NUM_POINTS, width), nn.ReLU(inplace=True), last)
 
     def forward(self, features: Sequence[Tensor], rois: Rois) -> GridOutput:
