@@ -9,6 +9,7 @@ import torch
 from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.models.backbones import BackboneSettings, build_body
 from cpm_rcnn.weights.backbone import load_backbone
+from cpm_rcnn.weights.imagenet import resnet_weights
 from imagenet_files import CAFFE, MSRA, RGB, features_of, layout, trained_on, write
 
 
