@@ -24,8 +24,9 @@ def convert(config: DictConfig) -> None:
         raise UserError(f"dst={target}: is a folder; give a file in it")
     if target.exists():
         raise UserError(f"dst={target}: exists already; delete it, or give another name")
+    backbone = {name: value for name, value in to_dict(config.backbone).items() if value is not None}
     with config_keys(config, "detector"):
-        converted = convert_file(src, "src", **to_dict(config.backbone), **overrides_in(config.detector))
+        converted = convert_file(src, "src", **backbone, **overrides_in(config.detector))
     hyper_parameters = {
         "model": converted.settings.to_options(),
         "categories": _categories(config.categories, converted, f"src={src}"),

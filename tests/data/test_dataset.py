@@ -59,7 +59,7 @@ def test_every_target_has_an_area(content, dataset, convention):
     content["annotations"][2].update(bbox=[39.9, 3, 5, 9], iscrowd=0)
     _, target = dataset(convention)[0]
     assert (convention.area(target["boxes"]) > 0).all()
-    assert len(target["boxes"]) == len(target["labels"]) == (2 if convention is CONTINUOUS else 1)
+    assert len(target["boxes"]) == len(target["labels"]) == (1 if convention is INCLUSIVE else 2)
 
 
 def test_image_with_another_size_than_in_the_json_is_refused(dataset, tmp_path):

@@ -138,7 +138,13 @@ def test_a_torchvision_model_with_plain_batch_norm_keeps_its_epsilon(tmp_path):
     }
     found = converted(state | counters, tmp_path)
     assert found.state["backbone.body.stem.bn1.running_var"][0] == 0.5
-    assert not any("epsilon" in note for note in found.notes)
+    assert "BatchNorm epsilon: 1e-05" in found.notes
+    given = converted(state, tmp_path, norm_epsilon=1e-5)
+    assert all(torch.equal(given.state[name], value) for name, value in found.state.items())
+    with pytest.raises(ArgumentError, match=r"backbone\.norm_epsilon=-1: must be a number, 0 to 1"):
+        converted(state, tmp_path, norm_epsilon=-1)
+    with pytest.raises(ArgumentError, match="norm_epsilon: head=cascade has no such option"):
+        converted(small_state("d2_cascade_r50"), tmp_path, norm_epsilon=0)
 
 
 def test_torchvision_s_classes_have_coco_s_ids_and_ten_do_not_exist(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.models.backbones import BackboneSettings, build_body
 from cpm_rcnn.weights.backbone import load_backbone
+from cpm_rcnn.weights.imagenet import resnet_weights
 from imagenet_files import CAFFE, MSRA, RGB, features_of, layout, trained_on, write
 
 
@@ -113,3 +114,8 @@ def test_a_pickle_of_another_program_is_refused_by_name(tmp_path):
     file.write_bytes(pickle.dumps({"model": {"layer": np.zeros(3, np.float32)}}))
     with pytest.raises(UserError, match=r"odd\.pkl: does not fit .*missing: conv1.weight.*unexpected: layer"):
         load(file, "rgb")
+
+
+def test_a_network_that_torchvision_does_not_have_needs_a_file():
+    with pytest.raises(ArgumentError, match=r"IMAGENET1K_V1: no such file; allowed: null, a local file"):
+        resnet_weights("resnext101_32x4d", "IMAGENET1K_V1")

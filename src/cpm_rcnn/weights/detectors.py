@@ -40,8 +40,8 @@ def convert_file(path: Any, argument: str, **options: Any) -> ConvertedDetector:
     Args:
         path: the file, or ``torchvision:NAME`` for weights that torchvision downloads.
         argument: name of the argument that ``path`` comes from, for messages.
-        **options: ``input_format`` of the backbone, and options of the model, which replace those derived from the
-            file.
+        **options: ``input_format`` of the backbone, ``norm_epsilon`` (torchvision only), and options of the model,
+            which replace those derived from the file.
 
     Raises:
         ArgumentError: an option is invalid.

@@ -16,7 +16,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from cpm_rcnn.data.coco_categories import COCO_CATEGORIES
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import UserError, check_range
 from cpm_rcnn.models.backbones.input_format import RGB
 from cpm_rcnn.weights.detector_files import (
     ConvertedDetector,
@@ -36,6 +36,8 @@ from cpm_rcnn.weights.detector_files import (
 )
 
 _DOWNLOADS = "torchvision:"
+# The epsilon of BatchNorm in torchvision and in this project.
+_EPSILON = FrozenBatchNorm2d(1).eps
 _IGNORED = {r"roi_heads\.mask_": "mask head", r"roi_heads\.keypoint_": "keypoint head"}
 # Ids 1..90; COCO uses 80 of them.
 _SLOTS = 90
@@ -85,12 +87,16 @@ def recognizes(names: Collection[str]) -> bool:
     return any(name.startswith(("backbone.body.", "rpn.head.")) for name in names)
 
 
-def read(file: DetectorFile, input_format: Any = None, **overrides: Any) -> ConvertedDetector:
+def read(
+    file: DetectorFile, input_format: Any = None, norm_epsilon: float | None = None, **overrides: Any
+) -> ConvertedDetector:
     """The detector of a file of torchvision.
 
     Args:
         file: content of the file.
         input_format: replaces torchvision's input format.
+        norm_epsilon: epsilon of the BatchNorms. None: 1e-5 if they were not frozen, and otherwise 0, as in models that
+            start from ``COCO_V1``.
         **overrides: options that replace those derived from the file.
 
     Raises:
@@ -114,11 +120,16 @@ def read(file: DetectorFile, input_format: Any = None, **overrides: Any) -> Conv
 
     converted = convert_tensors(state, settings, num_classes, source_of, file.source)
     notes = [f"input: {describe_format(settings.backbone.resolved_format)}"]
-    # torchvision freezes the BatchNorms of pretrained models, and only those store no counter. A model that was trained
-    # from COCO_V1 has its epsilon, too; one that was trained from ImageNet weights cannot be told apart.
-    if not any(name.endswith("num_batches_tracked") for name in state):
-        converted = _without_epsilon(converted, file.source)
-        notes.append("BatchNorm epsilon: 0, as in models that start from COCO_V1")
+    if norm_epsilon is None:
+        # Only BatchNorms that were not frozen store a counter. Models that were trained from ImageNet weights have
+        # frozen ones with an epsilon of 1e-5, and cannot be told apart from those that were trained from COCO_V1.
+        counters = any(name.endswith("num_batches_tracked") for name in state)
+        norm_epsilon = _EPSILON if counters else 0.0
+        assumed = "assumed; set backbone.norm_epsilon=1e-5 if the model started from ImageNet weights"
+        notes.append("BatchNorm epsilon: " + (f"{_EPSILON:g}" if counters else f"0 ({assumed})"))
+    check_range("backbone.norm_epsilon", norm_epsilon, 0, 1)
+    if norm_epsilon != _EPSILON:
+        converted = _with_epsilon(converted, norm_epsilon, file.source)
     notes += [f"the {part} of the file is not used" for part in ignored]
     categories = _categories() if num_classes == _SLOTS else None
     if categories:
@@ -149,10 +160,10 @@ def _options(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Any], 
     return options, weight_shape(state, "roi_heads.box_predictor.cls_score.weight", other)[0] - 1
 
 
-def _without_epsilon(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """``state`` with all BatchNorms merged into scale and shift, computed with an epsilon of 0.
+def _with_epsilon(state: Mapping[str, Tensor], epsilon: float, source: str) -> dict[str, Tensor]:
+    """``state`` with all BatchNorms merged into scale and shift, computed with ``epsilon``.
 
-    Subtracting this project's epsilon from the variance instead would lose the precision of small variances.
+    Changing the variances by the difference to this project's epsilon instead would lose the precision of small ones.
     """
     state = dict(state)
     for name in [name for name in state if name.endswith(".running_var")]:
@@ -160,14 +171,13 @@ def _without_epsilon(state: Mapping[str, Tensor], source: str) -> dict[str, Tens
         weight, bias, mean, variance = (
             state[f"{norm}{part}"].double() for part in ("weight", "bias", "running_mean", "running_var")
         )
-        scale = weight / variance.sqrt()
+        scale = weight / (variance + epsilon).sqrt()
         if not scale.isfinite().all():
-            theirs = rename(name, _NAMES)
-            raise UserError(f"{source}: {theirs} has values that are not positive")
+            raise UserError(f"{source}: {rename(name, _NAMES)} has values that are not positive")
         state[f"{norm}weight"], state[f"{norm}bias"] = scale.float(), (bias - mean * scale).float()
         state[f"{norm}running_mean"] = torch.zeros_like(state[name])
         # In float32, adding the epsilon gives exactly 1.
-        state[name] = torch.full_like(state[name], 1.0 - FrozenBatchNorm2d(1).eps)
+        state[name] = torch.full_like(state[name], 1.0 - _EPSILON)
     return state
 
 
