@@ -105,7 +105,7 @@ def by_hotcoco(data: EvaluationData) -> tuple[np.ndarray, np.ndarray]:
     rows[:, 1:5] = data.found_boxes
     rows[:, 5] = data.found_scores
     rows[:, 6] = data.found_categories
-    evaluator = COCOeval(truth, truth.load_res(rows), "bbox")
+    evaluator: Any = COCOeval(truth, truth.load_res(rows), "bbox")
     evaluator.evaluate()
     evaluator.accumulate()
     return evaluator.eval["precision"], evaluator.eval["recall"]
