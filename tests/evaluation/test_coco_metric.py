@@ -372,7 +372,7 @@ def test_nothing_is_printed(tmp_path, capfd):
     metric = _metric(_write(tmp_path / "truth.json", [_object(1, 7, [0, 0, 50, 50])]))
     metric.update([1], [_found([[0, 0, 50, 50]], [0.9], [1])])
     metric.compute()
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr() == ("", "")
 
 
 def test_annotations_without_area_or_iscrowd_have_the_area_of_their_box(tmp_path):
