@@ -2,6 +2,8 @@ import contextlib
 import io
 import json
 import math
+import multiprocessing
+import os
 import random
 
 import pytest
@@ -15,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from cpm_rcnn.boxes import INCLUSIVE
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.errors import ArgumentError, UserError
-from cpm_rcnn.evaluation import coco_metric
+from cpm_rcnn.evaluation import engines
 from cpm_rcnn.evaluation.coco_metric import METRIC_NAMES, CocoMetric
 
 # Deliberately neither in ascending order nor 1..C.
@@ -24,10 +26,22 @@ NAMES = ["cat", "dog", "cow"]
 CATEGORIES = [{"id": i, "name": name} for i, name in zip(IDS, NAMES)]
 
 
-@pytest.fixture(params=["fast", "reference"])
+def _not_installed(data):
+    raise ImportError("hotcoco")
+
+
+def _unexpected(data):
+    raise AssertionError("pycocotools was used")
+
+
+@pytest.fixture(params=["hotcoco", "pycocotools"])
 def engine(request, monkeypatch):
-    """Run the test with each engine, whichever is installed."""
-    monkeypatch.setattr(coco_metric, "_engine", getattr(coco_metric, f"_{request.param}_engine"))
+    """Run the test with each engine."""
+    if request.param == "hotcoco":
+        pytest.importorskip("hotcoco")
+        monkeypatch.setattr(engines, "by_pycocotools", _unexpected)
+    else:
+        monkeypatch.setattr(engines, "by_hotcoco", _not_installed)
 
 
 def _write(path, annotations, image_ids=(1, 2, 3, 44)):
@@ -112,30 +126,34 @@ def _pycocotools(path, found, image_ids=None):
     return evaluator
 
 
-def _assert_as_pycocotools(path, found):
+def _assert_as_pycocotools(path, found, together=1):
+    """The metrics, which must be those of pycocotools to the last bit."""
     metric = _metric(path)
-    for image_id, one in found.items():
-        metric.update([image_id], [one])
+    order = list(found)
+    for start in range(0, len(order), together):
+        batch = order[start : start + together]
+        metric.update(batch, [found[image_id] for image_id in batch])
     metrics = metric.compute()
     expected = _pycocotools(path, found)
-    assert [metrics[name] for name in METRIC_NAMES] == pytest.approx(expected.stats.tolist(), abs=1e-12)
+    assert [metrics[name] for name in METRIC_NAMES] == expected.stats.tolist()
     precision = expected.eval["precision"][:, :, :, 0, -1]
     for name, category_id in zip(NAMES, IDS):
         of_class = precision[:, :, sorted(IDS).index(category_id)]
         of_class = of_class[of_class > -1]
-        assert metrics["per_class"][name] == pytest.approx(of_class.mean() if of_class.size else -1)
+        assert metrics["per_class"][name] == (of_class.mean() if of_class.size else -1)
     return metrics
 
 
-def test_the_fast_engine_is_used_if_installed_and_pycocotools_otherwise(monkeypatch):
-    pytest.importorskip("faster_coco_eval")
-    assert coco_metric._engine() == coco_metric._fast_engine()
-
-    def missing():
-        raise ImportError
-
-    monkeypatch.setattr(coco_metric, "_fast_engine", missing)
-    assert coco_metric._engine() == (COCO, COCOeval)
+def test_hotcoco_is_used_if_installed_and_pycocotools_otherwise(tmp_path, monkeypatch):
+    pytest.importorskip("hotcoco")
+    used = []
+    monkeypatch.setattr(engines, "by_pycocotools", lambda data, by=engines.by_pycocotools: used.append(1) or by(data))
+    path = _write(tmp_path / "truth.json", [_object(1, 7, [0, 0, 50, 50])])
+    _assert_as_pycocotools(path, {1: _found([[0, 0, 50, 50]], [0.9], [1])})
+    assert not used
+    monkeypatch.setattr(engines, "by_hotcoco", _not_installed)
+    _assert_as_pycocotools(path, {1: _found([[0, 0, 50, 50]], [0.9], [1])})
+    assert used
 
 
 @pytest.mark.usefixtures("engine")
@@ -143,6 +161,39 @@ def test_the_fast_engine_is_used_if_installed_and_pycocotools_otherwise(monkeypa
 @given(seed=st.integers(0, 2**32), ties=st.booleans())
 def test_random_cases_have_exactly_the_metrics_of_pycocotools(tmp_path, seed, ties):
     truth, found = _random_case(seed, ties=ties)
+    _assert_as_pycocotools(_write(tmp_path / "truth.json", truth), found)
+
+
+@pytest.mark.usefixtures("engine")
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    images=st.lists(st.integers(1, 2**40), min_size=1, max_size=8, unique=True),
+    seed=st.integers(0, 2**32),
+    ties=st.booleans(),
+    together=st.integers(1, 4),
+)
+def test_sparse_ids_in_any_order_have_exactly_the_metrics_of_pycocotools(tmp_path, images, seed, ties, together):
+    truth, found = _random_case(seed, images, objects=20, detections=60, ties=ties)
+    random.Random(seed).shuffle(truth)
+    not_evaluated = images[: len(images) // 3]
+    found = {image_id: one for image_id, one in found.items() if image_id not in not_evaluated}
+    _assert_as_pycocotools(_write(tmp_path / "truth.json", truth, images), found, together)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("ties", [False, True])
+def test_exact_overlaps_have_exactly_the_metrics_of_pycocotools(tmp_path, ties):
+    """Boxes on a grid of pixels: many IoUs are equal to each other and to thresholds."""
+    rng = random.Random(4)
+    truth, found = [], {}
+    for image_id in (1, 2, 3, 44):
+        sides = [[8 * rng.randint(0, 3), 8 * rng.randint(0, 3), rng.randint(8, 40), 20] for _ in range(120)]
+        truth += [_object(image_id, rng.choice(IDS), box, iscrowd=int(k % 9 == 0)) for k, box in enumerate(sides[:20])]
+        found[image_id] = _found(
+            [[x, y, x + w, y + h] for x, y, w, h in sides],
+            [rng.choice([0.2, 0.7]) if ties else rng.random() for _ in sides],
+            [rng.randint(1, 3) for _ in sides],
+        )
     _assert_as_pycocotools(_write(tmp_path / "truth.json", truth), found)
 
 
@@ -188,6 +239,61 @@ def test_more_than_100_detections_per_image_are_limited_as_in_pycocotools(tmp_pa
     filler = _found([[500, 300, 510 + k % 7, 320] for k in range(300)], [0.5] * 300, [1 + k // 150 for k in range(300)])
     found[1] = {key: torch.cat([filler[key], found[1][key]]) for key in filler}
     _assert_as_pycocotools(_write(tmp_path / "truth.json", truth), found)
+
+
+@pytest.mark.usefixtures("engine")
+@pytest.mark.parametrize("ties", [False, True])
+def test_hundreds_of_detections_around_the_objects_are_limited_as_in_pycocotools(tmp_path, ties):
+    truth, found = _random_case(6, objects=30, detections=1000, ties=ties)
+    assert max(one["labels"].bincount().max() for one in found.values()) > 100
+    _assert_as_pycocotools(_write(tmp_path / "truth.json", truth), found)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, -0.5])
+def test_scores_that_are_not_in_0_to_1_have_exactly_the_metrics_of_pycocotools(tmp_path, score):
+    truth, found = _random_case(8, detections=40)
+    for one in found.values():
+        one["scores"][::5] = score
+    metrics = _assert_as_pycocotools(_write(tmp_path / "truth.json", truth), found)
+    assert 0 < metrics["AP"] < 1
+
+
+@pytest.mark.usefixtures("engine")
+def test_categories_that_the_file_does_not_list_have_no_metrics(tmp_path):
+    path = _write(tmp_path / "truth.json", [_object(1, 7, [0, 0, 50, 50])])
+    other = [{"id": 5, "name": "sheep"}, *CATEGORIES]
+    metric = CocoMetric(CocoAnnotations.load(path, other), other)
+    metric.update([1], [_found([[0, 0, 50, 50], [0, 0, 50, 50]], [0.9, 0.8], [1, 2])])
+    metrics = metric.compute()
+    assert list(metrics["per_class"]) == NAMES
+    assert metrics["AP"] == pytest.approx(1)
+    only_other = CocoMetric(CocoAnnotations.load(path, other), other[:1])
+    only_other.update([1], [_found([[0, 0, 50, 50]], [0.9], [1])])
+    metrics = only_other.compute()
+    assert metrics == {**dict.fromkeys(METRIC_NAMES, -1), "per_class": {}}
+
+
+def _in_fork(metric, answers):
+    answers.put(metric.compute())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_process_forked_after_an_evaluation_can_evaluate(tmp_path):
+    truth, found = _random_case(9)
+    path = _write(tmp_path / "truth.json", truth)
+    expected = _assert_as_pycocotools(path, found)
+    metric = _metric(path)
+    metric.update(list(found), list(found.values()))
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=_in_fork, args=(metric, answers))
+    child.start()
+    try:
+        assert answers.get(timeout=60) == expected
+    finally:
+        child.kill()
+        child.join()
 
 
 @pytest.mark.usefixtures("engine")
@@ -266,7 +372,7 @@ def test_nothing_is_printed(tmp_path, capfd):
     metric = _metric(_write(tmp_path / "truth.json", [_object(1, 7, [0, 0, 50, 50])]))
     metric.update([1], [_found([[0, 0, 50, 50]], [0.9], [1])])
     metric.compute()
-    assert capfd.readouterr().out == ""
+    assert capfd.readouterr() == ("", "")
 
 
 def test_annotations_without_area_or_iscrowd_have_the_area_of_their_box(tmp_path):
@@ -335,13 +441,18 @@ def test_results_before_compute_are_refused_with_advice(tmp_path):
         _metric(_write(tmp_path / "truth.json", [])).results()
 
 
-def _one_rank(rank, folder, shares):
+def _join(rank, folder, processes):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(shares[0])
-    )
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+
+
+def _one_rank(rank, folder, shares):
+    _join(rank, folder, len(shares[0]))
     found = torch.load(folder / "found.pt")
     answers = []
+    if rank != 0:
+        # Only the first process may compute.
+        engines.by_hotcoco = engines.by_pycocotools = _unexpected
     for share in shares:
         metric = _metric(folder / "truth.json")
         for image_id in share[rank]:
@@ -374,6 +485,31 @@ def test_two_processes_have_the_metrics_of_one(tmp_path):
         for metrics, results in json.loads((tmp_path / f"rank{rank}.json").read_text()):
             assert metrics == alone
             assert by_score(results) == by_score(metric.results())
+
+
+def _rank_with_a_failing_engine(rank, folder):
+    _join(rank, folder, 2)
+
+    def fail(data):
+        raise MemoryError("too many detections")
+
+    engines.by_hotcoco = engines.by_pycocotools = fail
+    metric = _metric(folder / "truth.json")
+    metric.update([rank + 1], [_found()])
+    try:
+        metric.compute()
+    except (MemoryError, RuntimeError) as error:
+        (folder / f"rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
+def test_a_failed_evaluation_ends_all_processes(tmp_path):
+    _write(tmp_path / "truth.json", [])
+    mp.spawn(_rank_with_a_failing_engine, (tmp_path,), nprocs=2)
+    said = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(2)]
+    assert said[0] == "MemoryError: too many detections"
+    assert said[1] == "RuntimeError: the evaluation failed in process 0: MemoryError: too many detections"
 
 
 RENUMBERED = {

@@ -1,16 +1,14 @@
 """COCO's twelve metrics, gathered over all processes."""
 
-import contextlib
-import io
-import logging
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import compress
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -19,25 +17,45 @@ from cpm_rcnn.boxes import CONTINUOUS, BoxConvention
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.validation import check_categories
 from cpm_rcnn.errors import UserError
+from cpm_rcnn.evaluation.engines import EvaluationData, mean_of_defined, precision_and_recall, summarize
 
 # In the order of pycocotools' ``COCOeval.stats``.
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
+class _Found(NamedTuple):
+    """Detections of all processes, without duplicate images.
+
+    Attributes:
+        evaluated: (I,) int64, the ids of the evaluated images in ascending order.
+        image_ids: (N,) int64.
+        category_ids: (N,) int64.
+        boxes: (N, 4) float64 x, y, width, height in pixels.
+        scores: (N,) float64.
+    """
+
+    evaluated: np.ndarray
+    image_ids: np.ndarray
+    category_ids: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+
+
 class CocoMetric(Metric):
-    """Average precision and recall exactly as pycocotools computes them.
+    """Average precision and recall exactly as pycocotools computes them, to the last bit.
 
     Crowds and areas (those of masks, if the file has masks) count as COCO defines, and objects that training ignores
     count too. Only images passed to :meth:`update` are evaluated. If an image was passed more than once, for
     example because a distributed sampler repeats images to fill the last batch, only the first occurrence counts, in
     the order of the ranks.
 
-    The values of the file's ids do not change the metrics. The engines get numbers from 1 instead, because they can
-    never match an object of id 0, and faster-coco-eval mishandles negative ids and ids above 2**53.
+    The values of the file's ids do not change the metrics: what computes them gets numbers from 1 instead
+    (``evaluation/engines.py``).
 
     Call ``update`` for each batch and ``compute`` at the end, in all processes: ``compute`` gathers the detections of
-    all processes, so that its return value, and that of ``results`` afterwards, is complete in each. Log the numbers
-    instead of the metric object, because a nested dict cannot be logged, and then call ``reset``.
+    all processes. One process computes the metrics and sends them to the others, so that the return value of
+    ``compute``, and that of ``results`` afterwards, is complete in each. Log the numbers instead of the metric object,
+    because a nested dict cannot be logged, and then call ``reset``.
 
     Your own metric can replace this one if it is a ``torchmetrics.Metric`` with these three methods:
 
@@ -86,7 +104,7 @@ class CocoMetric(Metric):
         listed = dict(zip(annotations.category_ids, annotations.listed.tolist()))
         self._reported = [listed.get(key, True) for key in self.category_ids]
         self._known_ids = set(annotations.image_ids.tolist())
-        self._results: list[dict[str, Any]] | None = None
+        self._found: _Found | None = None
         for state in ("image_ids", "counts", "boxes", "scores", "labels"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
 
@@ -131,18 +149,13 @@ class CocoMetric(Metric):
             ``ARm``, ``ARl``, and ``per_class``, a dict from category name to its AP. As in pycocotools, a metric is -1
             if there is no object for it. All are NaN without annotations.
         """
-        image_ids, self._results = self._gathered()
-        names = list(compress(self.category_names, self._reported))
-        category_ids = list(compress(self.category_ids, self._reported))
+        self._found = self._gathered()
         if not self.annotations.has_annotations:
-            return _metrics([math.nan] * len(METRIC_NAMES), dict.fromkeys(names, math.nan))
-        stats, precision = _evaluate(self.annotations, self._results, image_ids, category_ids)
-        # The engine sorts the categories by id.
-        by_id = {category_id: precision[:, :, k] for k, category_id in enumerate(sorted(category_ids))}
-        per_class = {
-            name: _mean_of_defined(by_id[category_id]) for name, category_id in zip(names, category_ids, strict=True)
-        }
-        return _metrics(stats.tolist(), per_class)
+            stats, per_class = [math.nan] * len(METRIC_NAMES), [math.nan] * sum(self._reported)
+        else:
+            stats, per_class = self._on_one_process(self._found)
+        names = compress(self.category_names, self._reported)
+        return {**dict(zip(METRIC_NAMES, stats, strict=True)), "per_class": dict(zip(names, per_class, strict=True))}
 
     def results(self) -> list[dict[str, Any]]:
         """The detections from which the last metrics were computed, in COCO's results format.
@@ -154,138 +167,84 @@ class CocoMetric(Metric):
         Raises:
             RuntimeError: :meth:`compute`, which gathers them, was not called before.
         """
-        if self._results is None:
+        if self._found is None:
             raise RuntimeError("call CocoMetric.compute() before results()")
-        return self._results
+        _, *columns = self._found
+        names = ("image_id", "category_id", "bbox", "score")
+        return [dict(zip(names, row)) for row in zip(*(column.tolist() for column in columns))]
 
-    def _gathered(self) -> tuple[list[int], list[dict[str, Any]]]:
-        """The ids of the evaluated images, each once, and their detections in COCO's results format."""
-        image_ids: list[int] = dim_zero_cat(self.image_ids).tolist()
-        counts = dim_zero_cat(self.counts).tolist()
-        boxes = self.convention.to_xywh(dim_zero_cat(self.boxes).cpu().double()).tolist()
-        scores = dim_zero_cat(self.scores).tolist()
-        labels = dim_zero_cat(self.labels).tolist()
-        assert all(1 <= label <= len(self.category_ids) for label in labels), "labels must be in 1..C"
+    def _gathered(self) -> _Found:
+        """The detections of the states, which hold those of all processes in ``compute``."""
+        image_ids, counts, labels, scores = (
+            dim_zero_cat(state).cpu().numpy() for state in (self.image_ids, self.counts, self.labels, self.scores)
+        )
+        boxes = self.convention.to_xywh(dim_zero_cat(self.boxes).cpu().double()).numpy()
+        assert ((labels >= 1) & (labels <= len(self.category_ids))).all(), "labels must be in 1..C"
+        evaluated, first = np.unique(image_ids, return_index=True)
+        counted = np.zeros(len(image_ids), dtype=bool)
+        counted[first] = True
+        kept = np.repeat(counted, counts) & np.array(self._reported, dtype=bool)[labels - 1]
+        return _Found(
+            evaluated,
+            np.repeat(image_ids, counts)[kept],
+            np.array(self.category_ids, dtype=np.int64)[labels[kept] - 1],
+            boxes[kept],
+            scores[kept].astype(np.float64),
+        )
 
-        seen: dict[int, None] = {}
-        results = []
-        start = 0
-        for image_id, count in zip(image_ids, counts, strict=True):
-            end = start + count
-            if image_id not in seen:
-                seen[image_id] = None
-                results += [
-                    {
-                        "image_id": image_id,
-                        "category_id": self.category_ids[label - 1],
-                        "bbox": bbox,
-                        "score": score,
-                    }
-                    for label, bbox, score in zip(labels[start:end], boxes[start:end], scores[start:end])
-                    if self._reported[label - 1]
-                ]
-            start = end
-        return list(seen), results
+    def _on_one_process(self, found: _Found) -> tuple[list[float], list[float]]:
+        """:meth:`_metrics` of the first process, in all processes that the states were gathered from.
 
+        Raises:
+            RuntimeError: it failed in the first process, where the original error is raised.
+        """
+        group = self.process_group
+        if not self._is_synced or dist.get_world_size(group) == 1:
+            return self._metrics(found)
+        first = dist.get_global_rank(group, 0) if group is not None else 0
+        if dist.get_rank() != first:
+            received: list[Any] = [None]
+            dist.broadcast_object_list(received, src=first, group=group)
+            if isinstance(received[0], str):
+                raise RuntimeError(f"the evaluation failed in process {first}: {received[0]}")
+            return received[0]
+        try:
+            metrics = self._metrics(found)
+        except Exception as error:
+            dist.broadcast_object_list([f"{type(error).__name__}: {error}"], src=first, group=group)
+            raise
+        dist.broadcast_object_list([metrics], src=first, group=group)
+        return metrics
 
-def _metrics(stats: Sequence[float], per_class: dict[str, float]) -> dict[str, Any]:
-    return {**dict(zip(METRIC_NAMES, stats, strict=True)), "per_class": per_class}
-
-
-def _mean_of_defined(precision: np.ndarray) -> float:
-    """The mean of the entries above -1, which stands for "no objects"; -1 if there are none."""
-    defined = precision[precision > -1]
-    return float(defined.mean()) if defined.size else -1.0
-
-
-def _engine() -> tuple[type, type]:
-    """The classes COCO and COCOeval of faster-coco-eval if it is installed, otherwise of pycocotools."""
-    try:
-        return _fast_engine()
-    except ImportError:
-        return _reference_engine()
-
-
-def _fast_engine() -> tuple[type, type]:
-    from faster_coco_eval.core.coco import COCO
-    from faster_coco_eval.core.faster_eval_api import COCOeval_faster
-
-    return COCO, COCOeval_faster
+    def _metrics(self, found: _Found) -> tuple[list[float], list[float]]:
+        """The twelve metrics, and the AP of each reported category."""
+        category_ids = np.array(list(compress(self.category_ids, self._reported)), dtype=np.int64)
+        precision, recall = precision_and_recall(_evaluation_data(self.annotations, found, np.sort(category_ids)))
+        columns = np.argsort(np.argsort(category_ids))
+        return summarize(precision, recall), [mean_of_defined(precision[:, :, k, 0, 2]) for k in columns]
 
 
-def _reference_engine() -> tuple[type, type]:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    return COCO, COCOeval
-
-
-def _evaluate(
-    annotations: CocoAnnotations, results: list[dict[str, Any]], image_ids: list[int], category_ids: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Run the engine.
+def _evaluation_data(annotations: CocoAnnotations, found: _Found, category_ids: np.ndarray) -> EvaluationData:
+    """The detections, and the objects of the evaluated images, crowds and those that training ignores included.
 
     Args:
         annotations: the ground truth.
-        results: detections in COCO's results format.
-        image_ids: the images to evaluate.
-        category_ids: the categories to evaluate.
-
-    Returns:
-        The twelve metrics (12,), and the precision (10 thresholds, 101 recalls, categories by ascending id) for all
-        areas and 100 detections per image; float64.
+        found: the detections.
+        category_ids: (K,) int64, the categories to evaluate, in ascending order.
     """
-    coco_class, evaluator_class = _engine()
-    # Numbers instead of the file's ids. They ascend with the ids, because the engines process images and categories in
-    # ascending order, which decides how equal scores are sorted.
-    image_numbers = _numbered(annotations.image_ids.tolist())
-    category_numbers = _numbered(category_ids)
-    images = [{"id": number} for number in image_numbers.values()]
-    categories = [{"id": number} for number in category_numbers.values()]
-
-    def coco(objects: Iterable[dict[str, Any]]) -> Any:
-        built = coco_class()
-        numbered = [
-            {
-                **item,
-                "id": number,
-                "image_id": image_numbers[item["image_id"]],
-                "category_id": category_numbers[item["category_id"]],
-            }
-            for number, item in enumerate(objects, start=1)
-        ]
-        built.dataset = {"images": images, "categories": categories, "annotations": numbered}
-        built.createIndex()
-        return built
-
-    detections = [{**result, "area": result["bbox"][2] * result["bbox"][3], "iscrowd": 0} for result in results]
-    # Both engines report their progress, on stdout or in a log; stdout belongs to the commands.
-    logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluator = evaluator_class(coco(_coco_objects(annotations, category_numbers)), coco(detections), "bbox")
-        evaluator.params.imgIds = [image_numbers[image_id] for image_id in image_ids]
-        evaluator.params.catIds = list(category_numbers.values())
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    return evaluator.stats, evaluator.eval["precision"][:, :, :, 0, -1]
-
-
-def _numbered(ids: Iterable[int]) -> dict[int, int]:
-    """From each id to its position, from 1, in ascending order."""
-    return {key: number for number, key in enumerate(sorted(ids), start=1)}
-
-
-def _coco_objects(annotations: CocoAnnotations, known: Collection[int]) -> Iterator[dict[str, Any]]:
-    """The objects of ``known`` categories in COCO's format, crowds and those that training ignores included."""
-    columns = (
-        annotations.image_ids[annotations.image_rows],
-        np.array(annotations.category_ids, dtype=np.int64)[annotations.labels - 1],
-        annotations.xywh,
-        annotations.areas,
-        annotations.crowds.astype(np.int64),
+    image_ids = annotations.image_ids[annotations.image_rows]
+    object_categories = np.array(annotations.category_ids, dtype=np.int64)[annotations.labels - 1]
+    evaluated = np.isin(image_ids, found.evaluated) & np.isin(object_categories, category_ids)
+    return EvaluationData(
+        images=len(found.evaluated),
+        categories=len(category_ids),
+        object_images=np.searchsorted(found.evaluated, image_ids[evaluated]) + 1,
+        object_categories=np.searchsorted(category_ids, object_categories[evaluated]) + 1,
+        object_boxes=annotations.xywh[evaluated],
+        object_areas=annotations.areas[evaluated],
+        object_crowds=annotations.crowds[evaluated],
+        found_images=np.searchsorted(found.evaluated, found.image_ids) + 1,
+        found_categories=np.searchsorted(category_ids, found.category_ids) + 1,
+        found_boxes=found.boxes,
+        found_scores=found.scores,
     )
-    names = ("image_id", "category_id", "bbox", "area", "iscrowd")
-    for row in zip(*(column.tolist() for column in columns)):
-        if row[1] in known:
-            yield dict(zip(names, row))
