@@ -10,6 +10,7 @@ from cpm_rcnn.cli.assembly import evaluation_data, evaluation_keys, load_detecto
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.trainer import build_evaluator
 from cpm_rcnn.cli.trainer_options import lightning_errors
+from cpm_rcnn.errors import check_flag
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.evaluation.module import EvaluationModule
 from cpm_rcnn.ops import use_deform_backend
@@ -20,8 +21,9 @@ def evaluate(config: DictConfig) -> None:
     """Run one evaluation; its results are written to Hydra's output folder."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
+    check_flag("details", config.details)
     detector, data = load_detector(config)
-    module = EvaluationModule(detector)
+    module = EvaluationModule(detector, config.details)
     datamodule = evaluation_data(config, detector, data)
     trainer = build_evaluator(config, run_dir)
     loop = trainer.validate if config.split == "val" else trainer.test

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from cpm_rcnn.cli.config import as_path
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.data import ImageSource
 from cpm_rcnn.data.validation import counted
-from cpm_rcnn.errors import UserError, check_path, check_range, shown
+from cpm_rcnn.errors import UserError, check_flag, check_path, check_range, shown
+from cpm_rcnn.evaluation.coco_metric import RESULT_KEYS
+from cpm_rcnn.inference import Detector, ImageDetections
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.pictures import draw, save
 
@@ -35,6 +38,7 @@ def predict(config: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
     check_range("min_score", config.min_score, 0, 1)
+    check_flag("details", config.details)
     path = check_path("source", as_path(config.source))
     folder, names = find_images(path)
     device = choose_device(config.device)
@@ -52,13 +56,8 @@ def predict(config: DictConfig) -> None:
             skipped += 1
             _log.warning("%s; skipped", error)
             continue
-        (found,) = detector.detect([image])
-        boxes = detector.convention.to_xywh(found.boxes).tolist()
-        for box, score, label in zip(boxes, found.scores.tolist(), found.labels.tolist()):
-            category = detector.categories[label - 1]["id"]
-            results.append(
-                {"image_id": image_id, "file_name": name, "category_id": category, "bbox": box, "score": score}
-            )
+        (found,) = detector.detect([image], details=config.details)
+        results += [{"image_id": image_id, "file_name": name, **row} for row in _rows(found, detector)]
         target = run_dir / "images" / f"{name}.png"
         save(draw(image, found.to_dict(), detector.class_names, min_score=config.min_score), target)
     (run_dir / "detections.json").write_text(json.dumps(results))
@@ -68,6 +67,16 @@ def predict(config: DictConfig) -> None:
     if skipped:
         print(f"error: skipped {skipped} of {counted(len(names), 'image', 'images')}, see above", file=sys.stderr)
         sys.exit(1)
+
+
+def _rows(found: ImageDetections, detector: Detector) -> Iterator[dict[str, Any]]:
+    """The detections of an image in COCO's results format, without the image."""
+    columns = found.to_dict()
+    extra = {key: columns[name].tolist() for name, key in RESULT_KEYS.items() if name in columns}
+    boxes = detector.convention.to_xywh(found.boxes).tolist()
+    for i, (box, score, label) in enumerate(zip(boxes, found.scores.tolist(), found.labels.tolist())):
+        row = {"category_id": detector.categories[label - 1]["id"], "bbox": box, "score": score}
+        yield row | {key: values[i] for key, values in extra.items()}
 
 
 def find_images(source: Path) -> tuple[Path, list[str]]:

@@ -19,9 +19,13 @@ from cpm_rcnn.boxes import CONTINUOUS, BoxConvention
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.validation import check_categories
 from cpm_rcnn.errors import UserError
+from cpm_rcnn.models.structures import DETAILS
 
 # In the order of pycocotools' ``COCOeval.stats``.
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+# The keys of details in COCO's results format, which has one dict per detection.
+RESULT_KEYS = {"class_scores": "class_score", "predicted_iou": "predicted_iou", "rsm_probability": "rsm_probability"}
 
 
 class CocoMetric(Metric):
@@ -52,6 +56,8 @@ class CocoMetric(Metric):
             several have the same name, ``per_class`` appends their ids. Those that the annotation file does not list
             are neither evaluated nor part of the results.
         convention: convention of the boxes of the detections.
+        details: whether the columns of :data:`~cpm_rcnn.models.structures.DETAILS` are kept, and are part of the
+            results under the names in :data:`RESULT_KEYS`.
 
     Raises:
         ArgumentError: ``categories`` is invalid.
@@ -65,12 +71,14 @@ class CocoMetric(Metric):
     boxes: list[Tensor]
     scores: list[Tensor]
     labels: list[Tensor]
+    details: list[Tensor]
 
     def __init__(
         self,
         annotations: CocoAnnotations,
         categories: Sequence[dict[str, Any]],
         convention: BoxConvention = CONTINUOUS,
+        details: bool = False,
     ) -> None:
         super().__init__()
         self.annotations = annotations
@@ -89,6 +97,10 @@ class CocoMetric(Metric):
         self._results: list[dict[str, Any]] | None = None
         for state in ("image_ids", "counts", "boxes", "scores", "labels"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
+        self._keeps_details = details
+        if details:
+            # (N, 3), with NaN in the columns that the head does not have.
+            self.add_state("details", default=[], dist_reduce_fx="cat")
 
     def update(self, image_ids: Sequence[int], detections: Sequence[dict[str, Tensor]]) -> None:
         """Add a batch of B images.
@@ -96,7 +108,7 @@ class CocoMetric(Metric):
         Args:
             image_ids: B COCO ids.
             detections: B dicts, in pixels of the *original* images: ``boxes`` (N, 4) xyxy, ``scores`` (N,), ``labels``
-                (N,) in 1..C; N may be 0.
+                (N,) in 1..C; N may be 0. Details (N,) may be missing.
 
         Raises:
             UserError: an image id is not in the annotations.
@@ -109,6 +121,9 @@ class CocoMetric(Metric):
             self.boxes.append(found["boxes"].detach().to(self.device, torch.float32).reshape(-1, 4))
             self.scores.append(found["scores"].detach().to(self.device, torch.float32))
             self.labels.append(found["labels"].detach().to(self.device, torch.int64))
+            if self._keeps_details:
+                columns = [found.get(name, torch.full_like(found["scores"], math.nan)) for name in DETAILS]
+                self.details.append(torch.stack(columns, dim=1).detach().to(self.device, torch.float32))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states over all processes (see ``torchmetrics.Metric.sync``).
@@ -121,6 +136,8 @@ class CocoMetric(Metric):
                 state.append(torch.zeros(0, dtype=torch.int64, device=self.device))
             self.boxes.append(torch.zeros(0, 4, device=self.device))
             self.scores.append(torch.zeros(0, device=self.device))
+            if self._keeps_details:
+                self.details.append(torch.zeros(0, len(DETAILS), device=self.device))
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Any]:
@@ -149,7 +166,8 @@ class CocoMetric(Metric):
 
         Returns:
             Dicts of ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels) and ``score``, from all
-            processes and without duplicate images; not rounded, so that pycocotools computes the same metrics.
+            processes and without duplicate images; not rounded, so that pycocotools computes the same metrics. With
+            ``details``, also ``class_score``, ``predicted_iou`` and ``rsm_probability``, if the head has them.
 
         Raises:
             RuntimeError: :meth:`compute`, which gathers them, was not called before.
@@ -165,6 +183,7 @@ class CocoMetric(Metric):
         boxes = self.convention.to_xywh(dim_zero_cat(self.boxes).cpu().double()).tolist()
         scores = dim_zero_cat(self.scores).tolist()
         labels = dim_zero_cat(self.labels).tolist()
+        details = dim_zero_cat(self.details).tolist() if self._keeps_details else [()] * len(labels)
         assert all(1 <= label <= len(self.category_ids) for label in labels), "labels must be in 1..C"
 
         seen: dict[int, None] = {}
@@ -180,8 +199,9 @@ class CocoMetric(Metric):
                         "category_id": self.category_ids[label - 1],
                         "bbox": bbox,
                         "score": score,
+                        **{key: value for key, value in zip(RESULT_KEYS.values(), row) if not math.isnan(value)},
                     }
-                    for label, bbox, score in zip(labels[start:end], boxes[start:end], scores[start:end])
+                    for label, bbox, score, row in zip(*(part[start:end] for part in (labels, boxes, scores, details)))
                     if self._reported[label - 1]
                 ]
             start = end

@@ -27,6 +27,8 @@ class EvaluationModule(pl.LightningModule):
 
     Args:
         detector: the detector to evaluate.
+        details: whether detections also say how their scores were computed
+            (:meth:`Detector.detect <cpm_rcnn.inference.Detector.detect>`).
 
     Attributes:
         model: the detector's ``nn.Module``.
@@ -38,8 +40,9 @@ class EvaluationModule(pl.LightningModule):
     metric: Metric
     metrics: dict[str, Any]
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(self, detector: Detector, details: bool = False) -> None:
         super().__init__()
+        self.details = details
         self.model = detector.model
         self.detector = detector
         self.metrics = {}
@@ -56,7 +59,7 @@ class EvaluationModule(pl.LightningModule):
             :class:`~cpm_rcnn.evaluation.coco_metric.CocoMetric` has them. Every float that ``compute`` returns is
             logged as ``val/NAME`` or ``test/NAME``; the best checkpoint of a training run is chosen by ``val/AP``.
         """
-        return CocoMetric(annotations, self.detector.categories, self.detector.convention)
+        return CocoMetric(annotations, self.detector.categories, self.detector.convention, self.details)
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         return self.model(images)
@@ -74,7 +77,7 @@ class EvaluationModule(pl.LightningModule):
         self._evaluate(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
-        """Detections in pixels of the original images, one dict per image: ``boxes``, ``scores`` and ``labels``."""
+        """Detections in pixels of the original images, one dict per image: ``boxes``, ``scores``, ``labels``."""
         return self._detect(batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -114,7 +117,8 @@ class EvaluationModule(pl.LightningModule):
 
     def _detect(self, batch: Batch) -> list[dict[str, Tensor]]:
         images, targets = batch
-        found = self.detector.detect_resized(images, [target["original_size"] for target in targets])
+        sizes = [target["original_size"] for target in targets]
+        found = self.detector.detect_resized(images, sizes, details=self.details)
         # An image that could not be read was replaced by a black one, on which nothing counts as found.
         return [
             detections if target["readable"] else {name: value[:0] for name, value in detections.items()}

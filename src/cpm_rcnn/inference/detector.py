@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,9 @@ from cpm_rcnn.errors import ArgumentError, check_count, check_range
 from cpm_rcnn.inference.images import to_image
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector, MultiScaleSettings
 from cpm_rcnn.models.detector import TwoStageDetector
+from cpm_rcnn.models.structures import DETAILS
 
+_COLUMNS = ("boxes", "scores", "labels", *DETAILS)
 # The options of the data module that set the size of images at test.
 SIZE_OPTIONS = ("test_short_side", "test_max_size")
 
@@ -37,19 +40,27 @@ class ImageDetections:
         scores: (N,) float32 in 0..1.
         labels: (N,) int64 in 1..C.
         names: N class names.
+        class_scores: (N,) float32 in 0..1, the probability of the label before ISM and RSM. This and the next two are
+            None unless details are requested and the head has this part.
+        predicted_iou: (N,) float32 in 0..1, the IoU that ISM predicts.
+        rsm_probability: (N,) float32 in 0..1, RSM's probability of the label.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     names: list[str]
+    class_scores: Tensor | None = None
+    predicted_iou: Tensor | None = None
+    rsm_probability: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def to_dict(self) -> dict[str, Tensor]:
-        """``boxes``, ``scores`` and ``labels`` as the model returns them."""
-        return {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
+        """``boxes``, ``scores``, ``labels`` and the details that are not None, as the model returns them."""
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        return {name: column for name, column in columns.items() if column is not None}
 
 
 class Detector:
@@ -115,7 +126,7 @@ class Detector:
         return self
 
     def detect(
-        self, images: Iterable[Any], *, batch_size: int = 1, score_threshold: float = 0.0
+        self, images: Iterable[Any], *, batch_size: int = 1, score_threshold: float = 0.0, details: bool = False
     ) -> list[ImageDetections]:
         """Detect objects in images of any size.
 
@@ -125,6 +136,8 @@ class Detector:
             batch_size: images per forward pass. Images of one batch are padded to the same size, which can change the
                 results slightly.
             score_threshold: detections with a lower score are left out.
+            details: whether the results also say how each score was computed. In the multi-scale test, this is how the
+                score of the box was computed before soft-NMS.
 
         Returns:
             One :class:`ImageDetections` per image, on the CPU.
@@ -141,7 +154,7 @@ class Detector:
             tensors = [to_image(value, f"images[{len(results) + i}]") for i, value in enumerate(batch)]
             resized = [self.resize(image).to(self.device) for image in tensors]
             with _eval_mode(self.model), torch.inference_mode():
-                found = self.detect_resized(resized, [_size(image) for image in tensors])
+                found = self.detect_resized(resized, [_size(image) for image in tensors], details=details)
             results += [self._result(detections, score_threshold) for detections in found]
         return results
 
@@ -153,22 +166,25 @@ class Detector:
         return F.resize(image, list(size), antialias=True)
 
     def detect_resized(
-        self, images: Sequence[Tensor], original_sizes: Sequence[Sequence[int]]
+        self, images: Sequence[Tensor], original_sizes: Sequence[Sequence[int]], *, details: bool = False
     ) -> list[dict[str, Tensor]]:
         """Detect objects in images that were resized already, for example by a data loader.
 
         Args:
             images: uint8 (3, h, w), resized as by :meth:`resize`, on the model's device.
             original_sizes: (height, width) of each image before it was resized.
+            details: see :meth:`detect`.
 
         Returns:
             One dict per image, on its device, best score first: ``boxes`` (N, 4) in pixels of the original image,
-            ``scores`` (N,) and ``labels`` (N,).
+            ``scores`` (N,) and ``labels`` (N,), and the details that are requested.
         """
         find: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]] = self.model
+        if details:
+            find = partial(self.model, details=True)
         if self.multi_scale is not None:
             assert self.short_side is not None
-            find = MultiScaleDetector(self.model, self.multi_scale, self.convention, self.short_side)
+            find = MultiScaleDetector(find, self.multi_scale, self.convention, self.short_side)
         return [
             found | {"boxes": _rescale(found["boxes"], _size(image), original)}
             for found, image, original in zip(find(images), images, original_sizes, strict=True)
@@ -176,8 +192,8 @@ class Detector:
 
     def _result(self, found: dict[str, Tensor], score_threshold: float) -> ImageDetections:
         kept = found["scores"] >= score_threshold
-        boxes, scores, labels = (found[key][kept].cpu() for key in ("boxes", "scores", "labels"))
-        return ImageDetections(boxes, scores, labels, [self.class_names[label - 1] for label in labels.tolist()])
+        columns = {name: found[name][kept].cpu() for name in _COLUMNS if name in found}
+        return ImageDetections(**columns, names=[self.class_names[label - 1] for label in columns["labels"].tolist()])
 
 
 def _rescale(boxes: Tensor, size: Sequence[int], original_size: Sequence[int]) -> Tensor:
