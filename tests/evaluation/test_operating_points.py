@@ -107,7 +107,7 @@ def test_random_cases_have_the_points_of_the_definition(tmp_path, monkeypatch, t
         truth, found = random_case(seed, ties=ties)
         annotations = CocoAnnotations.load(write(tmp_path / "truth.json", truth))
         result = operating_points(annotations, found, IMAGES, CATEGORIES, precision)
-        assert (result["iou"], result["precision"]) == (0.5, precision)
+        assert (result["iou"], result["target_precision"]) == (0.5, precision)
         assert list(result["classes"]) == list(CATEGORIES)
         outcomes = outcomes_one_by_one(truth, found)
         for name, category_id in CATEGORIES.items():
@@ -115,7 +115,7 @@ def test_random_cases_have_the_points_of_the_definition(tmp_path, monkeypatch, t
             count = sum(item["category_id"] == category_id and not item["iscrowd"] for item in truth)
             scores = [found[row]["score"] for row in mine]
             expected = points_one_by_one(scores, [outcomes[row] for row in mine], count, precision)
-            assert result["classes"][name] == expected
+            assert result["classes"][name] == {"id": category_id, **expected}
             reached += expected["precision"] is not None
     assert reached > 3
     assert json.loads(json.dumps(result)) == result
@@ -142,13 +142,15 @@ def test_detections_are_matched_as_in_pycocotools(tmp_path, ties):
             for number, matched, ignored in zip(one["dtIds"], one["dtMatches"][0], one["dtIgnore"][0]):
                 expected[number] = IGNORED if ignored else TRUE_POSITIVE if matched else FALSE_POSITIVE
         numbers = {pair: k for k, pair in enumerate(sorted({(d["image_id"], d["category_id"]) for d in truth + found}))}
-        columns = [
-            [np.array([numbers[item["image_id"], item["category_id"]] for item in items], dtype=np.int64)]
-            + [np.array([item["bbox"] for item in items], dtype=np.float64).reshape(-1, 4)]
+        groups, object_groups = (
+            np.array([numbers[item["image_id"], item["category_id"]] for item in items], dtype=np.int64)
             for items in (found, truth)
-        ]
-        crowds = np.array([item["iscrowd"] for item in truth], dtype=bool)
-        outcomes = match(*columns[0], np.array([item["score"] for item in found]), *columns[1], crowds)
+        )
+        boxes, object_boxes = (
+            np.array([item["bbox"] for item in items], dtype=np.float64).reshape(-1, 4) for items in (found, truth)
+        )
+        scores, crowds = np.array([item["score"] for item in found]), np.array([item["iscrowd"] for item in truth]) > 0
+        outcomes = match(groups, boxes, scores, object_groups, object_boxes, crowds)
         # loadRes numbers the detections from 1.
         assert outcomes.tolist() == [expected[k] for k in range(1, len(found) + 1)]
         seen |= set(outcomes.tolist())
@@ -165,7 +167,7 @@ def test_images_and_classes_that_do_not_count_are_left_out(tmp_path):
     outcomes = outcomes_one_by_one(*mine)
     assert count > 0
     expected = points_one_by_one([row["score"] for row in mine[1]], outcomes, count, 0.5)
-    assert result["classes"] == {"dog": expected}
+    assert result["classes"] == {"dog": {"id": 3, **expected}}
 
 
 def test_a_class_without_objects_or_without_hits_has_no_points():

@@ -19,6 +19,7 @@ from cpm_rcnn.boxes import CONTINUOUS, BoxConvention
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.validation import check_categories
 from cpm_rcnn.errors import UserError
+from cpm_rcnn.evaluation.operating_points import operating_points
 from cpm_rcnn.models.structures import DETAILS
 
 # In the order of pycocotools' ``COCOeval.stats``.
@@ -95,6 +96,7 @@ class CocoMetric(Metric):
         self._reported = [listed.get(key, True) for key in self.category_ids]
         self._known_ids = set(annotations.image_ids.tolist())
         self._results: list[dict[str, Any]] | None = None
+        self._evaluated: list[int] = []
         for state in ("image_ids", "counts", "boxes", "scores", "labels"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
         self._keeps_details = details
@@ -149,6 +151,7 @@ class CocoMetric(Metric):
             if there is no object for it. All are NaN without annotations.
         """
         image_ids, self._results = self._gathered()
+        self._evaluated = image_ids
         names = list(compress(self.category_names, self._reported))
         category_ids = list(compress(self.category_ids, self._reported))
         if not self.annotations.has_annotations:
@@ -175,6 +178,26 @@ class CocoMetric(Metric):
         if self._results is None:
             raise RuntimeError("call CocoMetric.compute() before results()")
         return self._results
+
+    def operating_points(self, precision: float | None = None) -> dict[str, Any] | None:
+        """Score thresholds of each class for the detections from which the last metrics were computed.
+
+        Needs no other process.
+
+        Args:
+            precision: the precision to reach, 0 to 1; None if there is none.
+
+        Returns:
+            See :func:`~cpm_rcnn.evaluation.operating_points.operating_points`; None without annotations.
+
+        Raises:
+            RuntimeError: :meth:`compute` was not called before.
+        """
+        results = self.results()
+        if not self.annotations.has_annotations:
+            return None
+        categories = dict(compress(zip(self.category_names, self.category_ids), self._reported))
+        return operating_points(self.annotations, results, self._evaluated, categories, precision)
 
     def _gathered(self) -> tuple[list[int], list[dict[str, Any]]]:
         """The ids of the evaluated images, each once, and their detections in COCO's results format."""

@@ -5,6 +5,7 @@ misses. Unlike in COCO's metrics, the number of detections per image is not limi
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,9 @@ def operating_points(
         precision: the wanted precision, 0 to 1; None if there is none.
 
     Returns:
-        Plain values: ``iou``, ``precision`` as given, and ``classes``, a dict from class name to a dict of
+        Plain values: ``iou``, ``target_precision``, and ``classes``, a dict from class name to a dict of
 
+        - ``id``: the id of the class;
         - ``objects``: the number of objects without crowds;
         - ``best_f1``: the point of the highest F1, of several the one of the highest threshold; None if no object was
           found;
@@ -68,10 +70,13 @@ def operating_points(
     classes = found_groups % len(ids)
     return {
         "iou": IOU,
-        "precision": precision,
+        "target_precision": precision,
         "classes": {
-            name: points(scores[classes == k], outcomes[classes == k], int(objects[k]), precision)
-            for k, name in enumerate(categories)
+            name: {
+                "id": category_id,
+                **points(scores[classes == k], outcomes[classes == k], int(objects[k]), precision),
+            }
+            for k, (name, category_id) in enumerate(categories.items())
         },
     }
 
@@ -123,7 +128,7 @@ def match(
     rows, objects = rows[by_rank], objects[by_rank]
     starts = np.searchsorted(ranks[positions][by_rank], np.arange(ranks.max(initial=-1) + 2))
     taken = np.zeros(len(object_groups), dtype=bool)
-    for start, end in zip(starts[:-1], starts[1:]):
+    for start, end in pairwise(starts):
         free = ~taken[objects[start:end]]
         round_rows, round_objects = rows[start:end][free], objects[start:end][free]
         best = np.append(round_rows[1:] != round_rows[:-1], True)[: len(round_rows)]

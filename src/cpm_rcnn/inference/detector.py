@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from cpm_rcnn.boxes import CONVENTIONS, BoxConvention
 from cpm_rcnn.data.transforms import network_size
-from cpm_rcnn.errors import ArgumentError, check_count, check_range
+from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
 from cpm_rcnn.inference.images import to_image
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector, MultiScaleSettings
 from cpm_rcnn.models.detector import TwoStageDetector
@@ -73,6 +74,8 @@ class Detector:
         max_size: maximum length in pixels of the longer side; it takes precedence over ``short_side``. Not used
             if ``short_side`` is None.
         multi_scale: settings of the multi-scale test; its scales are factors of ``short_side``.
+        operating_points: score thresholds of each class for these weights, as
+            :func:`~cpm_rcnn.evaluation.operating_points.operating_points` returns them; None if they are not known.
 
     Raises:
         ArgumentError: a length is not a positive integer; named ``test_short_side`` or ``test_max_size``, as in the
@@ -81,6 +84,8 @@ class Detector:
     Attributes:
         model: the bare ``nn.Module``, which takes resized uint8 images and returns one dict per image.
         categories: a copy of the argument.
+        operating_points: the argument. From a checkpoint, they are those of the validation of its weights, with its
+            test-time settings.
         class_names: names of the classes 1..C.
         convention: the box coordinate convention of the results.
     """
@@ -93,6 +98,7 @@ class Detector:
         short_side: int | None = 800,
         max_size: int = 1333,
         multi_scale: MultiScaleSettings | None = None,
+        operating_points: Mapping[str, Any] | None = None,
     ) -> None:
         if short_side is not None:
             check_count("test_short_side", short_side)
@@ -102,6 +108,7 @@ class Detector:
         self.short_side = short_side
         self.max_size = max_size
         self.multi_scale = multi_scale
+        self.operating_points = operating_points
         if multi_scale is not None and short_side is None:
             raise ArgumentError("test_short_side", "=null: the multi-scale test needs a size that its scales refer to")
 
@@ -120,13 +127,39 @@ class Detector:
         """The device of the model."""
         return next(self.model.parameters()).device
 
+    def thresholds(self, kind: str = "best_f1") -> list[float]:
+        """The score threshold of each class 1..C at one of its operating points.
+
+        Args:
+            kind: ``best_f1``, or ``precision`` for the lowest threshold that has reached the target precision.
+
+        Returns:
+            C thresholds; infinity for classes that have no such point.
+
+        Raises:
+            UserError: the detector has no operating points of this kind.
+        """
+        check_choice("kind", kind, ("best_f1", "precision"))
+        if self.operating_points is None:
+            raise UserError("the detector has no operating points")
+        if kind == "precision" and self.operating_points["target_precision"] is None:
+            raise UserError("the operating points have no target precision")
+        by_id = {each["id"]: each[kind] for each in self.operating_points["classes"].values()}
+        points = [by_id.get(category["id"]) for category in self.categories]
+        return [inf if point is None else point["threshold"] for point in points]
+
     def to(self, device: torch.device | str) -> "Detector":
         """Move the model to a device."""
         self.model.to(device)
         return self
 
     def detect(
-        self, images: Iterable[Any], *, batch_size: int = 1, score_threshold: float = 0.0, details: bool = False
+        self,
+        images: Iterable[Any],
+        *,
+        batch_size: int = 1,
+        score_threshold: float | Sequence[float] = 0.0,
+        details: bool = False,
     ) -> list[ImageDetections]:
         """Detect objects in images of any size.
 
@@ -135,7 +168,8 @@ class Detector:
                 read one batch at a time. A single image is accepted too.
             batch_size: images per forward pass. Images of one batch are padded to the same size, which can change the
                 results slightly.
-            score_threshold: detections with a lower score are left out.
+            score_threshold: detections with a lower score are left out. A number, or one per class 1..C, such as
+                :meth:`thresholds` returns.
             details: whether the results also say how each score was computed. In the multi-scale test, this is how the
                 score of the box was computed before soft-NMS.
 
@@ -146,7 +180,7 @@ class Detector:
             UserError: an image cannot be read or has another type, dtype or shape; the message names the image.
         """
         check_count("batch_size", batch_size)
-        check_range("score_threshold", score_threshold, 0, 1)
+        self._check_threshold(score_threshold)
         if isinstance(images, (str, bytes, Tensor, np.ndarray)) or not isinstance(images, Iterable):
             images = [images]
         results: list[ImageDetections] = []
@@ -190,8 +224,20 @@ class Detector:
             for found, image, original in zip(find(images), images, original_sizes, strict=True)
         ]
 
-    def _result(self, found: dict[str, Tensor], score_threshold: float) -> ImageDetections:
-        kept = found["scores"] >= score_threshold
+    def _check_threshold(self, value: Any) -> None:
+        if not isinstance(value, (list, tuple)):
+            return check_range("score_threshold", value, 0, 1)
+        classes = len(self.categories)
+        if len(value) != classes:
+            problem = f" has {len(value)} values: must be a number, or a list of one per class ({classes})"
+            raise ArgumentError("score_threshold", problem)
+        for each in value:
+            if each != inf:
+                check_range("score_threshold", each, 0, 1)
+
+    def _result(self, found: dict[str, Tensor], threshold: float | Sequence[float]) -> ImageDetections:
+        scores, labels = found["scores"], found["labels"]
+        kept = scores >= (scores.new_tensor(threshold)[labels - 1] if isinstance(threshold, Sequence) else threshold)
         columns = {name: found[name][kept].cpu() for name in _COLUMNS if name in found}
         return ImageDetections(**columns, names=[self.class_names[label - 1] for label in columns["labels"].tolist()])
 
