@@ -257,6 +257,39 @@ def test_multi_scale_detection_equals_the_multi_scale_detector(detector, batch_s
     assert not all(same(a, b) for a, b in zip(found, single))
 
 
+def test_thresholds_per_class_select_the_detections_of_each_class(detector, expected):
+    cats, dogs = (expected.scores[expected.labels == label] for label in (1, 2))
+    threshold = cats[1].item()
+    (found,) = detector.detect([IMAGE], score_threshold=[threshold, 0])
+    assert sorted(found.labels.tolist()) == [1, 1] + [2] * len(dogs)
+    assert torch.equal(found.scores[found.labels == 1], cats[:2])
+    (found,) = detector.detect([IMAGE], score_threshold=[float("inf"), 0])
+    assert set(found.labels.tolist()) == {2}
+
+
+def test_the_thresholds_of_a_detector_are_those_of_its_operating_points(detector):
+    points = {name: {"threshold": score} for name, score in (("cat", 0.25), ("dog", 0.5), ("other", 0.75))}
+    classes = {
+        "the dog": {"id": 8, "best_f1": points["dog"], "precision": None},
+        "the cat": {"id": 3, "best_f1": points["cat"], "precision": points["other"]},
+    }
+    stored = {"iou": 0.5, "target_precision": 0.9, "classes": classes}
+    known = Detector(detector.model, CATEGORIES, operating_points=stored)
+    assert known.operating_points == stored
+    assert known.thresholds() == known.thresholds("best_f1") == [0.25, 0.5]
+    assert known.thresholds("precision") == [0.75, float("inf")]
+    del classes["the cat"]
+    assert known.thresholds() == [float("inf"), 0.5]
+    with pytest.raises(ArgumentError, match=r"^kind=f1: must be one of best_f1, precision"):
+        known.thresholds("f1")
+    with pytest.raises(UserError, match="no target precision"):
+        Detector(detector.model, CATEGORIES, operating_points=stored | {"target_precision": None}).thresholds(
+            "precision"
+        )
+    with pytest.raises(UserError, match="the detector has no operating points"):
+        detector.thresholds()
+
+
 def test_details_are_returned_on_request_only(detector, expected):
     assert expected.class_scores is expected.predicted_iou is expected.rsm_probability is None
     assert list(expected.to_dict()) == ["boxes", "scores", "labels"]

@@ -102,7 +102,8 @@ def test_a_checkpoint_before_a_validation_and_one_between_validations_have_none(
     assert seen == [
         *(("training_step", 1, False), ("validation_step", 2, False), ("training_step", 2, True)),
         *(("training_step", 3, False), ("validation_step", 4, False), ("training_step", 4, True)),
-        *(("validation_step", 5, False), ("end", 5, True)),
+        # At the end, the best checkpoint is validated again.
+        *(("validation_step", 5, False), ("validation_step", 5, True), ("end", 5, True)),
     ]
 
 
@@ -137,15 +138,15 @@ def test_predict_draws_at_the_thresholds_of_the_checkpoint(command, with_points)
 def test_predict_names_classes_without_a_threshold(command, with_points):
     path = with_points(circle=(0.2, 0.9), square=(0.1, None))
     answer, _ = drawn(command, path, "min_score=auto")
-    assert "min_score=auto: no threshold for triangle, star, cross; 0.3 is used" in answer.err
+    assert "min_score=auto: no threshold for triangle, star, cross; 0.3 is used" in answer.out
     answer, _ = drawn(command, path, "min_score=precision")
-    assert "min_score=precision: no threshold for square, triangle, star, cross; not drawn" in answer.err
+    assert "min_score=precision: no threshold for square, triangle, star, cross; not drawn" in answer.out
 
 
 def test_predict_says_that_thresholds_do_not_know_overridden_settings(command, with_points):
     path = with_points(circle=(0.2, 0.9))
     answer, _ = drawn(command, path, "min_score=auto", "detector.ism=false")
-    assert "the thresholds are of the validation, without detector.ism" in answer.err
+    assert "the thresholds are of the validation, without detector.ism" in answer.out
 
 
 def test_predict_refuses_thresholds_that_the_checkpoint_does_not_have(command, with_points, last, tmp_path):
