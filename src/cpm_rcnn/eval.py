@@ -6,10 +6,11 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cpm_rcnn.cli.assembly import evaluation_data, evaluation_keys, load_detector
+from cpm_rcnn.cli.assembly import check_operating_precision, evaluation_data, evaluation_keys, load_detector
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.trainer import build_evaluator
 from cpm_rcnn.cli.trainer_options import lightning_errors
+from cpm_rcnn.errors import check_flag
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.evaluation.module import EvaluationModule
 from cpm_rcnn.ops import use_deform_backend
@@ -20,8 +21,10 @@ def evaluate(config: DictConfig) -> None:
     """Run one evaluation; its results are written to Hydra's output folder."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
+    check_flag("details", config.details)
+    check_operating_precision(config)
     detector, data = load_detector(config)
-    module = EvaluationModule(detector)
+    module = EvaluationModule(detector, config.details, config.operating_precision)
     datamodule = evaluation_data(config, detector, data)
     trainer = build_evaluator(config, run_dir)
     loop = trainer.validate if config.split == "val" else trainer.test
@@ -31,6 +34,8 @@ def evaluate(config: DictConfig) -> None:
         return
     assert isinstance(module.metric, CocoMetric)
     write_metrics(module.metrics, run_dir / "metrics.json")
+    if module.operating_points is not None:
+        write_metrics(module.operating_points, run_dir / "operating_points.json")
     (run_dir / "detections.json").write_text(json.dumps(module.metric.results()))
     print_metrics(module.metrics)
     print(run_dir)

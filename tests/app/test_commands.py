@@ -178,6 +178,26 @@ def test_predict_skips_images_that_cannot_be_read_and_writes_the_rest(command, c
     assert "2 images, " in answer.out
 
 
+def test_eval_and_predict_say_on_request_how_each_score_was_computed(command, checkpoint):
+    options = [f"ckpt={checkpoint}", "details=true", "detector.score_threshold=0.01"]
+    evaluated = command("eval", *options, "trainer=cpu")
+    predicted = command("predict", *options, "source=data/shapes/val", "device=cpu", "detector.rsm=false")
+    for answer, rsm in ((evaluated, True), (predicted, False)):
+        assert answer.status == 0, answer.err
+        found = json.loads((answer.folder / "detections.json").read_text())
+        assert len(found) > 3
+        for row in found:
+            score = row["class_score"] * row["predicted_iou"]
+            if rsm:
+                score = score**0.8 * row["rsm_probability"] ** 0.2
+            assert row["score"] == pytest.approx(score, rel=1e-5, abs=1e-9)
+            assert ("rsm_probability" in row) == rsm
+    plain = command("eval", *options, "details=false", "trainer=cpu")
+    keys = {"image_id", "category_id", "bbox", "score"}
+    assert [set(row) for row in json.loads((plain.folder / "detections.json").read_text())] == [keys] * len(found)
+    assert "details=1: must be true or false" in refused(command("eval", *options, "details=1"))
+
+
 def test_predict_counts_one_image_as_one_image(command, checkpoint):
     answer = command("predict", f"ckpt={checkpoint}", "source=data/shapes/val/000001.jpg", "device=cpu")
     assert answer.status == 0, answer.err

@@ -441,6 +441,25 @@ def test_results_before_compute_are_refused_with_advice(tmp_path):
         _metric(_write(tmp_path / "truth.json", [])).results()
 
 
+def _with_details(found, *names):
+    """Detections with the details ``names``, which are functions of the scores."""
+    factors = {"class_scores": 0.5, "predicted_iou": 0.25, "rsm_probability": 0.125}
+    return {**found, **{name: found["scores"] * factors[name] for name in names}}
+
+
+def test_details_are_kept_on_request_and_a_part_that_the_head_lacks_is_left_out(tmp_path):
+    _, found = _random_case(3)
+    metric, plain = (_metric(_write(tmp_path / "truth.json", []), details=details) for details in (True, False))
+    for image_id, one in found.items():
+        for each in (metric, plain):
+            each.update([image_id], [_with_details(one, "class_scores", "rsm_probability")])
+    assert metric.compute() == plain.compute()
+    assert len(metric.results()) > 20
+    for row, short in zip(metric.results(), plain.results(), strict=True):
+        assert row == short | {"class_score": row["score"] * 0.5, "rsm_probability": row["score"] * 0.125}
+    assert not hasattr(plain, "details")
+
+
 def _join(rank, folder, processes):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
@@ -454,7 +473,7 @@ def _one_rank(rank, folder, shares):
         # Only the first process may compute.
         engines.by_hotcoco = engines.by_pycocotools = _unexpected
     for share in shares:
-        metric = _metric(folder / "truth.json")
+        metric = _metric(folder / "truth.json", details=True)
         for image_id in share[rank]:
             metric.update([image_id], [found[image_id]])
         answers.append((metric.compute(), metric.results()))
@@ -467,13 +486,14 @@ def test_two_processes_have_the_metrics_of_one(tmp_path):
     truth, found = _random_case(3, images=(1, 2, 3))
     found[2] = _found()
     path = _write(tmp_path / "truth.json", truth)
+    found = {image_id: _with_details(one, "predicted_iou") for image_id, one in found.items()}
     torch.save(found, tmp_path / "found.pt")
     # The sampler repeats image 1; one process has only an image without detections; one has no image.
     shares = [([1, 3], [2, 1]), ([1, 3], [2]), ([], [1, 2, 3])]
 
     mp.spawn(_one_rank, (tmp_path, shares), nprocs=2)
 
-    metric = _metric(path)
+    metric = _metric(path, details=True)
     metric.update(list(found), list(found.values()))
     alone = metric.compute()
 
@@ -481,6 +501,7 @@ def test_two_processes_have_the_metrics_of_one(tmp_path):
         return sorted(rows, key=lambda row: (row["image_id"], row["score"]))
 
     assert alone["AP"] > 0
+    assert all(row["predicted_iou"] == row["score"] * 0.25 for row in metric.results())
     for rank in range(2):
         for metrics, results in json.loads((tmp_path / f"rank{rank}.json").read_text()):
             assert metrics == alone

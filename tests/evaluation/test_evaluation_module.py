@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torchmetrics import Metric
 
@@ -32,15 +33,15 @@ def test_skipped_images_and_annotations_do_not_stop_an_evaluation_and_have_no_de
     unreadable = content["images"][2]
     (root / "val" / unreadable["file_name"]).write_bytes(b"")
 
-    def evaluated(on_error):
+    def with_errors(on_error):
         data = shapes_data(root, on_error=on_error)
         model = shapes_module(data)
         small_trainer().validate(model, data, verbose=False)
         return model
 
     with pytest.raises(UserError, match=r"image 5: '\.\./5\.jpg'.*; 1 annotation whose bbox is not four finite"):
-        evaluated("raise")
-    model = evaluated("skip")
+        with_errors("raise")
+    model = with_errors("skip")
     assert {found["image_id"] for found in model.metric.results()} == {1, 2, 3, 4} - {unreadable["id"]}
     assert 0 <= model.metrics["AP"] <= 1
     assert model.hparams["data"]["on_error"] == "skip"
@@ -136,3 +137,57 @@ def test_the_states_and_weights_of_a_metric_are_not_part_of_the_checkpoint(root)
     assert module.metrics["count"] >= 0
     assert "detections" in module.metric.state_dict()
     assert list(module.state_dict()) == names
+
+
+def evaluated(module, data, split="val", **options):
+    trainer = small_trainer(**options)
+    {"val": trainer.validate, "test": trainer.test}[split](module, data, verbose=False)
+    return module
+
+
+def test_a_validation_finds_the_operating_points_of_the_detector(root):
+    data = shapes_data(root)
+    module = evaluated(EvaluationModule(shapes_module(data).detector, operating_precision=0.5), data)
+    expected = module.metric.operating_points(0.5)
+    assert list(expected["classes"]) == list(shapes.CLASSES)
+    assert sum(each["objects"] for each in expected["classes"].values()) == len(data.annotations("val").labels)
+    assert module.operating_points == module.detector.operating_points == expected
+    assert expected["target_precision"] == 0.5
+
+
+def test_those_of_a_test_split_are_not_the_detector_s(root):
+    data = shapes_data(root, test_json="annotations/instances_val.json", test_images="val")
+    module = evaluated(EvaluationModule(shapes_module(data).detector), data, "test")
+    assert module.operating_points["target_precision"] == 0.9
+    assert module.detector.operating_points is None
+
+
+def test_only_evaluated_images_count(root):
+    data = shapes_data(root, eval_batch_size=1)
+    module = evaluated(EvaluationModule(shapes_module(data).detector), data, limit_val_batches=1)
+    counts = sum(each["objects"] for each in module.operating_points["classes"].values())
+    assert counts == data.annotations("val").offsets[1]
+
+
+def test_one_process_finds_operating_points(root, monkeypatch):
+    data = shapes_data(root)
+    module = EvaluationModule(shapes_module(data).detector)
+    monkeypatch.setattr(CocoMetric, "operating_points", lambda *arguments: pytest.fail("called"))
+    monkeypatch.setattr(pl.Trainer, "is_global_zero", property(lambda trainer: False))
+    assert evaluated(module, data).operating_points is None
+    assert module.metrics["AP"] >= 0
+
+
+def test_a_metric_without_operating_points_is_accepted(root):
+    data = shapes_data(root)
+    module = evaluated(CountingModule(shapes_module(data).detector), data)
+    assert module.operating_points is module.detector.operating_points is None
+
+
+def test_detections_have_details_on_request(root):
+    data = shapes_data(root)
+    detector = shapes_module(data).detector
+    for details in (False, True):
+        module = evaluated(EvaluationModule(detector, details), data)
+        keys = {"class_score", "predicted_iou", "rsm_probability"} & set(module.metric.results()[0])
+        assert len(keys) == (3 if details else 0)

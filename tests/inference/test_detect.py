@@ -13,6 +13,7 @@ from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.inference import Detector, MultiScaleSettings
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector
 from cpm_rcnn.models.build import build_detector
+from cpm_rcnn.models.structures import DETAILS
 from small_models import CATEGORIES, SMALL
 
 
@@ -98,9 +99,9 @@ def test_a_generator_is_read_one_batch_at_a_time(detector, monkeypatch):
             read.append(seed)
             yield random_image(50, 80, seed)
 
-    def detect_resized(resized, sizes):
+    def detect_resized(resized, sizes, **options):
         batches.append((len(resized), len(read)))
-        return forward(resized, sizes)
+        return forward(resized, sizes, **options)
 
     monkeypatch.setattr(detector, "detect_resized", detect_resized)
     assert len(detector.detect(images(), batch_size=2)) == 5
@@ -167,7 +168,7 @@ def test_the_mode_of_the_model_is_restored_also_after_an_error(detector, trainin
     detector.model.train(training)
     assert len(detector.detect([IMAGE])) == 1
     assert detector.model.training is training
-    monkeypatch.setattr(detector, "detect_resized", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(detector, "detect_resized", lambda *arguments, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         detector.detect([IMAGE])
     assert detector.model.training is training
@@ -254,3 +255,66 @@ def test_multi_scale_detection_equals_the_multi_scale_detector(detector, batch_s
             assert all(torch.equal(value, theirs[name]) for name, value in ours.to_dict().items())
     single = detector.detect(images)
     assert not all(same(a, b) for a, b in zip(found, single))
+
+
+def test_thresholds_per_class_select_the_detections_of_each_class(detector, expected):
+    cats, dogs = (expected.scores[expected.labels == label] for label in (1, 2))
+    threshold = cats[1].item()
+    (found,) = detector.detect([IMAGE], score_threshold=[threshold, 0])
+    assert sorted(found.labels.tolist()) == [1, 1] + [2] * len(dogs)
+    assert torch.equal(found.scores[found.labels == 1], cats[:2])
+    (found,) = detector.detect([IMAGE], score_threshold=[float("inf"), 0])
+    assert set(found.labels.tolist()) == {2}
+
+
+def test_the_thresholds_of_a_detector_are_those_of_its_operating_points(detector):
+    points = {name: {"threshold": score} for name, score in (("cat", 0.25), ("dog", 0.5), ("other", 0.75))}
+    classes = {
+        "the dog": {"id": 8, "best_f1": points["dog"], "precision": None},
+        "the cat": {"id": 3, "best_f1": points["cat"], "precision": points["other"]},
+    }
+    stored = {"iou": 0.5, "target_precision": 0.9, "classes": classes}
+    known = Detector(detector.model, CATEGORIES, operating_points=stored)
+    assert known.operating_points == stored
+    assert known.thresholds() == known.thresholds("best_f1") == [0.25, 0.5]
+    assert known.thresholds("precision") == [0.75, float("inf")]
+    del classes["the cat"]
+    assert known.thresholds() == [float("inf"), 0.5]
+    with pytest.raises(ArgumentError, match=r"^kind=f1: must be one of best_f1, precision"):
+        known.thresholds("f1")
+    with pytest.raises(UserError, match="no target precision"):
+        Detector(detector.model, CATEGORIES, operating_points=stored | {"target_precision": None}).thresholds(
+            "precision"
+        )
+    with pytest.raises(UserError, match="the detector has no operating points"):
+        detector.thresholds()
+
+
+def test_details_are_returned_on_request_only(detector, expected):
+    assert expected.class_scores is expected.predicted_iou is expected.rsm_probability is None
+    assert list(expected.to_dict()) == ["boxes", "scores", "labels"]
+    (found,) = detector.detect([IMAGE], details=True)
+    assert same(found, expected)
+    product = (found.class_scores * found.predicted_iou) ** 0.8 * found.rsm_probability**0.2
+    torch.testing.assert_close(product, found.scores)
+    assert list(found.to_dict()) == ["boxes", "scores", "labels", *DETAILS]
+
+
+def test_details_follow_the_score_threshold(detector, expected):
+    threshold = expected.scores[2].item()
+    (found,) = detector.detect([IMAGE], score_threshold=threshold, details=True)
+    (every,) = detector.detect([IMAGE], details=True)
+    assert 3 <= len(found) < len(every)
+    assert all(torch.equal(getattr(found, name), getattr(every, name)[: len(found)]) for name in DETAILS)
+
+
+def test_details_of_the_multi_scale_test_are_those_of_the_kept_box(detector):
+    settings = MultiScaleSettings(scales=[0.8, 1.28], max_size=1.92)
+    multi_scale = Detector(detector.model, CATEGORIES, short_side=50, multi_scale=settings)
+    (found,), (plain,) = multi_scale.detect([IMAGE], details=True), multi_scale.detect([IMAGE])
+    assert same(found, plain)
+    product = (found.class_scores * found.predicted_iou) ** 0.8 * found.rsm_probability**0.2
+    # Soft-NMS only reduces scores, and does not change that of the best box.
+    assert (found.scores <= product * (1 + 1e-5)).all()
+    assert (found.scores < product * 0.99).any()
+    torch.testing.assert_close(found.scores[0], product[0])

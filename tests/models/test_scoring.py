@@ -6,12 +6,13 @@ from inputs import head_inputs, make_ground_truth, random_pyramid
 from torch import Tensor, nn
 
 from cpm_rcnn.boxes import CONTINUOUS
+from cpm_rcnn.models.heads.classification import probability_of
 from cpm_rcnn.models.heads.refinement import RefinementStage, refine
 from cpm_rcnn.models.heads.scoring import (
     InstanceScoring,
     Rescoring,
-    instance_rescale,
     instance_score_loss,
+    predicted_iou,
     release_weights,
     rescore,
 )
@@ -90,8 +91,7 @@ def test_ism_attaches_to_stages_without_a_grid(stages, features, rois, ground_tr
     assert term.count == 3
     term.total.backward()
     assert all(p.grad.any() for p in ism.parameters())
-    scores = torch.tensor([0.9, 0.5, 0.4])
-    torch.testing.assert_close(ism.rescale(scores, outputs[-1].features), scores * predictions[:, 1].clamp(0, 1))
+    torch.testing.assert_close(ism.predicted_iou(outputs[-1].features), predictions[:, 1].clamp(0, 1))
 
 
 def test_rsm_attaches_to_stages_without_a_grid(stages, features, rois, ground_truth):
@@ -104,9 +104,9 @@ def test_rsm_attaches_to_stages_without_a_grid(stages, features, rois, ground_tr
     torch.testing.assert_close(term.total / term.count, torch.tensor(4.0).log(), rtol=0.1, atol=0)
     term.total.backward()
     assert all(p.grad is not None for p in rsm.parameters())
-    scores, labels = torch.tensor([0.9, 0.5, 0.4]), torch.tensor([1, 2, 3])
-    expected = rescore(scores, rsm(features, refined), labels)
-    torch.testing.assert_close(rsm.rescore(scores, labels, features, refined), expected)
+    labels = torch.tensor([1, 2, 3])
+    expected = torch.softmax(rsm(features, refined), dim=1)[torch.arange(3), labels]
+    torch.testing.assert_close(rsm.probability(labels, features, refined), expected)
 
 
 def test_ism_loss_is_the_mean_squared_error_to_one_minus_iou_and_iou():
@@ -154,28 +154,27 @@ def test_ism_uses_the_weights_that_it_was_told_to(rois, ground_truth):
     assert totals["equal"] != totals["release"]
 
 
-def test_ism_scales_the_score_by_the_predicted_iou_clamped_to_0_and_1():
-    scores = torch.tensor([0.8, 0.8, 0.8])
+def test_the_predicted_iou_is_the_second_prediction_clamped_to_0_and_1():
     predictions = torch.tensor([[9.0, 0.5], [9.0, -0.1], [9.0, 1.7]])
-    torch.testing.assert_close(instance_rescale(scores, predictions), torch.tensor([0.4, 0.0, 0.8]))
+    torch.testing.assert_close(predicted_iou(predictions), torch.tensor([0.5, 0.0, 1.0]))
 
 
 def test_rsm_multiplies_the_score_to_the_08_with_the_probability_of_its_label_to_the_02():
     scores, labels = torch.tensor([0.9, 0.5]), torch.tensor([2, 1])
     probabilities = torch.tensor([[0.1, 0.2, 0.7], [0.4, 0.5, 0.1]])
     expected = torch.tensor([0.9**0.8 * 0.7**0.2, 0.5**0.8 * 0.5**0.2])
-    torch.testing.assert_close(rescore(scores, probabilities.log(), labels), expected)
+    torch.testing.assert_close(rescore(scores, probability_of(probabilities.log(), labels)), expected)
 
 
 def test_score_stays_finite_when_both_predictions_are_zero():
-    scores = instance_rescale(torch.tensor([0.9]), torch.tensor([[1.3, -0.3]]))
-    assert rescore(scores, torch.tensor([[0.0, -200.0]]), torch.tensor([1])).item() == 0
+    scores = 0.9 * predicted_iou(torch.tensor([[1.3, -0.3]]))
+    assert rescore(scores, probability_of(torch.tensor([[0.0, -200.0]]), torch.tensor([1]))).item() == 0
 
 
 def test_functions_accept_an_empty_set_of_rois():
     none = torch.zeros(0)
-    assert instance_rescale(none, torch.zeros(0, 2)).shape == (0,)
-    assert rescore(none, torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+    assert predicted_iou(torch.zeros(0, 2)).shape == (0,)
+    assert rescore(none, none).shape == (0,)
     assert instance_score_loss(torch.zeros(0, 2), none, none.bool()).total.item() == 0
 
 

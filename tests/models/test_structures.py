@@ -30,6 +30,9 @@ def make_detections():
         torch.tensor([0.9, 0.8, 0.7, 0.6]),
         torch.tensor([1, 2, 3, 4]),
         torch.ones(4, dtype=torch.bool),
+        class_scores=torch.tensor([0.5, 0.4, 0.3, 0.2]),
+        predicted_iou=torch.tensor([0.1, 0.2, 0.3, 0.4]),
+        rsm_probability=torch.tensor([0.6, 0.7, 0.8, 0.9]),
     )
 
 

@@ -51,6 +51,14 @@ def test_detections_with_a_score_below_the_minimum_are_not_drawn():
     assert not torch.equal(draw(image, found, NAMES, min_score=0.2), image)
 
 
+def test_each_class_can_have_its_own_minimum_score():
+    image = _gray(500, 500)
+    found = _found([[10, 20, 90, 90], [200, 220, 390, 390]], [0.4, 0.4], [1, 2])
+    second = {name: value[1:] for name, value in found.items()}
+    assert torch.equal(draw(image, found, NAMES, min_score=[0.5, 0.4]), draw(image, second, NAMES, min_score=0))
+    assert torch.equal(draw(image, found, NAMES, min_score=[float("inf"), 0.5]), image)
+
+
 def test_the_given_image_is_not_changed():
     image = _gray(500, 500)
     draw(image, _found([[10, 20, 90, 90]], [0.9], [1]), NAMES)

@@ -136,3 +136,32 @@ def test_predict_returns_detections_in_pixels_of_the_original_images(images):
         assert set(found) == {"boxes", "scores", "labels"}
         assert len(found["boxes"]) == len(wanted.boxes) > 0
         assert found["boxes"].max() > max(SIZES.values())  # larger than the network's input
+
+
+def test_the_check_of_lightning_before_a_training_gives_no_operating_points(images):
+    dataset, _ = images
+    model = small_module(shapes.CATEGORIES)
+    trainer = small_trainer(max_steps=1, num_sanity_val_steps=1, limit_val_batches=1, val_check_interval=1.0)
+    before = []
+    step = model.training_step
+    model.training_step = lambda *batch: before.append(model.detector.operating_points) or step(*batch)
+    trainer.fit(model, loader(dataset), loader(dataset))
+    assert before == [None]
+    assert model.detector.operating_points is not None
+
+
+def test_operating_points_are_saved_with_the_weights_that_they_were_found_with(images, tmp_path):
+    dataset, _ = images
+    model = small_module(shapes.CATEGORIES)
+    trainer = small_trainer(max_steps=-1, max_epochs=1)
+    trainer.fit(model, loader(dataset), loader(dataset))
+    trainer.save_checkpoint(tmp_path / "validated.ckpt")
+    found = model.detector.operating_points
+    assert torch.load(tmp_path / "validated.ckpt", weights_only=True)["operating_points"] == found is not None
+    assert DetectionModule.load_from_checkpoint(tmp_path / "validated.ckpt").detector.operating_points == found
+    assert is_plain(found)
+    again = small_trainer(max_steps=-1, max_epochs=1, limit_val_batches=0)
+    again.fit(model, loader(dataset), loader(dataset))
+    again.save_checkpoint(tmp_path / "trained.ckpt")
+    assert "operating_points" not in torch.load(tmp_path / "trained.ckpt", weights_only=True)
+    assert DetectionModule.load_from_checkpoint(tmp_path / "trained.ckpt").detector.operating_points is None

@@ -12,7 +12,7 @@ import torch
 import cpm_rcnn
 from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.models.heads.classification import select_detections
-from cpm_rcnn.models.heads.scoring import instance_rescale, rescore
+from cpm_rcnn.models.heads.scoring import rescore
 from cpm_rcnn.models.pooling import pooling_format
 from cpm_rcnn.weights.release import from_release, release_settings
 from release_files import CASES, FULL, REFERENCE, case_image, case_state, merged, read_case, release_shapes, state_of
@@ -74,10 +74,10 @@ def test_a_released_model_reproduces_the_release_s_detections_stage_by_stage(cas
             output = stage(features, rois)
             rois = stage.decode(output, rois)
             if k + 1 == len(head.stages) and head.ism is not None:
-                scores = instance_rescale(scores, head.ism(output.features))
+                scores = scores * head.ism.predicted_iou(output.features)
             assert share_found(rois.boxes.numpy(), scores.numpy(), labels.numpy(), expected, f"stage{k}") >= 0.99
         if head.rsm is not None:
-            scores = rescore(scores, head.rsm(features, rois), labels)
+            scores = rescore(scores, head.rsm.probability(labels, features, rois))
         found = detector([image])[0]
     assert torch.equal(found["boxes"], rois.boxes[scores.argsort(descending=True, stable=True)])
     boxes, scores, labels = (found[key].numpy() for key in ("boxes", "scores", "labels"))

@@ -14,6 +14,7 @@ from cpm_rcnn.inference import Detector, MultiScaleSettings
 from cpm_rcnn.inference.detector import SIZE_OPTIONS
 from cpm_rcnn.inference.load import detector_from
 from cpm_rcnn.models.backbones import InputFormat
+from cpm_rcnn.settings import number, optional
 from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.training.schedule import Schedule
 from cpm_rcnn.weights.checkpoints import checkpoint_file, read_checkpoint
@@ -80,13 +81,21 @@ def build_module(
     backbone = to_dict(config.backbone)
     if backbone["input_format"] is None and input_format is not None:
         backbone["input_format"] = input_format.to_dict()
+    check_operating_precision(config)
     with config_keys(config, "detector"):
-        return DetectionModule(
+        module = DetectionModule(
             model={"backbone": backbone, **to_dict(config.detector)},
             categories=categories,
             schedule=schedule_settings(config).to_dict(),
             data=data,
         )
+    module.operating_precision = config.operating_precision
+    return module
+
+
+def check_operating_precision(config: DictConfig) -> None:
+    """Raise :class:`UserError` unless ``operating_precision`` is null or a number from 0 to 1."""
+    optional(number(0, 1))("operating_precision", config.operating_precision)
 
 
 def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,27 +18,15 @@ from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.validation import check_categories
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.evaluation.engines import EvaluationData, mean_of_defined, precision_and_recall, summarize
+from cpm_rcnn.evaluation.found import FoundDetections
+from cpm_rcnn.evaluation.operating_points import operating_points
+from cpm_rcnn.models.structures import DETAILS
 
 # In the order of pycocotools' ``COCOeval.stats``.
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
-
-class _Found(NamedTuple):
-    """Detections of all processes, without duplicate images.
-
-    Attributes:
-        evaluated: (I,) int64, the ids of the evaluated images in ascending order.
-        image_ids: (N,) int64.
-        category_ids: (N,) int64.
-        boxes: (N, 4) float64 x, y, width, height in pixels.
-        scores: (N,) float64.
-    """
-
-    evaluated: np.ndarray
-    image_ids: np.ndarray
-    category_ids: np.ndarray
-    boxes: np.ndarray
-    scores: np.ndarray
+# The keys of details in COCO's results format, which has one dict per detection.
+RESULT_KEYS = {"class_scores": "class_score", "predicted_iou": "predicted_iou", "rsm_probability": "rsm_probability"}
 
 
 class CocoMetric(Metric):
@@ -70,6 +58,8 @@ class CocoMetric(Metric):
             several have the same name, ``per_class`` appends their ids. Those that the annotation file does not list
             are neither evaluated nor part of the results.
         convention: convention of the boxes of the detections.
+        details: whether the columns of :data:`~cpm_rcnn.models.structures.DETAILS` are kept, and are part of the
+            results under the names in :data:`RESULT_KEYS`.
 
     Raises:
         ArgumentError: ``categories`` is invalid.
@@ -83,12 +73,14 @@ class CocoMetric(Metric):
     boxes: list[Tensor]
     scores: list[Tensor]
     labels: list[Tensor]
+    details: list[Tensor]
 
     def __init__(
         self,
         annotations: CocoAnnotations,
         categories: Sequence[dict[str, Any]],
         convention: BoxConvention = CONTINUOUS,
+        details: bool = False,
     ) -> None:
         super().__init__()
         self.annotations = annotations
@@ -104,9 +96,13 @@ class CocoMetric(Metric):
         listed = dict(zip(annotations.category_ids, annotations.listed.tolist()))
         self._reported = [listed.get(key, True) for key in self.category_ids]
         self._known_ids = set(annotations.image_ids.tolist())
-        self._found: _Found | None = None
+        self._found: FoundDetections | None = None
         for state in ("image_ids", "counts", "boxes", "scores", "labels"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
+        self._keeps_details = details
+        if details:
+            # (N, 3), with NaN in the columns that the head does not have.
+            self.add_state("details", default=[], dist_reduce_fx="cat")
 
     def update(self, image_ids: Sequence[int], detections: Sequence[dict[str, Tensor]]) -> None:
         """Add a batch of B images.
@@ -114,7 +110,7 @@ class CocoMetric(Metric):
         Args:
             image_ids: B COCO ids.
             detections: B dicts, in pixels of the *original* images: ``boxes`` (N, 4) xyxy, ``scores`` (N,), ``labels``
-                (N,) in 1..C; N may be 0.
+                (N,) in 1..C; N may be 0. Details (N,) may be missing.
 
         Raises:
             UserError: an image id is not in the annotations.
@@ -127,6 +123,9 @@ class CocoMetric(Metric):
             self.boxes.append(found["boxes"].detach().to(self.device, torch.float32).reshape(-1, 4))
             self.scores.append(found["scores"].detach().to(self.device, torch.float32))
             self.labels.append(found["labels"].detach().to(self.device, torch.int64))
+            if self._keeps_details:
+                columns = [found.get(name, torch.full_like(found["scores"], math.nan)) for name in DETAILS]
+                self.details.append(torch.stack(columns, dim=1).detach().to(self.device, torch.float32))
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states over all processes (see ``torchmetrics.Metric.sync``).
@@ -139,6 +138,8 @@ class CocoMetric(Metric):
                 state.append(torch.zeros(0, dtype=torch.int64, device=self.device))
             self.boxes.append(torch.zeros(0, 4, device=self.device))
             self.scores.append(torch.zeros(0, device=self.device))
+            if self._keeps_details:
+                self.details.append(torch.zeros(0, len(DETAILS), device=self.device))
         super().sync(*args, **kwargs)
 
     def compute(self) -> dict[str, Any]:
@@ -162,18 +163,44 @@ class CocoMetric(Metric):
 
         Returns:
             Dicts of ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels) and ``score``, from all
-            processes and without duplicate images; not rounded, so that pycocotools computes the same metrics.
+            processes and without duplicate images; not rounded, so that pycocotools computes the same metrics. With
+            ``details``, also ``class_score``, ``predicted_iou`` and ``rsm_probability``, if the head has them.
 
         Raises:
             RuntimeError: :meth:`compute`, which gathers them, was not called before.
         """
         if self._found is None:
             raise RuntimeError("call CocoMetric.compute() before results()")
-        _, *columns = self._found
+        _, *columns, details = self._found
         names = ("image_id", "category_id", "bbox", "score")
-        return [dict(zip(names, row)) for row in zip(*(column.tolist() for column in columns))]
+        rows = [dict(zip(names, row)) for row in zip(*(column.tolist() for column in columns))]
+        if details is not None:
+            for row, values in zip(rows, details.tolist(), strict=True):
+                row |= {key: value for key, value in zip(RESULT_KEYS.values(), values) if not math.isnan(value)}
+        return rows
 
-    def _gathered(self) -> _Found:
+    def operating_points(self, precision: float | None = None) -> dict[str, Any] | None:
+        """Score thresholds of each class for the detections from which the last metrics were computed.
+
+        Needs no other process.
+
+        Args:
+            precision: the precision to reach, 0 to 1; None if there is none.
+
+        Returns:
+            See :func:`~cpm_rcnn.evaluation.operating_points.operating_points`; None without annotations.
+
+        Raises:
+            RuntimeError: :meth:`compute` was not called before.
+        """
+        if self._found is None:
+            raise RuntimeError("call CocoMetric.compute() before operating_points()")
+        if not self.annotations.has_annotations:
+            return None
+        categories = dict(compress(zip(self.category_names, self.category_ids), self._reported))
+        return operating_points(self.annotations, self._found, categories, precision)
+
+    def _gathered(self) -> FoundDetections:
         """The detections of the states, which hold those of all processes in ``compute``."""
         image_ids, counts, labels, scores = (
             dim_zero_cat(state).cpu().numpy() for state in (self.image_ids, self.counts, self.labels, self.scores)
@@ -184,15 +211,16 @@ class CocoMetric(Metric):
         counted = np.zeros(len(image_ids), dtype=bool)
         counted[first] = True
         kept = np.repeat(counted, counts) & np.array(self._reported, dtype=bool)[labels - 1]
-        return _Found(
+        return FoundDetections(
             evaluated,
             np.repeat(image_ids, counts)[kept],
             np.array(self.category_ids, dtype=np.int64)[labels[kept] - 1],
             boxes[kept],
             scores[kept].astype(np.float64),
+            dim_zero_cat(self.details).cpu().double().numpy()[kept] if self._keeps_details else None,
         )
 
-    def _on_one_process(self, found: _Found) -> tuple[list[float], list[float]]:
+    def _on_one_process(self, found: FoundDetections) -> tuple[list[float], list[float]]:
         """:meth:`_metrics` of the first process, in all processes that the states were gathered from.
 
         Raises:
@@ -216,7 +244,7 @@ class CocoMetric(Metric):
         dist.broadcast_object_list([metrics], src=first, group=group)
         return metrics
 
-    def _metrics(self, found: _Found) -> tuple[list[float], list[float]]:
+    def _metrics(self, found: FoundDetections) -> tuple[list[float], list[float]]:
         """The twelve metrics, and the AP of each reported category."""
         category_ids = np.array(list(compress(self.category_ids, self._reported)), dtype=np.int64)
         precision, recall = precision_and_recall(_evaluation_data(self.annotations, found, np.sort(category_ids)))
@@ -224,7 +252,7 @@ class CocoMetric(Metric):
         return summarize(precision, recall), [mean_of_defined(precision[:, :, k, 0, 2]) for k in columns]
 
 
-def _evaluation_data(annotations: CocoAnnotations, found: _Found, category_ids: np.ndarray) -> EvaluationData:
+def _evaluation_data(annotations: CocoAnnotations, found: FoundDetections, category_ids: np.ndarray) -> EvaluationData:
     """The detections, and the objects of the evaluated images, crowds and those that training ignores included.
 
     Args:

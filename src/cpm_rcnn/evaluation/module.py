@@ -13,6 +13,7 @@ from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.inference.detector import Detector
 from cpm_rcnn.models.finite import check_weights
 
+OPERATING_PRECISION = 0.9
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
 
@@ -27,19 +28,31 @@ class EvaluationModule(pl.LightningModule):
 
     Args:
         detector: the detector to evaluate.
+        details: whether detections also say how their scores were computed
+            (:meth:`Detector.detect <cpm_rcnn.inference.Detector.detect>`).
+        operating_precision: the precision of the second operating point of each class, 0 to 1; None for no such point.
 
     Attributes:
         model: the detector's ``nn.Module``.
         metric: the metric of the current or last evaluation.
         metrics: what it computed at the end of the last evaluation.
         evaluated_step: the training step of that evaluation; None before the first one.
+        operating_points: score thresholds per class of the last evaluation
+            (:func:`~cpm_rcnn.evaluation.operating_points.operating_points`), in the first process only; None before it,
+            without annotations, and if the metric has no method ``operating_points``. A validation also sets those of
+            the detector.
     """
 
     metric: Metric
     metrics: dict[str, Any]
 
-    def __init__(self, detector: Detector) -> None:
+    def __init__(
+        self, detector: Detector, details: bool = False, operating_precision: float | None = OPERATING_PRECISION
+    ) -> None:
         super().__init__()
+        self.operating_precision = operating_precision
+        self.operating_points: dict[str, Any] | None = None
+        self.details = details
         self.model = detector.model
         self.detector = detector
         self.metrics = {}
@@ -54,9 +67,10 @@ class EvaluationModule(pl.LightningModule):
         Returns:
             A torchmetrics ``Metric`` with ``update(image_ids, detections)`` and ``compute()``, as
             :class:`~cpm_rcnn.evaluation.coco_metric.CocoMetric` has them. Every float that ``compute`` returns is
-            logged as ``val/NAME`` or ``test/NAME``; the best checkpoint of a training run is chosen by ``val/AP``.
+            logged as ``val/NAME`` or ``test/NAME``; the best checkpoint of a training run is chosen by ``val/AP``. Its
+            method ``operating_points(precision)`` is optional, and is called in the first process after ``compute``.
         """
-        return CocoMetric(annotations, self.detector.categories, self.detector.convention)
+        return CocoMetric(annotations, self.detector.categories, self.detector.convention, self.details)
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         return self.model(images)
@@ -74,7 +88,7 @@ class EvaluationModule(pl.LightningModule):
         self._evaluate(batch)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
-        """Detections in pixels of the original images, one dict per image: ``boxes``, ``scores`` and ``labels``."""
+        """Detections in pixels of the original images, one dict per image: ``boxes``, ``scores``, ``labels``."""
         return self._detect(batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -114,7 +128,8 @@ class EvaluationModule(pl.LightningModule):
 
     def _detect(self, batch: Batch) -> list[dict[str, Tensor]]:
         images, targets = batch
-        found = self.detector.detect_resized(images, [target["original_size"] for target in targets])
+        sizes = [target["original_size"] for target in targets]
+        found = self.detector.detect_resized(images, sizes, details=self.details)
         # An image that could not be read was replaced by a black one, on which nothing counts as found.
         return [
             detections if target["readable"] else {name: value[:0] for name, value in detections.items()}
@@ -124,7 +139,17 @@ class EvaluationModule(pl.LightningModule):
     def _finish(self, split: str) -> None:
         self.metrics = self.metric.compute()
         self.evaluated_step = self.trainer.global_step
+        self._find_operating_points(split)
         for name, value in self.metrics.items():
             if isinstance(value, float):
                 # Every process holds the same value, gathered by the metric; sync_dist only tells Lightning so.
                 self.log(f"{split}/{name}", value, prog_bar=name == "AP", sync_dist=True)
+
+    def _find_operating_points(self, split: str) -> None:
+        compute = getattr(self.metric, "operating_points", None)
+        # One process does it: the metric has gathered the detections of all. Lightning's check before a training runs
+        # on a few images only.
+        first = self.trainer.is_global_zero and not self.trainer.sanity_checking
+        self.operating_points = compute(self.operating_precision) if compute is not None and first else None
+        if split == "val":
+            self.detector.operating_points = self.operating_points

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,13 @@ from torchvision.transforms.v2 import functional as F
 
 from cpm_rcnn.boxes import CONVENTIONS, BoxConvention
 from cpm_rcnn.data.transforms import network_size
-from cpm_rcnn.errors import ArgumentError, check_count, check_range
+from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
 from cpm_rcnn.inference.images import to_image
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector, MultiScaleSettings
 from cpm_rcnn.models.detector import TwoStageDetector
+from cpm_rcnn.models.structures import DETAILS
 
+_COLUMNS = ("boxes", "scores", "labels", *DETAILS)
 # The options of the data module that set the size of images at test.
 SIZE_OPTIONS = ("test_short_side", "test_max_size")
 
@@ -37,19 +41,27 @@ class ImageDetections:
         scores: (N,) float32 in 0..1.
         labels: (N,) int64 in 1..C.
         names: N class names.
+        class_scores: (N,) float32 in 0..1, the probability of the label before ISM and RSM. This and the next two are
+            None unless details are requested and the head has this part.
+        predicted_iou: (N,) float32 in 0..1, the IoU that ISM predicts.
+        rsm_probability: (N,) float32 in 0..1, RSM's probability of the label.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     names: list[str]
+    class_scores: Tensor | None = None
+    predicted_iou: Tensor | None = None
+    rsm_probability: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def to_dict(self) -> dict[str, Tensor]:
-        """``boxes``, ``scores`` and ``labels`` as the model returns them."""
-        return {"boxes": self.boxes, "scores": self.scores, "labels": self.labels}
+        """``boxes``, ``scores``, ``labels`` and the details that are not None, as the model returns them."""
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        return {name: column for name, column in columns.items() if column is not None}
 
 
 class Detector:
@@ -62,6 +74,8 @@ class Detector:
         max_size: maximum length in pixels of the longer side; it takes precedence over ``short_side``. Not used
             if ``short_side`` is None.
         multi_scale: settings of the multi-scale test; its scales are factors of ``short_side``.
+        operating_points: score thresholds of each class for these weights, as
+            :func:`~cpm_rcnn.evaluation.operating_points.operating_points` returns them; None if they are not known.
 
     Raises:
         ArgumentError: a length is not a positive integer; named ``test_short_side`` or ``test_max_size``, as in the
@@ -70,6 +84,8 @@ class Detector:
     Attributes:
         model: the bare ``nn.Module``, which takes resized uint8 images and returns one dict per image.
         categories: a copy of the argument.
+        operating_points: the argument. From a checkpoint, they are those of the validation of its weights, with its
+            test-time settings.
         class_names: names of the classes 1..C.
         convention: the box coordinate convention of the results.
     """
@@ -82,6 +98,7 @@ class Detector:
         short_side: int | None = 800,
         max_size: int = 1333,
         multi_scale: MultiScaleSettings | None = None,
+        operating_points: Mapping[str, Any] | None = None,
     ) -> None:
         if short_side is not None:
             check_count("test_short_side", short_side)
@@ -91,6 +108,7 @@ class Detector:
         self.short_side = short_side
         self.max_size = max_size
         self.multi_scale = multi_scale
+        self.operating_points = operating_points
         if multi_scale is not None and short_side is None:
             raise ArgumentError("test_short_side", "=null: the multi-scale test needs a size that its scales refer to")
 
@@ -109,13 +127,39 @@ class Detector:
         """The device of the model."""
         return next(self.model.parameters()).device
 
+    def thresholds(self, kind: str = "best_f1") -> list[float]:
+        """The score threshold of each class 1..C at one of its operating points.
+
+        Args:
+            kind: ``best_f1``, or ``precision`` for the lowest threshold that has reached the target precision.
+
+        Returns:
+            C thresholds; infinity for classes that have no such point.
+
+        Raises:
+            UserError: the detector has no operating points of this kind.
+        """
+        check_choice("kind", kind, ("best_f1", "precision"))
+        if self.operating_points is None:
+            raise UserError("the detector has no operating points")
+        if kind == "precision" and self.operating_points["target_precision"] is None:
+            raise UserError("the operating points have no target precision")
+        by_id = {each["id"]: each[kind] for each in self.operating_points["classes"].values()}
+        points = [by_id.get(category["id"]) for category in self.categories]
+        return [inf if point is None else point["threshold"] for point in points]
+
     def to(self, device: torch.device | str) -> "Detector":
         """Move the model to a device."""
         self.model.to(device)
         return self
 
     def detect(
-        self, images: Iterable[Any], *, batch_size: int = 1, score_threshold: float = 0.0
+        self,
+        images: Iterable[Any],
+        *,
+        batch_size: int = 1,
+        score_threshold: float | Sequence[float] = 0.0,
+        details: bool = False,
     ) -> list[ImageDetections]:
         """Detect objects in images of any size.
 
@@ -124,7 +168,10 @@ class Detector:
                 read one batch at a time. A single image is accepted too.
             batch_size: images per forward pass. Images of one batch are padded to the same size, which can change the
                 results slightly.
-            score_threshold: detections with a lower score are left out.
+            score_threshold: detections with a lower score are left out. A number, or one per class 1..C, such as
+                :meth:`thresholds` returns.
+            details: whether the results also say how each score was computed. In the multi-scale test, this is how the
+                score of the box was computed before soft-NMS.
 
         Returns:
             One :class:`ImageDetections` per image, on the CPU.
@@ -133,7 +180,7 @@ class Detector:
             UserError: an image cannot be read or has another type, dtype or shape; the message names the image.
         """
         check_count("batch_size", batch_size)
-        check_range("score_threshold", score_threshold, 0, 1)
+        self._check_threshold(score_threshold)
         if isinstance(images, (str, bytes, Tensor, np.ndarray)) or not isinstance(images, Iterable):
             images = [images]
         results: list[ImageDetections] = []
@@ -141,7 +188,7 @@ class Detector:
             tensors = [to_image(value, f"images[{len(results) + i}]") for i, value in enumerate(batch)]
             resized = [self.resize(image).to(self.device) for image in tensors]
             with _eval_mode(self.model), torch.inference_mode():
-                found = self.detect_resized(resized, [_size(image) for image in tensors])
+                found = self.detect_resized(resized, [_size(image) for image in tensors], details=details)
             results += [self._result(detections, score_threshold) for detections in found]
         return results
 
@@ -153,31 +200,46 @@ class Detector:
         return F.resize(image, list(size), antialias=True)
 
     def detect_resized(
-        self, images: Sequence[Tensor], original_sizes: Sequence[Sequence[int]]
+        self, images: Sequence[Tensor], original_sizes: Sequence[Sequence[int]], *, details: bool = False
     ) -> list[dict[str, Tensor]]:
         """Detect objects in images that were resized already, for example by a data loader.
 
         Args:
             images: uint8 (3, h, w), resized as by :meth:`resize`, on the model's device.
             original_sizes: (height, width) of each image before it was resized.
+            details: see :meth:`detect`.
 
         Returns:
             One dict per image, on its device, best score first: ``boxes`` (N, 4) in pixels of the original image,
-            ``scores`` (N,) and ``labels`` (N,).
+            ``scores`` (N,) and ``labels`` (N,), and the details that are requested.
         """
         find: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]] = self.model
+        if details:
+            find = partial(self.model, details=True)
         if self.multi_scale is not None:
             assert self.short_side is not None
-            find = MultiScaleDetector(self.model, self.multi_scale, self.convention, self.short_side)
+            find = MultiScaleDetector(find, self.multi_scale, self.convention, self.short_side)
         return [
             found | {"boxes": _rescale(found["boxes"], _size(image), original)}
             for found, image, original in zip(find(images), images, original_sizes, strict=True)
         ]
 
-    def _result(self, found: dict[str, Tensor], score_threshold: float) -> ImageDetections:
-        kept = found["scores"] >= score_threshold
-        boxes, scores, labels = (found[key][kept].cpu() for key in ("boxes", "scores", "labels"))
-        return ImageDetections(boxes, scores, labels, [self.class_names[label - 1] for label in labels.tolist()])
+    def _check_threshold(self, value: Any) -> None:
+        if not isinstance(value, (list, tuple)):
+            return check_range("score_threshold", value, 0, 1)
+        classes = len(self.categories)
+        if len(value) != classes:
+            problem = f" has {len(value)} values: must be a number, or a list of one per class ({classes})"
+            raise ArgumentError("score_threshold", problem)
+        for each in value:
+            if each != inf:
+                check_range("score_threshold", each, 0, 1)
+
+    def _result(self, found: dict[str, Tensor], threshold: float | Sequence[float]) -> ImageDetections:
+        scores, labels = found["scores"], found["labels"]
+        kept = scores >= (scores.new_tensor(threshold)[labels - 1] if isinstance(threshold, Sequence) else threshold)
+        columns = {name: found[name][kept].cpu() for name in _COLUMNS if name in found}
+        return ImageDetections(**columns, names=[self.class_names[label - 1] for label in columns["labels"].tolist()])
 
 
 def _rescale(boxes: Tensor, size: Sequence[int], original_size: Sequence[int]) -> Tensor:

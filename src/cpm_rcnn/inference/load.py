@@ -11,7 +11,7 @@ from cpm_rcnn.models.build import build
 from cpm_rcnn.models.finite import check_weights
 from cpm_rcnn.models.heads import HEADS
 from cpm_rcnn.models.settings import inference_options
-from cpm_rcnn.weights.checkpoints import detector_state, read_checkpoint, stored_settings
+from cpm_rcnn.weights.checkpoints import detector_state, read_checkpoint, stored_operating_points, stored_settings
 from cpm_rcnn.weights.reading import check_names
 
 
@@ -68,4 +68,8 @@ def detector_from(
     check_names(source, state, {name: value.shape for name, value in model.state_dict().items()})
     check_weights(state, source)
     model.load_state_dict(state)
-    return Detector(model.eval(), hyper_parameters["categories"], multi_scale=multi_scale, **size_arguments(sizes))
+    points = stored_operating_points(checkpoint, source)
+    sizes = size_arguments(sizes)
+    return Detector(
+        model.eval(), hyper_parameters["categories"], multi_scale=multi_scale, operating_points=points, **sizes
+    )

@@ -1,6 +1,6 @@
 """The multi-scale test: detect at several sizes, with and without a flip, and merge the detections."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as F
 
 from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.data.transforms import network_size
-from cpm_rcnn.inference.soft_nms import soft_nms
+from cpm_rcnn.inference.soft_nms import soft_nms_rows
 from cpm_rcnn.settings import Settings, flag, inference, list_of, number
 
 # docs/method.md section 8.
@@ -42,18 +42,23 @@ class MultiScaleDetector(nn.Module):
     """Runs a detector on each image at several scales, with and without a flip.
 
     The detections of all views are transformed to pixels of the original image and merged with linear soft-NMS per
-    class.
+    class. Other columns, such as ``predicted_iou``, are those of the box that soft-NMS keeps, in the view in which it
+    was detected. Soft-NMS changes scores only.
 
     Args:
         detector: maps a list of uint8 (3, H, W) images of any size to one dict per image: ``boxes`` (N, 4) in xyxy
-            pixels of the given image, ``scores`` (N,) and ``labels`` (N,).
+            pixels of the given image, ``scores`` (N,) and ``labels`` (N,), and optionally other columns (N,).
         settings: scales and flip.
         convention: the box coordinate convention of the detector.
         short_side: length in pixels of the shorter side at which the model is tested otherwise.
     """
 
     def __init__(
-        self, detector: nn.Module, settings: MultiScaleSettings, convention: BoxConvention, short_side: int
+        self,
+        detector: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]],
+        settings: MultiScaleSettings,
+        convention: BoxConvention,
+        short_side: int,
     ) -> None:
         super().__init__()
         self.detector = detector
@@ -68,8 +73,8 @@ class MultiScaleDetector(nn.Module):
             images: uint8 (3, H, W), on the detector's device.
 
         Returns:
-            One dict per image, best score first: ``boxes`` (N, 4) in pixels of that image, ``scores`` (N,) and
-            ``labels`` (N,).
+            One dict per image, best score first: ``boxes`` (N, 4) in pixels of that image, ``scores`` (N,),
+            ``labels`` (N,), and the other columns of the detector.
         """
         views: list[list[dict[str, Tensor]]] = []
         for scale in self.settings.scales:
@@ -101,7 +106,7 @@ class MultiScaleDetector(nn.Module):
 
     def _merge(self, views: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Merge the detections of one image's views."""
-        boxes, scores, labels = (torch.cat([view[key] for view in views]) for key in ("boxes", "scores", "labels"))
-        boxes, scores, labels = soft_nms(boxes, scores, labels, _SOFT_NMS_IOU)
-        kept = slice(_MAX_DETECTIONS)
-        return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
+        columns = {key: torch.cat([view[key] for view in views]) for key in views[0]}
+        rows, scores = soft_nms_rows(columns["boxes"], columns["scores"], columns["labels"], _SOFT_NMS_IOU)
+        rows, scores = rows[:_MAX_DETECTIONS], scores[:_MAX_DETECTIONS]
+        return {**{key: column[rows] for key, column in columns.items()}, "scores": scores}

@@ -28,11 +28,19 @@ def soft_nms(
     Returns:
         Boxes (M, 4), reduced scores (M,) in descending order, and labels (M,).
     """
+    rows, scores = soft_nms_rows(boxes, scores, labels, iou_threshold, min_score)
+    return boxes[rows], scores, labels[rows]
+
+
+def soft_nms_rows(
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float = 0.5, min_score: float = 0.001
+) -> tuple[Tensor, Tensor]:
+    """As :func:`soft_nms`, but returns the rows (M,) int64 of the boxes that remain, and their reduced scores (M,)."""
     # A score of NaN would be the highest of its class and end it.
-    finite = scores.isfinite() & boxes.isfinite().all(dim=1)
+    finite = (scores.isfinite() & boxes.isfinite().all(dim=1)).nonzero().squeeze(1)
     boxes, scores, labels = boxes[finite], scores[finite], labels[finite]
     if len(scores) == 0:
-        return boxes, scores, labels
+        return finite, scores
 
     # One row per class, padded with boxes of score 0, which are never selected.
     _, row, counts = labels.unique(return_inverse=True, return_counts=True)
@@ -61,4 +69,4 @@ def soft_nms(
 
     decayed = picked[row, column]
     kept = decayed.argsort(descending=True, stable=True)[: int((decayed > 0).sum())]
-    return boxes[order][kept], decayed[kept], labels[order][kept]
+    return finite[order[kept]], decayed[kept]

@@ -14,7 +14,7 @@ from cpm_rcnn.models.pooling import pooling_format
 from cpm_rcnn.models.preprocess import ImagePreprocessor
 from cpm_rcnn.models.rpn import RegionProposalNetwork
 from cpm_rcnn.models.settings import ModelSettings
-from cpm_rcnn.models.structures import Detections, GroundTruth
+from cpm_rcnn.models.structures import DETAILS, Detections, GroundTruth
 from cpm_rcnn.models.targets import check_targets
 
 
@@ -49,7 +49,11 @@ class TwoStageDetector(nn.Module):
         self.head = head
 
     def forward(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+        self,
+        images: Sequence[Tensor],
+        targets: Sequence[dict[str, Tensor]] | None = None,
+        *,
+        details: bool = False,
     ) -> list[dict[str, Tensor]] | dict[str, Tensor]:
         """Detections in eval mode, losses in train mode, with the interface of torchvision's detectors.
 
@@ -57,10 +61,13 @@ class TwoStageDetector(nn.Module):
             images: uint8 RGB tensors (3, H, W), already resized to the size that the network should see.
             targets: required in train mode: one dict per image with ``boxes`` (N, 4) in xyxy pixels and ``labels``
                 (N,) int64 in 1..C; N may be 0.
+            details: in eval mode, whether the dicts also say how each score was computed.
 
         Returns:
             In eval mode, one dict per image, best score first: ``boxes`` (N, 4) float32 in xyxy pixels of the given
             image, which may extend beyond the image; ``scores`` (N,) float32 in 0..1; ``labels`` (N,) int64 in 1..C.
+            With ``details``, also those of ``class_scores``, ``predicted_iou`` and ``rsm_probability`` that the head
+            computes, each (N,) float32 (:class:`~cpm_rcnn.models.structures.Detections`).
             In train mode, a dict of scalar float32 losses, whose sum is to be minimized.
 
         Raises:
@@ -86,7 +93,7 @@ class TwoStageDetector(nn.Module):
             proposals, _ = self.rpn(features, sizes)
             detections = self.head.detect(pooling_format(features), proposals)
             check_output("head", self.head, detections.boxes, detections.scores)
-            return _per_image(detections, len(images))
+            return _per_image(detections if details else detections.without_details(), len(images))
         assert targets is not None
         ground_truth = GroundTruth.stack(targets)
         proposals, losses = self.rpn(features, sizes, ground_truth)
@@ -100,7 +107,7 @@ def _per_image(detections: Detections, num_images: int) -> list[dict[str, Tensor
     order = detections.scores.argsort(descending=True, stable=True)
     order = order[detections.images[order].argsort(stable=True)]
     counts = torch.bincount(detections.images, minlength=num_images).tolist()
+    columns = {name: getattr(detections, name) for name in ("boxes", "scores", "labels", *DETAILS)}
     return [
-        {"boxes": detections.boxes[rows], "scores": detections.scores[rows], "labels": detections.labels[rows]}
-        for rows in order.split(counts)
+        {name: column[rows] for name, column in columns.items() if column is not None} for rows in order.split(counts)
     ]

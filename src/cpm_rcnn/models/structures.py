@@ -24,7 +24,10 @@ _CHUNK = 1 << 22
 
 
 class Rows:
-    """Base of dataclasses whose fields are tensors of the same length R, except for those named in ``_shared``."""
+    """Base of dataclasses whose fields are tensors of the same length R, except for those named in ``_shared``.
+
+    A field may be None, as in rows without this column.
+    """
 
     _shared: ClassVar[tuple[str, ...]] = ()
 
@@ -41,7 +44,8 @@ class Rows:
         return self._replace({name: torch.cat([getattr(rows, name) for rows in (self, *others)]) for name in names})
 
     def _row_names(self) -> list[str]:
-        return [name for name in self.__dataclass_fields__ if name not in self._shared]  # type: ignore[attr-defined]
+        names = [name for name in self.__dataclass_fields__ if name not in self._shared]  # type: ignore[attr-defined]
+        return [name for name in names if getattr(self, name) is not None]
 
     def _replace(self: _R, changes: dict[str, Tensor]) -> _R:
         return replace(self, **changes)  # type: ignore[type-var]
@@ -148,9 +152,16 @@ class GroundTruth(NamedTuple):
         return Rois(self.boxes.flatten(0, 1), images, self.valid.flatten())
 
 
+# The columns of detections that say how a score was computed.
+DETAILS = ("class_scores", "predicted_iou", "rsm_probability")
+
+
 @dataclass(frozen=True)
 class Detections(Rows):
     """Detections of a batch.
+
+    The columns named in :data:`DETAILS` say how a score was computed. A head that has computed such a value refers to
+    it here, which costs nothing; the model drops these columns unless they are requested.
 
     Attributes:
         boxes: (D, 4) float32, xyxy pixels at network size; they may extend beyond the image.
@@ -158,6 +169,11 @@ class Detections(Rows):
         scores: (D,) float32 in 0..1.
         labels: (D,) int64 in 1..C.
         valid: (D,) bool; rows that are False are not detections.
+        class_scores: (D,) float32 in 0..1, the probability of the label before ISM and RSM; None if the head does not
+            give it.
+        predicted_iou: (D,) float32 in 0..1, the IoU that ISM predicts; None if ISM is not part of the head or was
+            skipped.
+        rsm_probability: (D,) float32 in 0..1, RSM's probability of the label; None without RSM.
     """
 
     boxes: Tensor
@@ -165,6 +181,13 @@ class Detections(Rows):
     scores: Tensor
     labels: Tensor
     valid: Tensor
+    class_scores: Tensor | None = None
+    predicted_iou: Tensor | None = None
+    rsm_probability: Tensor | None = None
+
+    def without_details(self) -> "Detections":
+        """The same detections without the columns of :data:`DETAILS`."""
+        return replace(self, class_scores=None, predicted_iou=None, rsm_probability=None)
 
 
 def match_rois(rois: Rois, ground_truth: GroundTruth, convention: BoxConvention) -> Match:

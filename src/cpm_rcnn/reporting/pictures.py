@@ -28,7 +28,7 @@ def draw(
     detections: dict[str, Tensor],
     class_names: Sequence[str],
     ground_truth: dict[str, Tensor] | None = None,
-    min_score: float = 0.3,
+    min_score: float | Sequence[float] = 0.3,
 ) -> Tensor:
     """Draw detections and, if given, ground-truth boxes on an image.
 
@@ -40,7 +40,7 @@ def draw(
         detections: ``boxes`` (N, 4) xyxy in pixels of ``image``, ``scores`` (N,), ``labels`` (N,) in 1..C.
         class_names: the C names; label l is ``class_names[l - 1]``.
         ground_truth: ``boxes`` (M, 4).
-        min_score: detections with a lower score are not drawn.
+        min_score: detections with a lower score are not drawn. A number, or one for each of the C classes.
 
     Returns:
         uint8 (3, kH, kW) on the CPU, where k is the smallest integer that makes the longer side at least 480 pixels.
@@ -58,7 +58,8 @@ def draw(
             _dashed_rectangle(pen, _ordered(box), width=max(1, line // 2), dash=4 * line)
 
     order = detections["scores"].argsort()
-    order = order[detections["scores"][order] >= min_score]
+    low = detections["scores"].new_tensor(min_score).expand(len(class_names))[detections["labels"] - 1]
+    order = order[(detections["scores"] >= low)[order]]
     boxes = [_ordered(box) for box in (detections["boxes"][order] * factor).tolist()]
     scores = detections["scores"][order].tolist()
     labels = detections["labels"][order].tolist()

@@ -11,7 +11,7 @@ from cpm_rcnn.inference.detector import Detector, size_arguments
 from cpm_rcnn.models.build import build
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.training.schedule import Schedule
-from cpm_rcnn.weights.checkpoints import FORMAT, check_format
+from cpm_rcnn.weights.checkpoints import FORMAT, OPERATING_POINTS, check_format, stored_operating_points
 
 
 class DetectionModule(EvaluationModule):
@@ -72,6 +72,15 @@ class DetectionModule(EvaluationModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_format(checkpoint.get("hyper_parameters", {}).get("format"), "checkpoint")
+        self.detector.operating_points = stored_operating_points(checkpoint, "checkpoint")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Only those of the weights that are saved: there are none between an optimizer step and the next validation.
+        if self.detector.operating_points is not None:
+            checkpoint[OPERATING_POINTS] = self.detector.operating_points
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.detector.operating_points = None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch

@@ -19,6 +19,8 @@ _log = logging.getLogger(__name__)
 
 # Increased whenever the meaning of stored settings or parameter names changes. Version 0.1.0 stored no number.
 FORMAT = 2
+# The entry for score thresholds of the last validation, if it was of the weights in the checkpoint.
+OPERATING_POINTS = "operating_points"
 # The arguments that ``DetectionModule`` stores, in addition to the format, and their types.
 _HYPERPARAMETERS = {"model": dict, "categories": list, "schedule": dict, "data": dict}
 # The detector's parameters are stored under the name that it has in ``DetectionModule``.
@@ -155,6 +157,33 @@ def stored_settings(checkpoint: Mapping[str, Any], source: str, **overrides: Any
         raise UserError(f"{source}: {error}") from None
     except TypeError as error:
         raise UserError(f"{source}: its model settings are damaged ({error})") from None
+
+
+def stored_operating_points(checkpoint: Mapping[str, Any], source: str) -> dict[str, Any] | None:
+    """The operating points of each class in a checkpoint of ``train``; None if it has none.
+
+    Args:
+        checkpoint: content of a checkpoint.
+        source: the argument and file, for messages.
+
+    Raises:
+        UserError: they are damaged.
+    """
+    stored = checkpoint.get(OPERATING_POINTS)
+    if stored is None:
+        return None
+    try:
+        found = [stored["iou"], 0.0 if stored["target_precision"] is None else stored["target_precision"]]
+        for each in stored["classes"].values():
+            hash(each["id"])
+            found += [each["objects"] / (1 + each["objects"])]
+            for point in filter(None, (each["best_f1"], each["precision"])):
+                found += [point[name] for name in ("threshold", "precision", "recall", "f1")]
+        if not all(0 <= number <= 1 for number in found):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        raise UserError(f"{source}: its operating points are damaged") from None
+    return dict(stored)
 
 
 def detector_state(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -48,6 +48,9 @@ class RoIHead(nn.Module, ABC):
             features: P2..P6, each (B, channels, H, W), in the format of
                 :func:`~cpm_rcnn.models.pooling.pooling_format`.
             proposals: proposals of the RPN.
+
+        Returns:
+            The detections. Columns such as ``predicted_iou`` are optional.
         """
 
     @abstractmethod

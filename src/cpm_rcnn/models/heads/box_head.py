@@ -13,7 +13,7 @@ from cpm_rcnn.models.heads.classification import select_detections
 from cpm_rcnn.models.heads.inputs import HeadInputs
 from cpm_rcnn.models.heads.refinement import refine, train_cascade
 from cpm_rcnn.models.heads.roi_sampling import POSITIVE_IOU, sample_matched, sample_rois
-from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring
+from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring, rescore
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.structures import Detections, GroundTruth, Match, Rois
 from cpm_rcnn.settings import Settings, architecture, flag, inference, integer, number, training
@@ -79,14 +79,22 @@ class BoxHead(RoIHead):
             nms_iou=self.settings.nms_iou,
             max_detections=self.settings.max_detections,
         )
-        scores = selected.scores
+        rois, scores = selected.rois, selected.scores
+        predicted_iou = probability = None
         if self.ism is not None:
-            scores = self.ism.rescale(scores, output.features[selected.rows])
+            predicted_iou = self.ism.predicted_iou(output.features[selected.rows])
+            scores = scores * predicted_iou
             check_output("head.ism", self.ism, scores)
         if self.rsm is not None:
-            scores = self.rsm.rescore(scores, selected.labels, features, selected.rois)
+            probability = self.rsm.probability(selected.labels, features, rois)
+            scores = rescore(scores, probability)
             check_output("head.rsm", self.rsm, scores)
-        return Detections(selected.rois.boxes, selected.rois.images, scores, selected.labels, selected.rois.valid)
+        return Detections(
+            *(rois.boxes, rois.images, scores, selected.labels, rois.valid),
+            class_scores=selected.scores,
+            predicted_iou=predicted_iou,
+            rsm_probability=probability,
+        )
 
     def probabilities(self, outputs: Sequence[BoxOutput]) -> Tensor:
         """Class probabilities (R, C + 1) float32 of R RoIs from the outputs of all stages; here those of the last."""

@@ -15,7 +15,7 @@ from cpm_rcnn.models.heads.grid_stage import FEATURE_SIZE, INITIALIZATIONS, Grid
 from cpm_rcnn.models.heads.inputs import HeadInputs
 from cpm_rcnn.models.heads.refinement import refine, train_cascade
 from cpm_rcnn.models.heads.roi_sampling import limit_crowded, sample_rois
-from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring
+from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring, rescore
 from cpm_rcnn.models.heatmaps import NUM_POINTS
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
@@ -139,7 +139,7 @@ class CPMHead(RoIHead):
         """Detections from ``proposals``; boxes are not clipped to the image."""
         logits = self.classifier(features, proposals).float()
         check_output("head.classifier", self.classifier, logits)
-        rois, scores, labels, _ = select_detections(
+        rois, class_scores, labels, _ = select_detections(
             torch.softmax(logits, dim=1),
             proposals,
             score_threshold=self.settings.score_threshold,
@@ -147,13 +147,22 @@ class CPMHead(RoIHead):
             max_detections=self.settings.max_detections,
         )
         rois, outputs = refine(self.grid_stages[: self.settings.test_stages], features, rois)
+        scores = class_scores
+        predicted_iou = probability = None
         if self.ism is not None and len(outputs) == len(self.stages):
-            scores = self.ism.rescale(scores, outputs[-1].features)
+            predicted_iou = self.ism.predicted_iou(outputs[-1].features)
+            scores = scores * predicted_iou
             check_output("head.ism", self.ism, scores)
         if self.rsm is not None:
-            scores = self.rsm.rescore(scores, labels, features, rois)
+            probability = self.rsm.probability(labels, features, rois)
+            scores = rescore(scores, probability)
             check_output("head.rsm", self.rsm, scores)
-        detections = Detections(rois.boxes, rois.images, scores, labels, rois.valid)
+        detections = Detections(
+            *(rois.boxes, rois.images, scores, labels, rois.valid),
+            class_scores=class_scores,
+            predicted_iou=predicted_iou,
+            rsm_probability=probability,
+        )
         if self.settings.final_nms_iou is None:
             return detections
         group = rois.images * logits.shape[1] + labels

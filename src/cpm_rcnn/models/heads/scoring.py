@@ -53,9 +53,9 @@ class InstanceScoring(nn.Module):
         weights = None if self.weights == "equal" else release_weights(rois, match)
         return instance_score_loss(self(stage_features), match.iou, rois.valid, weights)
 
-    def rescale(self, scores: Tensor, stage_features: Tensor) -> Tensor:
-        """Test-time scores (R,) multiplied by the predicted IoU."""
-        return instance_rescale(scores, self(stage_features))
+    def predicted_iou(self, stage_features: Tensor) -> Tensor:
+        """The predicted IoU (R,) float32 of each RoI, clamped to 0..1, by which test-time scores are multiplied."""
+        return predicted_iou(self(stage_features))
 
 
 class Rescoring(Classifier):
@@ -84,9 +84,9 @@ class Rescoring(Classifier):
         sampled = sample_rois(rois, ground_truth, self.convention, self.samples)
         return classification_loss(self(features, sampled.rois), sampled.labels, sampled.rois.valid)
 
-    def rescore(self, scores: Tensor, labels: Tensor, features: Sequence[Tensor], rois: Rois) -> Tensor:
-        """Test-time scores (R,) combined with the probability of each label (R,) at the refined ``rois``."""
-        return rescore(scores, self(features, rois), labels)
+    def probability(self, labels: Tensor, features: Sequence[Tensor], rois: Rois) -> Tensor:
+        """The probability (R,) float32 of each label (R,) at the refined ``rois``, for :func:`rescore`."""
+        return probability_of(self(features, rois), labels)
 
 
 def instance_score_loss(predictions: Tensor, iou: Tensor, valid: Tensor, weights: Tensor | None = None) -> LossTerm:
@@ -125,11 +125,11 @@ def release_weights(rois: Rois, match: Match) -> Tensor:
     return weights.index_add(0, first_two, (rois.valid.sum() / 4).expand(len(first_two)))
 
 
-def instance_rescale(scores: Tensor, predictions: Tensor) -> Tensor:
-    """Scores (R,) times the predicted IoU, clamped to 0..1; ``predictions`` (R, 2)."""
-    return scores * predictions[:, 1].float().clamp(0, 1)
+def predicted_iou(predictions: Tensor) -> Tensor:
+    """The predicted IoU (R,) float32, clamped to 0..1, in ISM's ``predictions`` (R, 2)."""
+    return predictions[:, 1].float().clamp(0, 1)
 
 
-def rescore(scores: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """``scores^0.8 * p^0.2``, where p is the probability of the label; scores (R,), logits (R, C + 1), labels (R,)."""
-    return scores.pow(1 - _RESCORE_POWER) * probability_of(logits, labels).pow(_RESCORE_POWER)
+def rescore(scores: Tensor, probability: Tensor) -> Tensor:
+    """``scores^0.8 * p^0.2``, where p is RSM's probability of the label; scores (R,), probability (R,)."""
+    return scores.pow(1 - _RESCORE_POWER) * probability.pow(_RESCORE_POWER)

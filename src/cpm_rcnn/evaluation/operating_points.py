@@ -1,0 +1,208 @@
+"""Operating points of a detector: for each class, the score thresholds of the best F1 and of a wanted precision.
+
+Detections and objects are matched at IoU 0.5 as pycocotools matches them, so crowds count neither as hits nor as
+misses. Unlike in COCO's metrics, the number of detections per image is not limited.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from cpm_rcnn.data.annotations import CocoAnnotations
+from cpm_rcnn.evaluation.found import FoundDetections
+
+IOU = 0.5
+# What becomes of a detection.
+TRUE_POSITIVE, FALSE_POSITIVE, IGNORED = 1, 0, -1
+# Pairs of detection and object whose IoU is computed at once, which bounds the memory of crowded images.
+_CHUNK = 1 << 20
+
+
+def operating_points(
+    annotations: CocoAnnotations,
+    found: FoundDetections,
+    categories: Mapping[str, int],
+    precision: float | None = None,
+) -> dict[str, Any]:
+    """The operating points of each class.
+
+    Args:
+        annotations: the ground truth.
+        found: the detections, and the images that count.
+        categories: from the name of each class to its id; other classes do not count.
+        precision: the wanted precision, 0 to 1; None if there is none.
+
+    Returns:
+        Plain values: ``iou``, ``target_precision``, and ``classes``, a dict from class name to a dict of
+
+        - ``id``: the id of the class;
+        - ``objects``: the number of objects without crowds;
+        - ``best_f1``: the point of the highest F1, of several the one of the highest threshold; None if no object was
+          found;
+        - ``precision``: the point of the lowest threshold whose precision is at least the wanted one; None if there is
+          no such threshold.
+
+        A point is a dict of ``threshold``, ``precision``, ``recall`` and ``f1``. Detections whose score is at least the
+        threshold count.
+    """
+    images = found.evaluated
+    ids = np.array(list(categories.values()), dtype=np.int64)
+    order = ids.argsort()
+
+    def groups(of_image: np.ndarray, of_category: np.ndarray) -> np.ndarray:
+        """One number per pair of image and class."""
+        return np.searchsorted(images, of_image) * len(ids) + order[np.searchsorted(ids, of_category, sorter=order)]
+
+    object_images = annotations.image_ids[annotations.image_rows]
+    object_categories = np.array(annotations.category_ids, dtype=np.int64)[annotations.labels - 1]
+    counted = np.isin(object_images, images) & np.isin(object_categories, ids)
+    object_groups = groups(object_images[counted], object_categories[counted])
+    crowds = annotations.crowds[counted]
+    found_groups = groups(found.image_ids, found.category_ids)
+    scores = found.scores
+
+    outcomes = match(found_groups, found.boxes, scores, object_groups, annotations.xywh[counted], crowds)
+    objects = np.bincount(object_groups[~crowds] % len(ids), minlength=len(ids))
+    classes = found_groups % len(ids)
+    return {
+        "iou": IOU,
+        "target_precision": precision,
+        "classes": {
+            name: {
+                "id": category_id,
+                **points(scores[classes == k], outcomes[classes == k], int(objects[k]), precision),
+            }
+            for k, (name, category_id) in enumerate(categories.items())
+        },
+    }
+
+
+def match(
+    groups: np.ndarray,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    object_groups: np.ndarray,
+    object_boxes: np.ndarray,
+    crowds: np.ndarray,
+    iou: float = IOU,
+) -> np.ndarray:
+    """Match detections with objects, best score first, as pycocotools does it.
+
+    A detection takes the object of its group that overlaps it most, among those that no better-scored detection has
+    taken. If there is none, and it overlaps a crowd, it is ignored.
+
+    All groups are processed in parallel, one detection per group and round.
+
+    Args:
+        groups: (D,) int64; a group is an image and a class.
+        boxes: (D, 4) float64, x, y, width, height.
+        scores: (D,). Of detections with the same score, the first one comes first.
+        object_groups: (G,) int64.
+        object_boxes: (G, 4) float64.
+        crowds: (G,) bool. A crowd can be matched by several detections; its IoU is the share of the detection inside.
+        iou: the lowest IoU of a match.
+
+    Returns:
+        (D,) int8: ``TRUE_POSITIVE``, ``FALSE_POSITIVE`` or ``IGNORED``.
+    """
+    outcomes = np.full(len(groups), FALSE_POSITIVE, dtype=np.int8)
+    # Of a group, objects come before crowds.
+    object_order = np.lexsort((crowds, object_groups))
+    object_groups, object_boxes, crowds = object_groups[object_order], object_boxes[object_order], crowds[object_order]
+    # Both sorts are stable.
+    order = np.lexsort((-scores, groups))
+    order = order[np.isin(groups[order], object_groups)]
+    pairs = list(_pairs(groups[order], boxes[order], object_groups, object_boxes, crowds, min(iou, 1 - 1e-10)))
+    rows, objects, overlaps = (np.concatenate(part) for part in zip(*pairs))
+
+    # The rank of a detection among those of its group that overlap anything.
+    candidates, positions = np.unique(rows, return_inverse=True)
+    candidate_groups = groups[order[candidates]]
+    ranks = np.arange(len(candidates)) - np.searchsorted(candidate_groups, candidate_groups)
+    # Of a detection, its best pair is the last. Of equal pairs, pycocotools takes the last object.
+    by_rank = np.lexsort((objects, overlaps, ~crowds[objects], rows, ranks[positions]))
+    rows, objects = rows[by_rank], objects[by_rank]
+    starts = np.searchsorted(ranks[positions][by_rank], np.arange(ranks.max(initial=-1) + 2))
+    taken = np.zeros(len(object_groups), dtype=bool)
+    for start, end in pairwise(starts):
+        free = ~taken[objects[start:end]]
+        round_rows, round_objects = rows[start:end][free], objects[start:end][free]
+        best = np.append(round_rows[1:] != round_rows[:-1], True)[: len(round_rows)]
+        round_rows, round_objects = round_rows[best], round_objects[best]
+        taken[round_objects] = ~crowds[round_objects]
+        outcomes[order[round_rows]] = np.where(crowds[round_objects], IGNORED, TRUE_POSITIVE)
+    return outcomes
+
+
+def _pairs(
+    groups: np.ndarray,
+    boxes: np.ndarray,
+    object_groups: np.ndarray,
+    object_boxes: np.ndarray,
+    crowds: np.ndarray,
+    iou: float,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The rows of detection and object, and the IoU, of all pairs of one group whose IoU is at least ``iou``."""
+    first = np.searchsorted(object_groups, groups)
+    counts = np.searchsorted(object_groups, groups, side="right") - first
+    ends = counts.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    cuts = np.searchsorted(ends, np.arange(0, total, _CHUNK) + _CHUNK)
+    for begin, end in zip([0, *cuts], [*cuts, len(groups)]):
+        chunk = np.arange(begin, end)
+        rows = chunk.repeat(counts[chunk])
+        # Within a detection, its objects are numbered from its first one.
+        shift = first[chunk] - (ends[chunk] - counts[chunk])
+        objects = np.arange(len(rows)) + (ends[begin - 1] if begin else 0) + shift.repeat(counts[chunk])
+        overlaps = _iou(boxes[rows], object_boxes[objects], crowds[objects])
+        kept = overlaps >= iou
+        yield rows[kept], objects[kept], overlaps[kept]
+
+
+def _iou(boxes: np.ndarray, objects: np.ndarray, crowds: np.ndarray) -> np.ndarray:
+    """The IoU of each box with the object of the same row, in the order of operations of pycocotools."""
+    low = np.maximum(boxes[:, :2], objects[:, :2])
+    sides = np.minimum(boxes[:, :2] + boxes[:, 2:], objects[:, :2] + objects[:, 2:]) - low
+    overlap = np.where((sides > 0).all(axis=1), sides[:, 0] * sides[:, 1], 0.0)
+    area = boxes[:, 2] * boxes[:, 3]
+    union = np.where(crowds, area, area + objects[:, 2] * objects[:, 3] - overlap)
+    return np.divide(overlap, union, out=np.zeros_like(overlap), where=overlap > 0)
+
+
+def points(scores: np.ndarray, outcomes: np.ndarray, objects: int, precision: float | None) -> dict[str, Any]:
+    """The operating points of one class.
+
+    Args:
+        scores: (D,).
+        outcomes: (D,) of :func:`match`.
+        objects: the number of objects without crowds.
+        precision: the wanted precision; None if there is none.
+
+    Returns:
+        ``objects``, ``best_f1`` and ``precision``, see :func:`operating_points`.
+    """
+    counted = outcomes != IGNORED
+    scores, hits = scores[counted], outcomes[counted] == TRUE_POSITIVE
+    order = np.argsort(-scores, kind="stable")
+    scores, found = scores[order], hits[order].cumsum()
+    # A threshold keeps all detections with the same score.
+    last = np.append(scores[1:] != scores[:-1], True)[: len(scores)].nonzero()[0]
+    scores, found, kept = scores[last], found[last], last + 1
+    precisions, f1 = found / kept, 2 * found / (kept + objects)
+
+    def point(index: int) -> dict[str, float]:
+        return {
+            "threshold": float(scores[index]),
+            "precision": float(precisions[index]),
+            "recall": float(found[index] / objects),
+            "f1": float(f1[index]),
+        }
+
+    reaches = [] if precision is None or not objects else (precisions >= precision).nonzero()[0]
+    return {
+        "objects": objects,
+        "best_f1": point(int(f1.argmax())) if found.any() else None,
+        "precision": point(int(reaches[-1])) if len(reaches) else None,
+    }
