@@ -151,7 +151,7 @@ def _fit(
     # A run with fast_dev_run saves nothing.
     interruption = next((each for each in trainer.callbacks if isinstance(each, Interruption)), None)  # type: ignore[attr-defined]
     if (run_dir / RECORD).exists():
-        to_resume = f"to resume, run the sweep again with sweep={run_dir.parent.name}"
+        to_resume = f"to resume, run the sweep again in {run_dir.parent}"
     else:
         to_resume = f"to resume, run the same command with name={run_dir.name} resume=auto"
     try:

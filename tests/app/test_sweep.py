@@ -264,7 +264,7 @@ def test_a_failing_cell_does_not_end_the_sweep_and_the_same_sweep_again_trains_o
     assert {path.name for path in folder.iterdir()} >= {"sweep.csv", "sweep.md", "sweep.png", "cells.csv"}
     kept = folder / "0_cpm_cmm-on_ism-on_rsm-on/checkpoints/last.ckpt"
     config = OmegaConf.load(kept.parents[1] / "config.yaml")
-    assert (config.sweep, config.name) == ("lr", "quickstart")
+    assert (config.sweep, config.name) == ("lr", kept.parents[1].name)
     before = kept.stat().st_mtime_ns
 
     # In other processes, if the launcher is installed.

@@ -113,12 +113,13 @@ def _quoted(value: Any) -> str:
     return "'" + re.sub(r"(\\*)'", r"\1\1\\'", str(value)) + "'"
 
 
-def _overrides(hydra: DictConfig) -> tuple[str, ...]:
+def _overrides(hydra: Any) -> tuple[str, ...]:
     # Not resolved: an override may contain an interpolation.
-    return tuple(OmegaConf.to_container(hydra.overrides.task))  # type: ignore[arg-type]
+    overrides: Any = OmegaConf.to_container(hydra.overrides.task)
+    return tuple(overrides)
 
 
-def _choices(hydra: DictConfig) -> dict[str, str]:
+def _choices(hydra: Any) -> dict[str, str]:
     return {module: shown(hydra.runtime.choices.get(module, "none")) for module in MODULES}
 
 
@@ -147,7 +148,7 @@ def cell_folder(sweep_dir: Path, name: str, overrides: Sequence[str]) -> str:
             return path.name
     if read_cell(sweep_dir / name) is None:
         return name
-    number, _, rest = name.partition("_")
+    _, _, rest = name.partition("_")
     taken = [int(found[0]) for path in paths if (found := re.match(r"\d+", path.name))]
     for number in range(max(taken) + 1, max(taken) + 10_000):
         with contextlib.suppress(FileExistsError):  # taken by a cell that starts at the same time

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -178,7 +178,7 @@ def write_record(cell: Cell) -> None:
     """
     content = {name: value for name, value in asdict(cell).items() if name not in ("folder", "metrics")}
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
-    write_atomically(cell.folder / RECORD, lambda file: file.write(text.encode()))
+    _write(cell.folder / RECORD, text.encode())
 
 
 def read_sweep(sweep_dir: Path) -> SweepResults:
@@ -197,6 +197,13 @@ def read_sweep(sweep_dir: Path) -> SweepResults:
         varied = any(len({cell.choices.get(module) for cell in cells}) > 1 for module in MODULES)
         columns += MODULES if varied else ()
     return SweepResults(tuple(cells), tuple(columns), len({str(cell.seed) for cell in cells}) > 1)
+
+
+def _write(path: Path, content: bytes) -> None:
+    def write(file: BinaryIO) -> None:
+        file.write(content)
+
+    write_atomically(path, write)
 
 
 def _value(cell: Cell, column: str) -> str | None:
@@ -226,7 +233,7 @@ def report_sweep(sweep_dir: Path, console: Console | None = None) -> SweepResult
         "sweep.png": picture.getvalue(),
     }
     for name, content in files.items():
-        write_atomically(sweep_dir / name, lambda file, content=content: file.write(content))  # type: ignore[misc]
+        _write(sweep_dir / name, content)
     return results
 
 
