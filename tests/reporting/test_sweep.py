@@ -91,6 +91,15 @@ def test_several_seeds_become_mean_and_standard_deviation(tmp_path):
     assert [row["AP"] for row in rows_of(tmp_path / "cells.csv")] == ["40", "42", "44", "30"]
 
 
+def test_a_table_in_a_file_is_as_wide_as_its_content(tmp_path):
+    for seed in range(2):
+        make_cell(tmp_path, seed, f"seed={seed}", "schedule.milestones=[1000,2000,3000,4000]", seed=seed)
+        make_cell(tmp_path, 2 + seed, f"seed={seed}", "schedule.milestones=[4000]", seed=seed)
+    console = Console(file=io.StringIO(), width=60)
+    report_sweep(tmp_path, console)
+    assert lines(console.file.getvalue())[1][0] == "[1000,2000,3000,4000]"
+
+
 def test_seeds_alone_are_one_row(tmp_path):
     for seed in range(2):
         make_cell(tmp_path, seed, f"seed={seed}", seed=seed)

@@ -221,7 +221,12 @@ def report_sweep(sweep_dir: Path, console: Console | None = None) -> SweepResult
     """
     results = read_sweep(sweep_dir)
     console = console or Console()
-    console.print(sweep_table(results))
+    table = sweep_table(results)
+    if not console.is_terminal:
+        # Rich takes a file for a terminal of 80 columns and would break the numbers.
+        natural = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+        console.width = max(console.width, natural)
+    console.print(table)
     for cell in results.unfinished:
         console.print(_explanation(cell, sweep_dir), highlight=False, markup=False, soft_wrap=True)
     picture = io.BytesIO()
