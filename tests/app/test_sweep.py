@@ -132,7 +132,7 @@ def test_a_signal_reaches_the_process_which_has_the_time_to_save(tmp_path, numbe
 def cell(tmp_path, monkeypatch):
     """Call ``run_cell`` in a folder with a process that does nothing but exit; returns the result and its commands."""
 
-    def call(*overrides, status=0, tail="", ap=0.25, **config):
+    def call(*overrides, status=0, tail="", ap=0.25, run=None, **config):
         folder = tmp_path / "0_cpm"
         folder.mkdir(exist_ok=True)
         hydra = {
@@ -142,14 +142,14 @@ def cell(tmp_path, monkeypatch):
         }
         commands = []
 
-        def run(command):
+        def pretend(command):
             commands.append(command)
             assert read_cell(folder).status == "running"
             if status == 0 and ap != "missing":
                 (folder / "metrics.json").write_text(json.dumps({"AP": ap}))
             return status, tail
 
-        monkeypatch.setattr(sweep, "run_process", run)
+        monkeypatch.setattr(sweep, "run_process", run or pretend)
         monkeypatch.setattr(sweep.HydraConfig, "get", lambda: OmegaConf.create(hydra))
         return run_cell(OmegaConf.create({"seed": 3, "overwrite": False, **config})), commands
 
@@ -191,6 +191,18 @@ def test_a_cell_that_fails_does_not_raise_and_is_resumed_by_the_next_launch(cell
     assert ap == 0.25
     assert command[-1] == "resume=auto"
     assert read_cell(cell.folder).error is None
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_signal_to_the_sweep_is_recorded_and_ends_it(cell, stop):
+    cell("seed=3", status=1)
+
+    def stopped(command):
+        raise stop
+
+    with pytest.raises(type(stop)):
+        cell("seed=3", run=stopped)
+    assert read_cell(cell.folder).status == "stopped"
 
 
 def test_a_resume_option_of_the_user_is_kept(cell):

@@ -91,7 +91,12 @@ def run_cell(config: DictConfig) -> float | None:
     command += [f"{key}={_quoted(value)}" for key, value in names.items() if key not in given]
     if earlier is not None and "resume" not in given:
         command.append("resume=auto")
-    status, tail = run_process(command)
+    try:
+        status, tail = run_process(command)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        reason = "stopped by a signal" if isinstance(stop, SystemExit) else "stopped by SIGINT"
+        write_record(replace(cell, status="stopped", error=reason))
+        raise
     if status == 0:
         write_record(replace(cell, status="finished"))
         finished = read_cell(folder)

@@ -324,7 +324,7 @@ def sweep_figure(results: SweepResults) -> "Figure":
     axes.set_yticks(range(len(rows)), [_label(results.columns, row) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(left=0)
-    axes.margins(x=0.15)
+    axes.margins(x=0.2)
     axes.set_title(_title(results))
     axes.set_xlabel("average precision (%)")
     axes.grid(axis="x", alpha=0.2)
