@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,18 +10,21 @@ import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Timer
 
 from cpm_rcnn.cli.assembly import build_datamodule, build_module
 from cpm_rcnn.cli.config import as_path, config_keys
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.recipe import training_recipe
 from cpm_rcnn.cli.run_folder import refuse_earlier_run, remove_checkpoints
+from cpm_rcnn.cli.sweep import run_cell
 from cpm_rcnn.cli.trainer import build_trainer, check_disk_space, checkpoint_size
 from cpm_rcnn.cli.trainer_options import lightning_errors
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.curves import keep_metrics, plot_curves
+from cpm_rcnn.reporting.sweep import RECORD
 from cpm_rcnn.reporting.tables import percent, print_metrics, print_transfer, write_metrics
 from cpm_rcnn.reporting.validation_sheet import validation_sheet
 from cpm_rcnn.training.interruption import Interrupted, Interruption
@@ -37,11 +39,15 @@ from cpm_rcnn.weights.starting import read_starting_detector
 _log = logging.getLogger(__name__)
 
 
-def train(config: DictConfig) -> None:
-    """Run one training; its results are written to Hydra's output folder."""
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
+def train(config: DictConfig) -> float | None:
+    """Run one training; its results are written to Hydra's output folder.
+
+    Returns:
+        The AP of a cell of a sweep; None if it has none, and for a single training.
+    """
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return _run_in_subprocess(run_dir)
+        return run_cell(config)
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
     check_count("sheet_images", config.sheet_images, 0)
     check_count("seed", config.seed, 0, 2**32 - 1)
@@ -96,6 +102,7 @@ def train(config: DictConfig) -> None:
         selected, evaluated = _evaluate(trainer, module, datamodule, run_dir, config.select)
     if trainer.is_global_zero:
         _report(config, trainer, module, datamodule, run_dir, selected, evaluated)
+    return None
 
 
 def _evaluate(
@@ -143,7 +150,10 @@ def _fit(
     path = None if resume_point is None else resume_point.path
     # A run with fast_dev_run saves nothing.
     interruption = next((each for each in trainer.callbacks if isinstance(each, Interruption)), None)  # type: ignore[attr-defined]
-    to_resume = f"to resume, run the same command with name={run_dir.name} resume=auto"
+    if (run_dir / RECORD).exists():
+        to_resume = f"to resume, run the sweep again in {run_dir.parent}"
+    else:
+        to_resume = f"to resume, run the same command with name={run_dir.name} resume=auto"
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
     except Interrupted as stop:
@@ -184,7 +194,9 @@ def _report(
     evaluated: dict[str, dict[str, Any]],
 ) -> None:
     metrics = {name: value for name, value in evaluated[selected].items() if name != "step"}
-    write_metrics({**metrics, "selected": selected, **evaluated}, run_dir / "metrics.json")
+    timer = next(each for each in trainer.callbacks if isinstance(each, Timer))  # type: ignore[attr-defined]
+    minutes = timer.time_elapsed() / 60
+    write_metrics({**metrics, "selected": selected, **evaluated, "minutes": minutes}, run_dir / "metrics.json")
     if not config.trainer.fast_dev_run and (run_dir / "metrics.csv").exists():
         plot_curves(run_dir / "metrics.csv", run_dir)
     if config.sheet_images:
@@ -196,18 +208,6 @@ def _report(
     each = (f"{name} (step {found['step']}) {percent(found['AP'])}" for name, found in evaluated.items())
     print(f"AP: {', '.join(each)}; the table is of the {selected} checkpoint")
     print(run_dir)
-
-
-def _run_in_subprocess(run_dir: Path) -> None:
-    """Run a job of a multirun in its own process, so that no process group, logger or memory remains after it.
-
-    Raises:
-        UserError: the job failed; it has printed the reason.
-    """
-    overrides = HydraConfig.get().overrides.task
-    job = [sys.executable, "-m", "cpm_rcnn.train", *overrides, f"hydra.run.dir='{run_dir}'"]
-    if subprocess.run(job).returncode:
-        raise UserError(f"the job with {' '.join(overrides)} failed, see above")
 
 
 def main() -> None:

@@ -34,7 +34,14 @@ def test_switches_accept_true_and_false(given, meant):
 def test_a_name_outside_the_folder_of_outputs_is_refused(name):
     with pytest.raises(UserError, match=r"^name=.*inside outputs/"):
         normalize([f"name={name}"])
-    assert normalize(["name=a/b"]) == ["name=a/b"]
+    with pytest.raises(UserError, match=r"^sweep=.*inside outputs/"):
+        normalize([f"sweep={name}"])
+    assert normalize(["name=a/b", "sweep=a/b"]) == ["name=a/b", "sweep=a/b"]
+
+
+def test_a_sweep_has_one_name():
+    with pytest.raises(UserError, match=r"^sweep=a,b: must be one name"):
+        normalize(["sweep=a,b"])
 
 
 @pytest.mark.parametrize(

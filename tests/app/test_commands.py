@@ -28,7 +28,7 @@ KEYS = {*METRIC_NAMES, "per_class"}
 def test_train_writes_config_checkpoints_metrics_and_pictures(trained):
     folder = trained.folder
     assert OmegaConf.load(folder / "config.yaml").schedule.max_steps == 4
-    assert set(metrics(folder)) == KEYS | {"selected", "best", "last"}
+    assert set(metrics(folder)) == KEYS | {"selected", "best", "last", "minutes"}
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     rows = (folder / "metrics.csv").read_text().splitlines()
     for column in (
@@ -143,7 +143,7 @@ def test_training_on_two_processes_writes_one_run_folder(workplace, trained, exp
     assert ran.returncode == 0, ran.stderr
     folder = workplace / "outputs/two_trainers"
     assert ran.stdout.strip().splitlines()[-1] == str(folder)
-    assert set(metrics(folder)) == KEYS | {"selected", "best", "last"}
+    assert set(metrics(folder)) == KEYS | {"selected", "best", "last", "minutes"}
     assert metrics(folder)["selected"] == ("last" if "release" in experiment else "best")
     assert (folder / "checkpoints/last.ckpt").is_file()
 
@@ -226,13 +226,22 @@ def test_predict_and_eval_find_the_same_boxes(command, checkpoint, workplace):
     assert one == two
 
 
-def test_multirun_trains_each_combination_in_its_own_process(command, workplace):
+def test_multirun_trains_each_combination_in_its_own_process_and_ends_with_one_table(command, workplace):
     answer = command("train", "-m", *SMALL, "schedule.max_steps=1", "sheet_images=0", "ism=off", "rsm=on,off")
     assert answer.status == 0, answer.err
     folders = sorted(path.parent for path in (workplace / "outputs").glob("multirun_*/*/metrics.json"))
     assert [folder.name for folder in folders] == ["0_cpm_cmm-on_ism-off_rsm-on", "1_cpm_cmm-on_ism-off_rsm-off"]
     assert [load(folder / "checkpoints/last.ckpt").model.head.rsm is None for folder in folders] == [False, True]
-    assert answer.folder == folders[-1]
+    (sweep,) = (workplace / "outputs").glob("multirun_*")
+    assert answer.folder == sweep
+    table = rows_of(sweep, "sweep.csv")
+    assert [(row["cmm"], row["ism"], row["rsm"], row["status"]) for row in table] == [
+        ("on", "off", "on", "finished"),
+        ("on", "off", "off", "finished"),
+    ]
+    assert [float(row["minutes"]) for row in table] == pytest.approx([metrics(f)["minutes"] for f in folders], rel=1e-4)
+    for word in ("CMM", "ISM", "RSM", "AP75", "minutes"):
+        assert word in answer.out
 
 
 def test_the_last_step_is_evaluated_and_saved_as_last_ckpt_even_if_the_best_is_older(command):
@@ -250,6 +259,8 @@ def test_a_run_resumes_at_the_step_of_its_checkpoint(command, trained):
     assert answer.status == 0, answer.err
     assert last_checkpoint(answer.folder)["global_step"] == 6
     assert [row["step"] for row in rows_of(answer.folder) if row["train/loss"]] == ["4", "5"]
+    seconds = torch.load(last, weights_only=True)["callbacks"]["Timer"]["time_elapsed"]["train"]
+    assert metrics(answer.folder)["minutes"] > seconds / 60 > 0
 
 
 def test_a_checkpoint_stores_its_model_classes_and_convention(checkpoint):

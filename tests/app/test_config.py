@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
@@ -191,9 +192,27 @@ def test_eval_and_predict_compose(name, multi_scale):
     assert composed(*overrides, name=name).ckpt == "x.ckpt"
 
 
+def targets(content) -> set[str]:
+    """All values of ``_target_`` in the content of a yaml file."""
+    if isinstance(content, list):
+        return {name for item in content for name in targets(item)}
+    if not isinstance(content, dict):
+        return set()
+    own = {content["_target_"]} if "_target_" in content else set()
+    return own | {name for item in content.values() for name in targets(item)}
+
+
 def test_a_config_may_instantiate_only_the_classes_of_this_project_s_configs(tmp_path):
-    named = {m for path in CONF.rglob("*.yaml") for m in re.findall(r"_target_: (\S+)", path.read_text())}
+    named, by_hydra = set(), set()
+    for path in CONF.rglob("*.yaml"):
+        content = yaml.safe_load(path.read_text()) or {}
+        by_hydra |= targets(content.pop("hydra", {}))
+        named |= targets(content)
     assert named == set(ALLOWED)
+    # Hydra itself instantiates what is in its own node; this is the only class of this project there.
+    assert by_hydra == {"cpm_rcnn.cli.sweep.SweepReport"}
+    with pytest.raises(UserError, match=r"_target_=.*SweepReport"):
+        build_trainer(composed("trainer._target_=cpm_rcnn.cli.sweep.SweepReport"), tmp_path)
     for override in ("trainer._target_=os.system", "++trainer.plugins={_target_:os.system}"):
         with pytest.raises(UserError, match=r"_target_=.*os\.system"):
             build_trainer(composed(override), tmp_path)

@@ -21,7 +21,7 @@ def normalize(arguments: Sequence[str]) -> list[str]:
         arguments: without the program's name.
 
     Raises:
-        UserError: ``name`` is not a name or would put the run's folder outside ``outputs/``.
+        UserError: ``name`` or ``sweep`` is not a name or would put the folder outside ``outputs/``.
     """
     return [_normalized(argument) for argument in arguments]
 
@@ -35,10 +35,12 @@ def _normalized(argument: str) -> str:
         return f"{key}={','.join(_SPELLINGS.get(part.strip().lower(), part) for part in value.split(','))}"
     if key == "logger" and value.lower() in ("null", "none", "false", "off"):
         return "logger=none"
-    if key == "name":
+    if key in ("name", "sweep"):
         path = PurePath(re.sub(r"^(['\"])(.*)\1$", r"\2", value))
         if path.is_absolute() or ".." in path.parts or not path.parts or value.lower() in ("null", "???"):
-            raise UserError(f"name={value}: must be a name, or a path inside outputs/ without ..")
+            raise UserError(f"{key}={value}: must be a name, or a path inside outputs/ without ..")
+        if key == "sweep" and "," in value:
+            raise UserError(f"sweep={value}: must be one name, without a comma")
     return argument
 
 

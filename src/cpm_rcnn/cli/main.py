@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -18,10 +19,10 @@ from cpm_rcnn.cli.overrides import register_overrides
 from cpm_rcnn.errors import UserError
 
 
-def run(task: Callable[[DictConfig], None], config_name: str) -> None:
+def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     """Compose ``conf/<config_name>.yaml`` with the command line and call ``task`` with the result.
 
-    With ``-m`` (multirun), ``task`` is called once per combination of values.
+    With ``-m`` (multirun), ``task`` is called once per combination of values. What it returns is for Hydra's sweeper.
 
     An error caused by user input ends the program with status 2 and one line on standard error. Any other exception is
     a defect of the program and keeps its traceback.
@@ -36,13 +37,13 @@ def run(task: Callable[[DictConfig], None], config_name: str) -> None:
 
     composed = False
 
-    def checked(config: DictConfig) -> None:
+    def checked(config: DictConfig) -> Any:
         check_added_keys(config)
         check_nodes(config)
         check_required(config)
         nonlocal composed
         composed = True
-        task(config)
+        return task(config)
 
     # Hydra names its job after the function.
     checked.__name__, checked.__module__ = task.__name__, task.__module__

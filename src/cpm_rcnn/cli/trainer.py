@@ -8,7 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, Timer
 
 from cpm_rcnn.cli.config import config_keys
 from cpm_rcnn.cli.instantiate import instantiate_allowed
@@ -53,6 +53,7 @@ def build_trainer(
         NonFiniteGuard(config.on_nonfinite, run_dir),
         EvaluationSignals(),
         RunLog(),
+        Timer(),  # its time is stored in checkpoints
     ]
     if not config.trainer.fast_dev_run:
         folder = run_dir / "checkpoints"
