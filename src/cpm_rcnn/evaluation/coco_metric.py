@@ -247,12 +247,12 @@ class CocoMetric(Metric):
     def _metrics(self, found: FoundDetections) -> tuple[list[float], list[float]]:
         """The twelve metrics, and the AP of each reported category."""
         category_ids = np.array(list(compress(self.category_ids, self._reported)), dtype=np.int64)
-        precision, recall = precision_and_recall(_evaluation_data(self.annotations, found, np.sort(category_ids)))
+        precision, recall = precision_and_recall(evaluation_data(self.annotations, found, np.sort(category_ids)))
         columns = np.argsort(np.argsort(category_ids))
         return summarize(precision, recall), [mean_of_defined(precision[:, :, k, 0, 2]) for k in columns]
 
 
-def _evaluation_data(annotations: CocoAnnotations, found: FoundDetections, category_ids: np.ndarray) -> EvaluationData:
+def evaluation_data(annotations: CocoAnnotations, found: FoundDetections, category_ids: np.ndarray) -> EvaluationData:
     """The detections, and the objects of the evaluated images, crowds and those that training ignores included.
 
     Args:

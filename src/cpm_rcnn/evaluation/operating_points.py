@@ -114,8 +114,10 @@ def match(
     # Both sorts are stable.
     order = np.lexsort((-scores, groups))
     order = order[np.isin(groups[order], object_groups)]
-    pairs = list(_pairs(groups[order], boxes[order], object_groups, object_boxes, crowds, min(iou, 1 - 1e-10)))
-    rows, objects, overlaps = (np.concatenate(part) for part in zip(*pairs))
+    found_pairs = overlapping_pairs(
+        groups[order], boxes[order], object_groups, object_boxes, crowds, min(iou, 1 - 1e-10)
+    )
+    rows, objects, overlaps = (np.concatenate(part) for part in zip(*found_pairs))
 
     # The rank of a detection among those of its group that overlap anything.
     candidates, positions = np.unique(rows, return_inverse=True)
@@ -124,19 +126,41 @@ def match(
     # Of a detection, its best pair is the last. Of equal pairs, pycocotools takes the last object.
     by_rank = np.lexsort((objects, overlaps, ~crowds[objects], rows, ranks[positions]))
     rows, objects = rows[by_rank], objects[by_rank]
-    starts = np.searchsorted(ranks[positions][by_rank], np.arange(ranks.max(initial=-1) + 2))
-    taken = np.zeros(len(object_groups), dtype=bool)
+    matched_rows, matched_objects = best_pairs(rows, objects, ranks[positions][by_rank], crowds)
+    outcomes[order[matched_rows]] = np.where(crowds[matched_objects], IGNORED, TRUE_POSITIVE)
+    return outcomes
+
+
+def best_pairs(
+    rows: np.ndarray, objects: np.ndarray, ranks: np.ndarray, crowds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the object of each detection, in the order of the ranks.
+
+    Args:
+        rows: (P,) int64, the detection of each pair. The pairs are sorted by rank, then by detection, then by
+            preference: of a detection's pairs, the last one whose object is free is chosen.
+        objects: (P,) int64, the object of each pair.
+        ranks: (P,) int64 from 0, the rank of each pair's detection among those that compete with it for objects.
+        crowds: (G,) bool. Several detections can choose the same crowd.
+
+    Returns:
+        The detections that have an object, and their objects.
+    """
+    starts = np.searchsorted(ranks, np.arange(ranks.max(initial=-1) + 2))
+    taken = np.zeros(len(crowds), dtype=bool)
+    chosen = [(rows[:0], objects[:0])]
     for start, end in pairwise(starts):
         free = ~taken[objects[start:end]]
         round_rows, round_objects = rows[start:end][free], objects[start:end][free]
         best = np.append(round_rows[1:] != round_rows[:-1], True)[: len(round_rows)]
         round_rows, round_objects = round_rows[best], round_objects[best]
         taken[round_objects] = ~crowds[round_objects]
-        outcomes[order[round_rows]] = np.where(crowds[round_objects], IGNORED, TRUE_POSITIVE)
-    return outcomes
+        chosen.append((round_rows, round_objects))
+    matched_rows, matched_objects = (np.concatenate(part) for part in zip(*chosen))
+    return matched_rows, matched_objects
 
 
-def _pairs(
+def overlapping_pairs(
     groups: np.ndarray,
     boxes: np.ndarray,
     object_groups: np.ndarray,
