@@ -13,6 +13,7 @@ from cpm_rcnn.cli.trainer_options import lightning_errors
 from cpm_rcnn.errors import check_flag
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.evaluation.module import EvaluationModule
+from cpm_rcnn.evaluation.records import RECORD, record_evaluation
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 
@@ -37,6 +38,8 @@ def evaluate(config: DictConfig) -> None:
     if module.operating_points is not None:
         write_metrics(module.operating_points, run_dir / "operating_points.json")
     (run_dir / "detections.json").write_text(json.dumps(module.metric.results()))
+    record = record_evaluation(module.metric, datamodule.images_folder("val" if config.split == "val" else "test"))
+    (run_dir / RECORD).write_text(json.dumps(record))
     print_metrics(module.metrics)
     print(run_dir)
 

@@ -7,12 +7,13 @@ from hydra.core.global_hydra import GlobalHydra
 from small_run import SMALL
 
 from cpm_rcnn.cli import main
+from cpm_rcnn.compare import compare
 from cpm_rcnn.convert import convert
 from cpm_rcnn.eval import evaluate
 from cpm_rcnn.predict import predict
 from cpm_rcnn.train import train
 
-TASKS = {"convert": convert, "train": train, "eval": evaluate, "predict": predict}
+TASKS = {"compare": compare, "convert": convert, "train": train, "eval": evaluate, "predict": predict}
 
 
 @dataclass

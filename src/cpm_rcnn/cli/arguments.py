@@ -1,5 +1,6 @@
 """Command-line arguments before Hydra sees them: forgiving spellings, and checks that Hydra makes too late."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import PurePath
@@ -12,6 +13,41 @@ from cpm_rcnn.errors import UserError
 # Groups that offer ``on`` and ``off``, for which users also write true and false.
 _SWITCHES = ("cmm", "ism", "rsm", "fusion", "multi_scale")
 _SPELLINGS = {"true": "on", "yes": "on", "1": "on", "false": "off", "no": "off", "0": "off", "null": "off"}
+
+# The option that takes the positional arguments of a command.
+_POSITIONAL = {"compare": "runs"}
+# Hydra's flags that are followed by a value.
+_FLAGS_WITH_VALUE = (
+    *("--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"),
+    *("--info", "-i", "--experimental-rerun"),
+)
+
+
+def positional_as_option(arguments: Sequence[str], command: str) -> list[str]:
+    """The arguments with positional ones, such as paths, as one list-valued option, if the command has such an option.
+
+    An argument with ``=`` is positional if it is the path of a folder or file.
+
+    Args:
+        arguments: without the program's name.
+        command: name of the command.
+
+    Raises:
+        UserError: the option is also given by its name.
+    """
+    option = _POSITIONAL.get(command)
+    if option is None:
+        return list(arguments)
+    values, others = [], []
+    for previous, argument in zip(["", *arguments], arguments):
+        is_path = "=" not in argument or (not argument.startswith(f"{option}=") and os.path.exists(argument))
+        flag = argument.startswith(("-", "+")) or (argument.startswith("~") and not argument.startswith("~/"))
+        (values if is_path and not flag and previous not in _FLAGS_WITH_VALUE else others).append(argument)
+    if values and any(argument.startswith(f"{option}=") for argument in others):
+        raise UserError(f"{values[0]}: give the {option} either as arguments or as {option}=[...], not both")
+    # Quoted, so that Hydra's grammar does not interpret them.
+    quoted = ("'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'" for value in values)
+    return [f"{option}=[{','.join(quoted)}]", *others] if values else others
 
 
 def normalize(arguments: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ _EXAMPLES = {
     "source": "FILE_OR_FOLDER",
     "src": "RELEASED.pth",
     "dst": "NEW.ckpt",
+    "runs": "[outputs/eval_a,outputs/eval_b]",
 }
 # The value of an option of ``overrides`` that the user has not given. Null is a value of some options.
 UNSET = "unset"

@@ -13,8 +13,10 @@ def help_text(config_name: str) -> str:
     """
     conf = files("cpm_rcnn.conf")
     text = conf.joinpath(f"{config_name}.yaml").read_text("utf-8")
-    lines = [f"usage: python -m cpm_rcnn.{config_name} [GROUP=CHOICE ...] [OPTION=VALUE ...]", ""]
-    if groups := groups_of(config_name):
+    groups = groups_of(config_name)
+    arguments = "RUN RUN ... " if config_name == "compare" else "[GROUP=CHOICE ...] "
+    lines = [f"usage: python -m cpm_rcnn.{config_name} {arguments}[OPTION=VALUE ...]", ""]
+    if groups:
         lines += ["Groups (GROUP=CHOICE):"]
         for group, default in groups.items():
             lines.append(f"  {group}: {' | '.join(choices(group))}" + (f"  (default {default})" if default else ""))

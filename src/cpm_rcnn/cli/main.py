@@ -11,7 +11,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from cpm_rcnn.cli.arguments import check_choices, normalize
+from cpm_rcnn.cli.arguments import check_choices, normalize, positional_as_option
 from cpm_rcnn.cli.config import check_added_keys, check_nodes, check_required
 from cpm_rcnn.cli.error_lines import one_line
 from cpm_rcnn.cli.help import help_text
@@ -49,7 +49,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     checked.__name__, checked.__module__ = task.__name__, task.__module__
     main = hydra.main(version_base="1.3", config_path="pkg://cpm_rcnn.conf", config_name=config_name)(checked)
     try:
-        sys.argv[1:] = normalize(sys.argv[1:])
+        sys.argv[1:] = normalize(positional_as_option(sys.argv[1:], config_name))
         check_choices(sys.argv[1:], config_name)
         main()
     except (KeyboardInterrupt, SystemExit) as stop:

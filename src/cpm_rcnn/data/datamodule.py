@@ -143,11 +143,15 @@ class CocoDataModule(pl.LightningDataModule):
             path = self._path(split, "json")
             # The json that defines the categories cannot be checked against them.
             known = self._given_categories if split == self._category_split else self.categories
-            images = getattr(self.settings, f"{split}_images")
-            folder = None if images is None else self.root / images.removesuffix(".zip")
+            folder = self.images_folder(split)
             min_box_size = self.settings.min_box_size if split == "train" else 0.0
             self._annotations[split] = CocoAnnotations.load(path, known, self.settings.on_error, folder, min_box_size)
         return self._annotations[split]
+
+    def images_folder(self, split: Split) -> Path | None:
+        """The folder of a split's images, which may be a zip file of that name; None if none is given."""
+        images = getattr(self.settings, f"{split}_images")
+        return None if images is None else self.root / images.removesuffix(".zip")
 
     def setup(self, stage: str) -> None:
         """Check that the images of all splits of a stage exist, and with ``check_images`` their headers.

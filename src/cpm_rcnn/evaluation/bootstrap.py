@@ -198,7 +198,7 @@ def _cumulative(values: np.ndarray) -> np.ndarray:
 
 
 def ap_metrics(values: np.ndarray) -> np.ndarray:
-    """(R, 6) the metrics of :data:`AP_METRICS` from the return value of :func:`average_precisions`; NaN if undefined."""
+    """(R, 6) the metrics of :data:`AP_METRICS` from what :func:`average_precisions` returns; NaN if undefined."""
     parts = [values[:, 0], values[:, 0, :1], values[:, 0, 5:6], values[:, 1], values[:, 2], values[:, 3]]
     return np.stack([_mean(part.reshape(len(part), -1)) for part in parts], axis=1)
 

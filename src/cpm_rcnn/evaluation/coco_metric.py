@@ -87,6 +87,7 @@ class CocoMetric(Metric):
         self.convention = convention
         check_categories("categories", categories)
         self.category_ids = [int(category["id"]) for category in categories]
+        self._categories = [{"id": int(category["id"]), "name": category["name"]} for category in categories]
         occurrences = Counter(category["name"] for category in categories)
         self.category_names = [
             category["name"] if occurrences[category["name"]] == 1 else f"{category['name']} ({category['id']})"
@@ -199,6 +200,20 @@ class CocoMetric(Metric):
             return None
         categories = dict(compress(zip(self.category_names, self.category_ids), self._reported))
         return operating_points(self.annotations, self._found, categories, precision)
+
+    def evaluated_images(self) -> np.ndarray:
+        """(I,) int64, the ids of the images of the last metrics in ascending order.
+
+        Raises:
+            RuntimeError: :meth:`compute` was not called before.
+        """
+        if self._found is None:
+            raise RuntimeError("call CocoMetric.compute() before evaluated_images()")
+        return self._found.evaluated
+
+    def evaluated_categories(self) -> list[dict[str, Any]]:
+        """``id`` and ``name`` of the categories of the metrics, in the order of the labels."""
+        return list(compress(self._categories, self._reported))
 
     def _gathered(self) -> FoundDetections:
         """The detections of the states, which hold those of all processes in ``compute``."""
