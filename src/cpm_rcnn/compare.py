@@ -10,7 +10,7 @@ from cpm_rcnn.cli.config import as_path, to_dict
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.errors import UserError, check_count, check_file, check_list, check_path
 from cpm_rcnn.evaluation.bootstrap import compare_matches, match_all
-from cpm_rcnn.evaluation.records import check_comparable, class_names, read_detections, read_evaluation
+from cpm_rcnn.evaluation.records import DETECTIONS, check_comparable, class_names, read_detections, read_evaluation
 from cpm_rcnn.reporting.comparison import print_comparison, write_comparison
 
 
@@ -46,12 +46,16 @@ def compare(config: DictConfig) -> None:
 
 
 def _names(sources: list[str]) -> list[str]:
-    """What the runs differ in: their paths without the folders that all have in common."""
-    paths = [str(Path(source).expanduser().absolute()) for source in sources]
-    if len(set(paths)) < len(paths):
-        return [f"{number}: {Path(path).name}" for number, path in enumerate(paths, start=1)]
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return [os.path.relpath(path, common) for path in paths]
+    """The names of the folders; if several are equal, their paths without the folders that all have in common."""
+    paths = [Path(source).expanduser().absolute() for source in sources]
+    paths = [path.parent if path.name == DETECTIONS else path for path in paths]
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    if len(set(paths)) == len(paths):
+        common = os.path.commonpath([path.parent for path in paths])
+        return [os.path.relpath(path, common) for path in paths]
+    return [f"{number}: {name}" for number, name in enumerate(names, start=1)]
 
 
 def main() -> None:

@@ -4,10 +4,11 @@ import subprocess
 import sys
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from runs import refused
 from small_run import SMALL
 
-from cpm_rcnn.cli.arguments import normalize
+from cpm_rcnn.cli.arguments import normalize, positional_as_option
 from cpm_rcnn.errors import UserError
 
 RUN = [*SMALL, "schedule.max_steps=1", "sheet_images=0"]
@@ -28,6 +29,25 @@ RUN = [*SMALL, "schedule.max_steps=1", "sheet_images=0"]
 )
 def test_switches_accept_true_and_false(given, meant):
     assert normalize([given]) == [meant]
+
+
+@pytest.mark.parametrize(
+    "paths", [["a/b", "c"], ["it's", "c, d"], ["x\\", "y\\'z"], ["[1]", "2017", "null", "{a: 1}"], ["a b", "~/c"]]
+)
+def test_positional_paths_reach_hydra_unchanged(paths):
+    arguments = positional_as_option([paths[0], "samples=3", *paths[1:]], "compare")
+    assert arguments[1:] == ["samples=3"]
+    (override,) = OverridesParser.create().parse_overrides(arguments[:1])
+    assert (override.key_or_group, [str(value) for value in override.value()]) == ("runs", paths)
+
+
+def test_options_and_flags_with_their_values_are_not_positional(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    kept = ["--cfg", "job", "-m", "seed=1", "+x=1", "~seed", "runs=[a,b]", "nosuch=1"]
+    assert positional_as_option(kept, "compare") == kept
+    assert positional_as_option(["lr=1", "a", "seed=1"], "compare") == ["runs=['lr=1','a']", "seed=1"]
+    assert positional_as_option(["a", "b"], "eval") == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "'a/../../x'"])

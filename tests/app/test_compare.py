@@ -2,20 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import refused
 
 from cpm_rcnn import compare as module
 from cpm_rcnn.evaluation.bootstrap import AP_METRICS
-
-
-def refused(answer):
-    assert answer.status == 2
-    assert answer.err.startswith("error: ")
-    assert answer.err.count("\n") == 1
-    return answer.err
-
 
 _folders = {}
 
@@ -37,7 +31,7 @@ def folders(command, checkpoint):
 
 def truth_as_detections(folder):
     """Detections that are the objects, some of them moved."""
-    truth = json.loads(open(record(folder)["annotations"]).read())
+    truth = json.loads(Path(record(folder)["annotations"]).read_text())
     rng = np.random.default_rng(0)
     return [
         {
@@ -158,7 +152,7 @@ def test_an_annotation_file_that_is_missing_or_has_changed_is_named(command, fol
     assert f"{moved} does not exist" in refused(command(*arguments))
     original = record(folders[0])["annotations"]
     assert command(*arguments, f"annotations={original}", "samples=2").status == 0
-    moved.write_text(open(original).read() + " ")
+    moved.write_text(Path(original).read_text() + " ")
     assert str(moved) in refused(command(*arguments))
 
 
@@ -188,6 +182,19 @@ def test_an_invalid_file_of_detections_is_refused(command, folders, tmp_path, co
     wrong = copy_of(folders[1], tmp_path / "wrong")
     (wrong / "detections.json").write_text(content)
     assert str(wrong / "detections.json") in refused(command("compare", str(folders[0]), str(wrong)))
+
+
+@pytest.mark.parametrize(
+    ("sources", "names"),
+    [
+        (["x/a", "y/b"], ["a", "b"]),
+        (["x/a/detections.json", "b.json"], ["a", "b.json"]),
+        (["x/a/0", "x/b/0", "x/c"], ["a/0", "b/0", "c"]),
+        (["x/a", "x/a"], ["1: a", "2: a"]),
+    ],
+)
+def test_runs_are_named_by_what_differs_in_their_paths(sources, names):
+    assert module._names(sources) == names
 
 
 def test_help_names_the_positional_arguments(command):

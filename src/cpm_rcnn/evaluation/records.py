@@ -153,6 +153,8 @@ def read_detections(evaluation: Evaluation, annotations: CocoAnnotations) -> Eva
     """
     path = evaluation.detections
     rows = _read(path)
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: is not a list of detections in COCO's results format")
     try:
         image_ids, category_ids = (
             np.array([row[key] for row in rows], dtype=np.int64) for key in ("image_id", "category_id")

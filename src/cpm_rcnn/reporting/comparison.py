@@ -3,7 +3,7 @@
 import html
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -70,8 +70,11 @@ def write_comparison(comparison: dict[str, Any], folder: Path) -> None:
         UserError: a file cannot be written.
     """
     write_metrics(comparison, folder / JSON)
-    page = comparison_page(comparison).encode("utf-8")
-    write_atomically(folder / HTML, lambda file: file.write(page))
+
+    def write(file: BinaryIO) -> None:
+        file.write(comparison_page(comparison).encode("utf-8"))
+
+    write_atomically(folder / HTML, write)
 
 
 def comparison_page(comparison: dict[str, Any]) -> str:
