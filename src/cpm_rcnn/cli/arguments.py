@@ -38,7 +38,8 @@ def positional_as_option(arguments: Sequence[str], command: str) -> list[str]:
     option = _POSITIONAL.get(command)
     if option is None:
         return list(arguments)
-    values, others = [], []
+    values: list[str] = []
+    others: list[str] = []
     for previous, argument in zip(["", *arguments], arguments):
         is_path = "=" not in argument or (not argument.startswith(f"{option}=") and os.path.exists(argument))
         flag = argument.startswith(("-", "+")) or (argument.startswith("~") and not argument.startswith("~/"))
