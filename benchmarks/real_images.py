@@ -51,6 +51,8 @@ HEADS: dict[str, dict[str, Any]] = {
     "cascade": {"head": "cascade"},
     "cascade_ism_rsm": {"head": "cascade", "ism": True, "rsm": True},
     "cpm": {"head": "cpm", **GRID},
+    # The initialization of the release's grid stages, for comparison.
+    "cpm_pytorch_init": {"head": "cpm", **GRID, "grid_init": "pytorch"},
 }
 
 
@@ -169,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--models", nargs="+", default=[TORCHVISION, *HEADS])
+    parser.add_argument("--models", nargs="+", default=[TORCHVISION, "faster", "cascade", "cascade_ism_rsm", "cpm"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=4)

@@ -116,9 +116,14 @@ def _signal_when_ready(path, number, group):
 @pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_a_signal_reaches_the_process_which_has_the_time_to_save(tmp_path, number, group):
     path = tmp_path / "state"
+    # A shell starts background jobs with SIGINT ignored, and so would be the process.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     _signal_when_ready(path, number, group)
-    with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
-        run_process(python(WAIT, path))
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)) as stop:
+            run_process(python(WAIT, path))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert path.read_text() == "saved"
     assert stop.type is (KeyboardInterrupt if group else SystemExit)
     if not group:
