@@ -155,7 +155,7 @@ def test_weights_draw_as_many_images_as_there_are_and_depend_on_the_seed_only():
     assert len(np.unique(weights, axis=0)) == 20
 
 
-def test_intervals_are_percentiles_of_the_same_resamples_for_all_runs():
+def test_intervals_are_shifted_percentiles_of_the_same_resamples_for_all_runs():
     data, other = random_case(4, images=12), random_case(4, images=12)
     other.found_boxes[::3] += 20
     runs = [match_all(data), match_all(other), match_all(data)]
@@ -168,7 +168,9 @@ def test_intervals_are_percentiles_of_the_same_resamples_for_all_runs():
             (second["metrics"][name], two[:, k]),
             (second["metrics"][name]["difference"], two[:, k] - one[:, k]),
         ):
-            assert [result["low"], result["high"]] == pytest.approx(np.nanpercentile(column, [2.5, 97.5]), abs=1e-12)
+            low, median, high = np.nanpercentile(column, [2.5, 50, 97.5])
+            expected = [result["value"] + low - median, result["value"] + high - median]
+            assert [result["low"], result["high"]] == pytest.approx(expected, abs=1e-12)
         assert same["metrics"][name]["difference"] == {"value": 0, "low": 0, "high": 0}
     assert "difference" not in first["metrics"]["AP"]
     assert second["metrics"]["AP"]["value"] == pytest.approx(by_definition(other)[0][0], abs=1e-12)
@@ -190,4 +192,5 @@ def test_a_class_that_some_resamples_lack_has_an_interval_of_the_others():
     assert (weights == 0).any()
     values = class_metrics(average_precisions(match_all(data), resample_weights(4, 40, 0)))[:, 0]
     np.testing.assert_array_equal(np.isnan(values), weights == 0)
-    assert result["per_class"]["a"]["low"] == pytest.approx(np.nanpercentile(values, 2.5))
+    low, median = np.nanpercentile(values, [2.5, 50])
+    assert result["per_class"]["a"]["low"] == pytest.approx(result["per_class"]["a"]["value"] + low - median)

@@ -226,7 +226,7 @@ def resample_weights(images: int, samples: int, seed: int) -> np.ndarray:
 def compare_matches(
     runs: list[Matches], classes: list[str], samples: int = 1000, seed: int = 0, confidence: float = 0.95
 ) -> list[dict[str, Any]]:
-    """The metrics of runs on the same images, their differences from the first run, and percentile intervals.
+    """The metrics of runs on the same images, their differences from the first run, and their intervals.
 
     The same resamples of the images are used for all runs.
 
@@ -263,8 +263,14 @@ def compare_matches(
 
 
 def _interval(column: np.ndarray, confidence: float) -> dict[str, Any]:
-    """The estimate, which is the first value, and the percentile interval of the others."""
-    resampled = column[1:][~np.isnan(column[1:])]
+    """The estimate, which is the first value, and the percentile interval of the others, shifted to it.
+
+    The AP of a resample, in which images are repeated, is higher on average than that of all images. The interval is
+    shifted so that the median of the resamples is at the estimate.
+    """
+    value, resampled = float(column[0]), column[1:][~np.isnan(column[1:])]
+    if not len(resampled):
+        return {"value": value, "low": float("nan"), "high": float("nan")}
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(resampled, (tail, 100 - tail)) if len(resampled) else (np.nan, np.nan)
-    return {"value": float(column[0]), "low": float(low), "high": float(high)}
+    low, median, high = np.percentile(resampled, (tail, 50, 100 - tail))
+    return {"value": value, "low": value + float(low - median), "high": value + float(high - median)}
