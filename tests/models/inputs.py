@@ -43,6 +43,28 @@ def make_ground_truth(*boxes_per_image):
     return GroundTruth.stack([make_target(*boxes) for boxes in boxes_per_image])
 
 
+# The objects of two images.
+OBJECTS = torch.tensor([[10.0, 10, 50, 60], [60, 50, 110, 100]]), torch.tensor([[30.0, 30, 90, 90]])
+
+
+def two_images():
+    """The ground truth of two images with three objects, labelled 1, 2 and 3."""
+    return GroundTruth.stack(
+        [make_target(*OBJECTS[0].tolist(), labels=[1, 2]), make_target(*OBJECTS[1].tolist(), labels=[3])]
+    )
+
+
+def proposals_of_two_images(image_sizes=None, reach=80):
+    """20 boxes per image near its objects, and 20 that begin in its first ``reach`` pixels."""
+    generator = torch.Generator().manual_seed(2)
+    boxes = []
+    for objects in OBJECTS:
+        near = objects.repeat(20, 1)[:20] + 6 * torch.randn(20, 4, generator=generator)
+        corner = reach * torch.rand(20, 2, generator=generator)
+        boxes += [near, torch.cat([corner, corner + 10 + 30 * torch.rand(20, 2, generator=generator)], dim=1)]
+    return Rois.of(torch.cat(boxes), torch.arange(2).repeat_interleave(40), image_sizes)
+
+
 def head_inputs(channels=8, num_classes=3):
     return HeadInputs(channels, STRIDES, num_classes, CONTINUOUS)
 

@@ -5,7 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from inputs import head_inputs, make_ground_truth, make_target, random_pyramid
+from inputs import (
+    OBJECTS,
+    head_inputs,
+    make_ground_truth,
+    proposals_of_two_images,
+    random_pyramid,
+    two_images,
+)
 
 from cpm_rcnn.boxes import CONTINUOUS
 from cpm_rcnn.errors import ArgumentError, UserError
@@ -13,10 +20,9 @@ from cpm_rcnn.models.heads.box_stage import BoxStage, BoxStageSettings
 from cpm_rcnn.models.heads.cascade import CASCADE_STAGES, CascadeHead, CascadeSettings
 from cpm_rcnn.models.heads.classification import select_detections
 from cpm_rcnn.models.heads.faster import FasterHead, FasterSettings
-from cpm_rcnn.models.structures import GroundTruth, Rois, match_rois
+from cpm_rcnn.models.structures import Rois, match_rois
 
 SIZES = torch.tensor([[128, 128], [110, 100]])
-OBJECTS = torch.tensor([[10.0, 10, 50, 60], [60, 50, 110, 100]]), torch.tensor([[30.0, 30, 90, 90]])
 SMALL = {"mlp_channels": 16, "samples": 64}
 CLASSES = 3
 
@@ -43,21 +49,12 @@ def features():
 
 @pytest.fixture(scope="module")
 def ground_truth():
-    return GroundTruth.stack(
-        [make_target(*OBJECTS[0].tolist(), labels=[1, 2]), make_target(*OBJECTS[1].tolist(), labels=[3])]
-    )
+    return two_images()
 
 
 @pytest.fixture(scope="module")
 def proposals():
-    """20 boxes per image near its objects and 20 anywhere."""
-    generator = torch.Generator().manual_seed(2)
-    boxes = []
-    for objects in OBJECTS:
-        near = objects.repeat(20, 1)[:20] + 6 * torch.randn(20, 4, generator=generator)
-        corner = 60 * torch.rand(20, 2, generator=generator)
-        boxes += [near, torch.cat([corner, corner + 10 + 30 * torch.rand(20, 2, generator=generator)], dim=1)]
-    return Rois.of(torch.cat(boxes), torch.arange(2).repeat_interleave(40), SIZES)
+    return proposals_of_two_images(SIZES, reach=60)
 
 
 def no_proposals():

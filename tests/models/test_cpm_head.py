@@ -2,7 +2,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from inputs import head_inputs, make_ground_truth, make_target, no_rois, random_pyramid
+from inputs import (
+    OBJECTS,
+    head_inputs,
+    make_ground_truth,
+    make_target,
+    no_rois,
+    proposals_of_two_images,
+    random_pyramid,
+    two_images,
+)
 
 from cpm_rcnn.boxes import CONTINUOUS
 from cpm_rcnn.models.heads import cpm as cpm_module
@@ -13,7 +22,6 @@ from cpm_rcnn.models.heads.grid_stage import GridStage
 from cpm_rcnn.models.structures import GroundTruth, Rois, match_rois
 
 SETTINGS = CPMSettings(mlp_channels=16, point_channels=4, grid_convs=1, samples=64)
-BOXES = torch.tensor([[10.0, 10, 50, 60], [60, 50, 110, 100]]), torch.tensor([[30.0, 30, 90, 90]])
 
 
 def make_head(stages=CMM_STAGES, **changes):
@@ -28,21 +36,12 @@ def features():
 
 @pytest.fixture(scope="module")
 def ground_truth():
-    return GroundTruth.stack(
-        [make_target(*BOXES[0].tolist(), labels=[1, 2]), make_target(*BOXES[1].tolist(), labels=[3])]
-    )
+    return two_images()
 
 
 @pytest.fixture(scope="module")
 def proposals():
-    """20 boxes per image near its objects and 20 anywhere."""
-    generator = torch.Generator().manual_seed(2)
-    boxes = []
-    for objects in BOXES:
-        near = objects.repeat(20, 1)[:20] + 6 * torch.randn(20, 4, generator=generator)
-        corner = 80 * torch.rand(20, 2, generator=generator)
-        boxes += [near, torch.cat([corner, corner + 10 + 30 * torch.rand(20, 2, generator=generator)], dim=1)]
-    return Rois.of(torch.cat(boxes), torch.arange(2).repeat_interleave(40))
+    return proposals_of_two_images()
 
 
 @pytest.fixture
@@ -91,10 +90,10 @@ def test_decoded_boxes_below_the_threshold_of_the_next_stage_are_dropped(
     features, ground_truth, trained, monkeypatch, threshold, count
 ):
     # The proposal is decoded to a box of IoU 0.6; the three ground-truth boxes always train the stage too.
-    shifted = BOXES[1] + torch.tensor([15.0, 0, 15, 0])
+    shifted = OBJECTS[1] + torch.tensor([15.0, 0, 15, 0])
     monkeypatch.setattr(GridStage, "decode", lambda _, output, rois: rois.with_boxes(shifted.expand(len(rois), 4)))
     stages = (CMM_STAGES[0], replace(CMM_STAGES[1], positive_iou=threshold))
-    near = Rois.of(BOXES[1] + 1, torch.tensor([1]))
+    near = Rois.of(OBJECTS[1] + 1, torch.tensor([1]))
     make_head(stages, ism=False, rsm=False).losses(features, near, ground_truth)
     assert [len(rois) for rois, _, _ in trained] == [4, count]
 
@@ -124,7 +123,7 @@ def test_ground_truth_boxes_train_every_stage(features, ground_truth, trained):
     far = Rois.of(torch.tensor([[0.0, 0, 5, 5], [0, 0, 5, 5]]), torch.tensor([0, 1]))
     make_head(samples=200).losses(features, far, ground_truth)
     for rois, _, _ in trained:
-        assert sorted(rois.boxes.tolist()) == sorted(torch.cat(BOXES).tolist())
+        assert sorted(rois.boxes.tolist()) == sorted(torch.cat(OBJECTS).tolist())
 
 
 def test_every_stage_is_limited_in_crowded_images(features, trained):
@@ -249,7 +248,7 @@ def test_final_nms_drops_refined_boxes_that_overlap_a_better_one_of_their_class(
     monkeypatch.setattr(
         GridStage,
         "decode",
-        lambda _, output, rois: rois.with_boxes(torch.stack([BOXES[0][0], BOXES[1][0]])[rois.images]),
+        lambda _, output, rois: rois.with_boxes(torch.stack([OBJECTS[0][0], OBJECTS[1][0]])[rois.images]),
     )
     head = make_head(CMM_STAGES[:2]).eval()
     with torch.no_grad():

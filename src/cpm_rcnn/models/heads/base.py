@@ -73,9 +73,9 @@ class RoIHead(nn.Module, ABC):
     def class_parameters(self) -> list[str]:
         """Names of the parameters whose shape or meaning depends on the classes.
 
-        They are reinitialized when a training starts from a checkpoint with other classes. By default they are those of
-        the last layer of each :class:`~cpm_rcnn.models.heads.classification.Classifier`. A head with other
-        classification layers extends the list.
+        A training that starts from a detector with other classes takes their rows by class name. By default they are
+        those of the last layer of each :class:`~cpm_rcnn.models.heads.classification.Classifier`. A head with other
+        layers of this kind extends the list.
         """
         return [
             f"{name}.predictor.{parameter}"

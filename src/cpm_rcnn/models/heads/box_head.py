@@ -13,7 +13,7 @@ from cpm_rcnn.models.heads.classification import select_detections
 from cpm_rcnn.models.heads.inputs import HeadInputs
 from cpm_rcnn.models.heads.refinement import refine, train_cascade
 from cpm_rcnn.models.heads.roi_sampling import POSITIVE_IOU, sample_matched, sample_rois
-from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring, rescore
+from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring, calibrated_detections
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.structures import Detections, GroundTruth, Match, Rois
 from cpm_rcnn.settings import Settings, architecture, flag, inference, integer, number, training
@@ -79,22 +79,8 @@ class BoxHead(RoIHead):
             nms_iou=self.settings.nms_iou,
             max_detections=self.settings.max_detections,
         )
-        rois, scores = selected.rois, selected.scores
-        predicted_iou = probability = None
-        if self.ism is not None:
-            predicted_iou = self.ism.predicted_iou(output.features[selected.rows])
-            scores = scores * predicted_iou
-            check_output("head.ism", self.ism, scores)
-        if self.rsm is not None:
-            probability = self.rsm.probability(selected.labels, features, rois)
-            scores = rescore(scores, probability)
-            check_output("head.rsm", self.rsm, scores)
-        return Detections(
-            *(rois.boxes, rois.images, scores, selected.labels, rois.valid),
-            class_scores=selected.scores,
-            predicted_iou=predicted_iou,
-            rsm_probability=probability,
-        )
+        rois, scores, labels, rows = selected
+        return calibrated_detections(rois, scores, labels, features, output.features[rows], ism=self.ism, rsm=self.rsm)
 
     def probabilities(self, outputs: Sequence[BoxOutput]) -> Tensor:
         """Class probabilities (R, C + 1) float32 of R RoIs from the outputs of all stages; here those of the last."""
@@ -105,15 +91,14 @@ class BoxHead(RoIHead):
 
         def select(stage: BoxStage, rois: Rois, match: Match) -> tuple[Rois, Match]:
             """A new sample for each stage, with its own IoU threshold."""
-            sampled = sample_matched(rois, match, len(ground_truth.boxes), self.settings.samples, iou_of(stage))
+            threshold = stage.settings.positive_iou
+            sampled = sample_matched(rois, match, len(ground_truth.boxes), self.settings.samples, threshold)
             return sampled.rois, sampled.match
 
-        def iou_of(stage: BoxStage) -> float:
-            return stage.settings.positive_iou
-
         stages = self.box_stages
+        threshold = stages[0].settings.positive_iou
         candidates = proposals.cat(ground_truth.rois())
-        first = sample_rois(candidates, ground_truth, self.convention, self.settings.samples, iou_of(stages[0]))
+        first = sample_rois(candidates, ground_truth, self.convention, self.settings.samples, threshold)
         cascade = train_cascade(stages, features, first.rois, first.match, ground_truth, self.convention, select)
         losses = {f"loss_{name}": term for name, term in cascade.losses.items()}
         if self.ism is not None:

@@ -15,7 +15,7 @@ from cpm_rcnn.models.heads.grid_stage import FEATURE_SIZE, INITIALIZATIONS, Grid
 from cpm_rcnn.models.heads.inputs import HeadInputs
 from cpm_rcnn.models.heads.refinement import refine, train_cascade
 from cpm_rcnn.models.heads.roi_sampling import limit_crowded, sample_rois
-from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring, rescore
+from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring, calibrated_detections
 from cpm_rcnn.models.heatmaps import NUM_POINTS
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
@@ -147,26 +147,14 @@ class CPMHead(RoIHead):
             max_detections=self.settings.max_detections,
         )
         rois, outputs = refine(self.grid_stages[: self.settings.test_stages], features, rois)
-        scores = class_scores
-        predicted_iou = probability = None
-        if self.ism is not None and len(outputs) == len(self.stages):
-            predicted_iou = self.ism.predicted_iou(outputs[-1].features)
-            scores = scores * predicted_iou
-            check_output("head.ism", self.ism, scores)
-        if self.rsm is not None:
-            probability = self.rsm.probability(labels, features, rois)
-            scores = rescore(scores, probability)
-            check_output("head.rsm", self.rsm, scores)
-        detections = Detections(
-            *(rois.boxes, rois.images, scores, labels, rois.valid),
-            class_scores=class_scores,
-            predicted_iou=predicted_iou,
-            rsm_probability=probability,
+        complete = len(outputs) == len(self.stages)  # ISM reads the last stage
+        detections = calibrated_detections(
+            rois, class_scores, labels, features, outputs[-1].features, ism=self.ism if complete else None, rsm=self.rsm
         )
         if self.settings.final_nms_iou is None:
             return detections
         group = rois.images * logits.shape[1] + labels
-        return detections[grouped_nms(rois.boxes, scores, group, self.settings.final_nms_iou)]
+        return detections[grouped_nms(rois.boxes, detections.scores, group, self.settings.final_nms_iou)]
 
     def losses(self, features: Sequence[Tensor], proposals: Rois, ground_truth: GroundTruth) -> dict[str, LossTerm]:
         """The losses of all parts: ``loss_cls``, ``loss_grid0``, ..., ``loss_ism``, ``loss_rsm``."""

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.heads.classification import Classifier, classification_loss, probability_of
 from cpm_rcnn.models.heads.inputs import HeadInputs
 from cpm_rcnn.models.heads.roi_sampling import sample_rois
 from cpm_rcnn.models.init import init_linear, init_predictor
 from cpm_rcnn.models.losses import LossTerm
-from cpm_rcnn.models.structures import GroundTruth, Match, Rois
+from cpm_rcnn.models.structures import Detections, GroundTruth, Match, Rois
 
 _MLP_CHANNELS = 1024
 # score <- score^0.8 * p^0.2 (docs/method.md section 7).
@@ -87,6 +88,47 @@ class Rescoring(Classifier):
     def probability(self, labels: Tensor, features: Sequence[Tensor], rois: Rois) -> Tensor:
         """The probability (R,) float32 of each label (R,) at the refined ``rois``, for :func:`rescore`."""
         return probability_of(self(features, rois), labels)
+
+
+def calibrated_detections(
+    rois: Rois,
+    class_scores: Tensor,
+    labels: Tensor,
+    features: Sequence[Tensor],
+    stage_features: Tensor,
+    *,
+    ism: InstanceScoring | None,
+    rsm: Rescoring | None,
+) -> Detections:
+    """Detections whose classification scores are corrected by ISM and then by RSM; either can be None.
+
+    Args:
+        rois: R RoIs with their final boxes.
+        class_scores: (R,) float32 probabilities.
+        labels: (R,) int64 in 1..C.
+        features: the pyramid.
+        stage_features: (R, ...), features of the last stage.
+        ism: predicts the IoU from ``stage_features``.
+        rsm: classifies the boxes of ``rois``.
+
+    Raises:
+        UserError: a score is not finite.
+    """
+    scores, iou, probability = class_scores, None, None
+    if ism is not None:
+        iou = ism.predicted_iou(stage_features)
+        scores = scores * iou
+        check_output("head.ism", ism, scores)
+    if rsm is not None:
+        probability = rsm.probability(labels, features, rois)
+        scores = rescore(scores, probability)
+        check_output("head.rsm", rsm, scores)
+    return Detections(
+        *(rois.boxes, rois.images, scores, labels, rois.valid),
+        class_scores=class_scores,
+        predicted_iou=iou,
+        rsm_probability=probability,
+    )
 
 
 def instance_score_loss(predictions: Tensor, iou: Tensor, valid: Tensor, weights: Tensor | None = None) -> LossTerm:
