@@ -95,6 +95,7 @@ def test_null_is_printed_as_the_user_wrote_it(command, argument):
         ("train", "schedule=null", ["must be one of", "2x"]),
         ("train", "trainer=null", ["must be one of", "cpu"]),
         ("train", "head=null", ["must be one of", "cpm"]),
+        ("train", "head=fastr", ["there is no conf/head/fastr.yaml; must be one of cascade, cpm, faster"]),
         ("train", "experiment=3", ["must be one of", "quickstart"]),
         ("train", "multi_scale=on", ["train has no group multi_scale"]),
         ("eval", "detector=null", ["detector.NAME=VALUE"]),

@@ -5,7 +5,7 @@ import errno
 import re
 from collections.abc import Iterator
 
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -32,6 +32,11 @@ def one_line(error: BaseException) -> str | None:
     for cause in chain:
         if isinstance(cause, OSError) and cause.errno in _PATH_ERRORS and cause.filename:
             return f"{cause.filename}: {cause.strerror}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        # Hydra's text ends with its search path.
+        group_name, _, choice = error.missing_cfg_file.rpartition("/")
+        file = f"conf/{error.missing_cfg_file}.yaml"
+        return f"{group_name}={choice}: there is no {file}; must be one of {', '.join(error.options)}"
     if isinstance(error, HydraException) and (group := re.match(r"Could not override '(\w+)'\. No match", str(error))):
         return f"{group[1]}: the chosen head has no such group"
     if isinstance(error, OverrideParseException):
