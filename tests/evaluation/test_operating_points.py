@@ -12,7 +12,8 @@ from pycocotools.cocoeval import COCOeval
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.evaluation import operating_points as module
 from cpm_rcnn.evaluation.found import FoundDetections
-from cpm_rcnn.evaluation.operating_points import FALSE_POSITIVE, IGNORED, TRUE_POSITIVE, match, operating_points, points
+from cpm_rcnn.evaluation.matching import FALSE_POSITIVE, IGNORED, TRUE_POSITIVE, match
+from cpm_rcnn.evaluation.operating_points import operating_points, points
 
 CATEGORIES = {"cat": 7, "dog": 3, "cow": 90}
 IMAGES = [5, -2, 44, 2**40]

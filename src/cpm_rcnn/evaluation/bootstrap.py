@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cpm_rcnn.evaluation.engines import EvaluationData
-from cpm_rcnn.evaluation.operating_points import best_pairs, overlapping_pairs
+from cpm_rcnn.evaluation.matching import best_pairs, overlapping_pairs
 
 # The metrics that are resampled.
 AP_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
