@@ -18,7 +18,7 @@ AP_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # As pycocotools computes them.
 IOUS = np.linspace(0.5, 0.95, 10)
 _RECALLS = np.linspace(0.0, 1.0, 101)
-_AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
+AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])
 _LIMIT = 100  # detections per image and class
 # Numbers in the temporary arrays of one block of resamples, which bounds the memory and keeps them in the cache.
 _BLOCK = 1 << 20
@@ -89,7 +89,7 @@ def match_all(data: EvaluationData) -> Matches:
     firsts = np.searchsorted(classes, np.arange(1, data.categories + 2))
 
     rankings: list[list[_Ranking]] = [[] for _ in range(data.categories)]
-    for low, high in _AREAS:
+    for low, high in AREAS:
         ignored = crowds | (object_areas < low) | (object_areas > high)
         inside = (found_areas >= low) & (found_areas <= high)
         # Of a detection, its best pair is the last: objects that count come after ignored ones.
@@ -136,7 +136,7 @@ def _ranking(
     return found
 
 
-def average_precisions(matches: Matches, weights: np.ndarray) -> np.ndarray:
+def average_precisions(matches: Matches, weights: np.ndarray, by_area: bool = True) -> np.ndarray:
     """COCO's average precision of weighted images.
 
     Equal to what pycocotools computes if each image is repeated as often as its weight says, with its repetitions one
@@ -145,19 +145,21 @@ def average_precisions(matches: Matches, weights: np.ndarray) -> np.ndarray:
     Args:
         matches: the return value of :func:`match_all`.
         weights: (R, I) integers; a row is a resample of the images.
+        by_area: whether the area ranges small, medium and large are computed in addition to all areas.
 
     Returns:
-        (R, 4, 10, K) for the area ranges (all, small, medium, large), IoU thresholds and classes; NaN if there are no
-        objects.
+        (R, 4, 10, K) for the area ranges (all, small, medium, large), IoU thresholds and classes, or (R, 1, 10, K); NaN
+        if there are no objects.
     """
     weights = np.ascontiguousarray(weights, dtype=np.int32)
-    values = np.full((len(weights), len(_AREAS), len(IOUS), len(matches.rankings)), np.nan)
+    areas = len(AREAS) if by_area else 1
+    values = np.full((len(weights), areas, len(IOUS), len(matches.rankings)), np.nan)
     for k, of_class in enumerate(matches.rankings):
         longest = max(len(of_class[0].images), len(of_class[0].object_images), 1)
         step = max(1, _BLOCK // longest)
         for start in range(0, len(weights), step):
             block = weights[start : start + step]
-            for area, ranking in enumerate(of_class):
+            for area, ranking in enumerate(of_class[:areas]):
                 values[start : start + step, area, :, k] = _of_block(ranking, block)
     return values
 

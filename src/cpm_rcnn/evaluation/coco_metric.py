@@ -17,13 +17,11 @@ from cpm_rcnn.boxes import CONTINUOUS, BoxConvention
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.validation import check_categories
 from cpm_rcnn.errors import UserError
-from cpm_rcnn.evaluation.engines import EvaluationData, mean_of_defined, precision_and_recall, summarize
+from cpm_rcnn.evaluation.analysis.split import EvaluatedSplit
+from cpm_rcnn.evaluation.engines import METRIC_NAMES, EvaluationData, mean_of_defined, precision_and_recall, summarize
 from cpm_rcnn.evaluation.found import FoundDetections
 from cpm_rcnn.evaluation.operating_points import operating_points
 from cpm_rcnn.models.structures import DETAILS
-
-# In the order of pycocotools' ``COCOeval.stats``.
-METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 # The keys of details in COCO's results format, which has one dict per detection.
 RESULT_KEYS = {"class_scores": "class_score", "predicted_iou": "predicted_iou", "rsm_probability": "rsm_probability"}
@@ -200,6 +198,36 @@ class CocoMetric(Metric):
             return None
         categories = dict(compress(zip(self.category_names, self.category_ids), self._reported))
         return operating_points(self.annotations, self._found, categories, precision)
+
+    def evaluated_split(self) -> EvaluatedSplit | None:
+        """The objects and detections from which the last metrics were computed, for an analysis.
+
+        Needs no other process.
+
+        Returns:
+            None without annotations.
+
+        Raises:
+            RuntimeError: :meth:`compute` was not called before.
+        """
+        if self._found is None:
+            raise RuntimeError("call CocoMetric.compute() before evaluated_split()")
+        annotations = self.annotations
+        if not annotations.has_annotations:
+            return None
+        pairs = sorted(compress(zip(self.category_ids, self.category_names), self._reported))
+        class_ids, class_names = [key for key, _ in pairs], [name for _, name in pairs]
+        by_id = np.argsort(annotations.image_ids, kind="stable")
+        rows = by_id[np.searchsorted(annotations.image_ids, self._found.evaluated, sorter=by_id)]
+        return EvaluatedSplit(
+            data=evaluation_data(annotations, self._found, np.array(class_ids, dtype=np.int64)),
+            image_ids=self._found.evaluated,
+            file_names=annotations.file_names[rows],
+            sizes=np.stack([annotations.widths[rows], annotations.heights[rows]], axis=1),
+            class_ids=class_ids,
+            class_names=class_names,
+            details=self._found.details,
+        )
 
     def evaluated_images(self) -> np.ndarray:
         """(I,) int64, the ids of the images of the last metrics in ascending order.

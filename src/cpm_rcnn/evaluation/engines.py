@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 
+# The twelve metrics of COCO, in the order of pycocotools' ``COCOeval.stats``.
+METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
 
 @dataclass(frozen=True, eq=False)
 class EvaluationData:
@@ -88,6 +91,18 @@ def by_hotcoco(data: EvaluationData) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         ImportError: hotcoco is not installed.
     """
+    evaluator = hotcoco_evaluator(data)
+    evaluator.evaluate()
+    evaluator.accumulate()
+    return evaluator.eval["precision"], evaluator.eval["recall"]
+
+
+def hotcoco_evaluator(data: EvaluationData) -> Any:
+    """A ``COCOeval`` of hotcoco for the data, before its ``evaluate``.
+
+    Raises:
+        ImportError: hotcoco is not installed.
+    """
     from hotcoco import COCO, COCOeval
 
     _Threads.started = True
@@ -105,10 +120,7 @@ def by_hotcoco(data: EvaluationData) -> tuple[np.ndarray, np.ndarray]:
     rows[:, 1:5] = data.found_boxes
     rows[:, 5] = data.found_scores
     rows[:, 6] = data.found_categories
-    evaluator: Any = COCOeval(truth, truth.load_res(rows), "bbox")
-    evaluator.evaluate()
-    evaluator.accumulate()
-    return evaluator.eval["precision"], evaluator.eval["recall"]
+    return COCOeval(truth, truth.load_res(rows), "bbox")
 
 
 def by_pycocotools(data: EvaluationData) -> tuple[np.ndarray, np.ndarray]:
@@ -157,7 +169,7 @@ def _dicts(**columns: np.ndarray) -> list[dict[str, Any]]:
 
 
 def summarize(precision: np.ndarray, recall: np.ndarray) -> list[float]:
-    """The twelve metrics, in the order of pycocotools' ``COCOeval.stats`` and bit for bit equal to them.
+    """The metrics of :data:`METRIC_NAMES`, bit for bit equal to pycocotools' ``COCOeval.stats``.
 
     Args:
         precision: the first return value of :func:`precision_and_recall`.

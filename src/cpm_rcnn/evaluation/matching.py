@@ -41,7 +41,28 @@ def match(
     Returns:
         (D,) int8: ``TRUE_POSITIVE``, ``FALSE_POSITIVE`` or ``IGNORED``.
     """
+    objects = match_objects(groups, boxes, scores, object_groups, object_boxes, crowds, iou)
     outcomes = np.full(len(groups), FALSE_POSITIVE, dtype=np.int8)
+    matched = objects >= 0
+    outcomes[matched] = np.where(crowds[objects[matched]], IGNORED, TRUE_POSITIVE)
+    return outcomes
+
+
+def match_objects(
+    groups: np.ndarray,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    object_groups: np.ndarray,
+    object_boxes: np.ndarray,
+    crowds: np.ndarray,
+    iou: float = IOU,
+) -> np.ndarray:
+    """The object or crowd that each detection takes; see :func:`match`.
+
+    Returns:
+        (D,) int64 rows of the objects, -1 where there is none.
+    """
+    matched = np.full(len(groups), -1)
     # Of a group, objects come before crowds.
     object_order = np.lexsort((crowds, object_groups))
     object_groups, object_boxes, crowds = object_groups[object_order], object_boxes[object_order], crowds[object_order]
@@ -61,8 +82,8 @@ def match(
     by_rank = np.lexsort((objects, overlaps, ~crowds[objects], rows, ranks[positions]))
     rows, objects = rows[by_rank], objects[by_rank]
     matched_rows, matched_objects = best_pairs(rows, objects, ranks[positions][by_rank], crowds)
-    outcomes[order[matched_rows]] = np.where(crowds[matched_objects], IGNORED, TRUE_POSITIVE)
-    return outcomes
+    matched[order[matched_rows]] = object_order[matched_objects]
+    return matched
 
 
 def best_pairs(

@@ -1,0 +1,1 @@
+"""Error analysis of an evaluation: what the HTML report shows."""
