@@ -15,6 +15,7 @@ from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.evaluation.module import EvaluationModule
 from cpm_rcnn.evaluation.records import RECORD, record_evaluation
 from cpm_rcnn.ops import use_deform_backend
+from cpm_rcnn.reporting.evaluation_report import report_evaluation
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 
 
@@ -25,7 +26,7 @@ def evaluate(config: DictConfig) -> None:
     check_flag("details", config.details)
     check_operating_precision(config)
     detector, data = load_detector(config)
-    module = EvaluationModule(detector, config.details, config.operating_precision)
+    module = EvaluationModule(detector, operating_precision=config.operating_precision)
     datamodule = evaluation_data(config, detector, data)
     trainer = build_evaluator(config, run_dir)
     loop = trainer.validate if config.split == "val" else trainer.test
@@ -37,9 +38,12 @@ def evaluate(config: DictConfig) -> None:
     write_metrics(module.metrics, run_dir / "metrics.json")
     if module.operating_points is not None:
         write_metrics(module.operating_points, run_dir / "operating_points.json")
-    (run_dir / "detections.json").write_text(json.dumps(module.metric.results()))
-    record = record_evaluation(module.metric, datamodule.images_folder("val" if config.split == "val" else "test"))
+    (run_dir / "detections.json").write_text(json.dumps(module.metric.results(config.details)))
+    images = datamodule.images_folder("val" if config.split == "val" else "test")
+    record = record_evaluation(module.metric, images)
     (run_dir / RECORD).write_text(json.dumps(record))
+    model, settings = str(config.ckpt), detector.model.settings
+    report_evaluation(module.metric, module.operating_points, model, settings, images, run_dir)
     print_metrics(module.metrics)
     print(run_dir)
 

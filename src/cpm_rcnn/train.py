@@ -1,10 +1,6 @@
 """``python -m cpm_rcnn.train``: train a model, evaluate its best and its last checkpoint, write plots and tables."""
 
-import logging
-import signal
-import sys
 from pathlib import Path
-from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
@@ -24,19 +20,16 @@ from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.curves import keep_metrics, plot_curves
-from cpm_rcnn.reporting.sweep import RECORD
+from cpm_rcnn.reporting.evaluation_report import report_evaluation
 from cpm_rcnn.reporting.tables import percent, print_metrics, print_transfer, write_metrics
 from cpm_rcnn.reporting.validation_sheet import validation_sheet
-from cpm_rcnn.training.interruption import Interrupted, Interruption
+from cpm_rcnn.training.final_evaluation import CheckpointEvaluation, evaluate_checkpoints
+from cpm_rcnn.training.fit import fit
 from cpm_rcnn.training.module import DetectionModule
-from cpm_rcnn.training.process_watch import ProcessWatch
-from cpm_rcnn.weights.checkpoints import read_checkpoint
 from cpm_rcnn.weights.imagenet import warn_of_new_recipe
 from cpm_rcnn.weights.initialize import initialize
-from cpm_rcnn.weights.resume import ResumePoint, check_recipe, check_same_run, checkpoint_step, find_resume_point
+from cpm_rcnn.weights.resume import check_recipe, check_same_run, find_resume_point
 from cpm_rcnn.weights.starting import read_starting_detector
-
-_log = logging.getLogger(__name__)
 
 
 def train(config: DictConfig) -> float | None:
@@ -94,94 +87,11 @@ def train(config: DictConfig) -> float | None:
         keep_metrics(run_dir, resuming=resume_point is not None)
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
     with config_keys(config, "data"), lightning_errors(config):
-        _fit(trainer, module, datamodule, resume_point, run_dir)
-    if config.trainer.fast_dev_run:  # it leaves no checkpoint
-        trainer.validate(module, datamodule=datamodule, verbose=False)
-        selected, evaluated = "last", {"last": {"step": trainer.global_step, **module.metrics}}
-    else:
-        selected, evaluated = _evaluate(trainer, module, datamodule, run_dir, config.select)
+        fit(trainer, module, datamodule, resume_point, run_dir)
+    selected, evaluated = evaluate_checkpoints(trainer, module, datamodule, run_dir, config.select)
     if trainer.is_global_zero:
         _report(config, trainer, module, datamodule, run_dir, selected, evaluated)
     return None
-
-
-def _evaluate(
-    trainer: pl.Trainer, module: DetectionModule, datamodule: CocoDataModule, run_dir: Path, select: str
-) -> tuple[str, dict[str, dict[str, Any]]]:
-    """Evaluate the last and the best checkpoint.
-
-    Args:
-        trainer: the trainer of the run.
-        module: gets the weights of the selected checkpoint in the first process.
-        datamodule: the data of the run.
-        run_dir: the run's folder.
-        select: the checkpoint to report, ``best`` or ``last``; ``best`` is the last if there is no best.
-
-    Returns:
-        The name of the selected checkpoint, and by name the step and the metrics of each.
-    """
-    paths = {name: run_dir / "checkpoints" / f"{name}.ckpt" for name in ("last", "best")}
-    # Only the first process is sure to have the files. Without name=, the folder is named by the time, which can
-    # differ between machines: take the first process's.
-    steps = {}
-    if trainer.is_global_zero:
-        steps = {name: checkpoint_step(path) for name, path in paths.items() if path.exists()}
-    paths, steps = trainer.strategy.broadcast((paths, steps))
-    at_end = module.evaluated_step if module.evaluated_step == trainer.global_step else None
-    evaluated = {} if at_end is None else {at_end: module.metrics}
-    current = at_end
-    for name, step in steps.items():
-        if step not in evaluated:
-            trainer.validate(module, datamodule=datamodule, ckpt_path=paths[name], verbose=False, weights_only=True)
-            evaluated[step], current = module.metrics, step
-    selected = select if select in steps else "last"
-    if trainer.is_global_zero and current != steps[selected]:
-        module.load_state_dict(read_checkpoint(paths[selected])["state_dict"])
-    return selected, {name: {"step": step, **evaluated[step]} for name, step in steps.items()}
-
-
-def _fit(
-    trainer: pl.Trainer,
-    module: DetectionModule,
-    datamodule: CocoDataModule,
-    resume_point: ResumePoint | None,
-    run_dir: Path,
-) -> None:
-    path = None if resume_point is None else resume_point.path
-    # A run with fast_dev_run saves nothing.
-    interruption = next((each for each in trainer.callbacks if isinstance(each, Interruption)), None)  # type: ignore[attr-defined]
-    if (run_dir / RECORD).exists():
-        to_resume = f"to resume, run the sweep again in {run_dir.parent}"
-    else:
-        to_resume = f"to resume, run the same command with name={run_dir.name} resume=auto"
-    try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=path, weights_only=True)
-    except Interrupted as stop:
-        _stop(trainer, f"stopped by {stop}; {to_resume}", stop.number, run_dir)
-    except Exception as error:
-        if interruption is not None and interruption.saved_step is not None:
-            step = f"step {interruption.saved_step}"
-            if interruption.received:
-                # The signal has also ended a worker of a loader, or another process.
-                name = signal.Signals(interruption.received).name
-                _stop(trainer, f"stopped by {name} at {step}; {to_resume}", interruption.received, run_dir)
-            if trainer.is_global_zero:
-                _log.warning("the run is saved at %s; %s", step, to_resume)
-        watch = next(each for each in trainer.callbacks if isinstance(each, ProcessWatch))  # type: ignore[attr-defined]
-        if watch.message is None:
-            raise
-        if (launcher := trainer.strategy.launcher) is not None and hasattr(launcher, "kill"):
-            launcher.kill(signal.SIGKILL)
-        raise UserError(watch.message) from error
-
-
-def _stop(trainer: pl.Trainer, message: str, number: int, run_dir: Path) -> NoReturn:
-    """End this process after a signal."""
-    if trainer.is_global_zero:
-        print(message)
-        print(run_dir)
-    # One process per machine exits with the status: Lightning kills all processes of a machine once one has failed.
-    sys.exit(128 + number if trainer.local_rank == 0 else 0)
 
 
 def _report(
@@ -191,12 +101,15 @@ def _report(
     datamodule: CocoDataModule,
     run_dir: Path,
     selected: str,
-    evaluated: dict[str, dict[str, Any]],
+    evaluated: dict[str, CheckpointEvaluation],
 ) -> None:
-    metrics = {name: value for name, value in evaluated[selected].items() if name != "step"}
+    """Write and print the results of the selected checkpoint."""
+    chosen = evaluated[selected]
     timer = next(each for each in trainer.callbacks if isinstance(each, Timer))  # type: ignore[attr-defined]
     minutes = timer.time_elapsed() / 60
-    write_metrics({**metrics, "selected": selected, **evaluated, "minutes": minutes}, run_dir / "metrics.json")
+    each_checkpoint = {name: {"step": found.step, **found.metrics} for name, found in evaluated.items()}
+    metrics = {**chosen.metrics, "selected": selected, **each_checkpoint, "minutes": minutes}
+    write_metrics(metrics, run_dir / "metrics.json")
     if not config.trainer.fast_dev_run and (run_dir / "metrics.csv").exists():
         plot_curves(run_dir / "metrics.csv", run_dir)
     if config.sheet_images:
@@ -204,8 +117,12 @@ def _report(
         detector = module.detector.to(trainer.strategy.root_device)
         dataset = datamodule.val_dataloader().dataset
         validation_sheet(detector, dataset, run_dir / "validation.png", config.sheet_images)
-    print_metrics(metrics)
-    each = (f"{name} (step {found['step']}) {percent(found['AP'])}" for name, found in evaluated.items())
+    model = f"{run_dir.name}, {selected} checkpoint (step {chosen.step})"
+    report_evaluation(
+        chosen.metric, chosen.operating_points, model, module.model.settings, datamodule.images_folder("val"), run_dir
+    )
+    print_metrics(chosen.metrics)
+    each = (f"{name} (step {found.step}) {percent(found.metrics['AP'])}" for name, found in evaluated.items())
     print(f"AP: {', '.join(each)}; the table is of the {selected} checkpoint")
     print(run_dir)
 

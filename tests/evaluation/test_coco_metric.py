@@ -455,7 +455,8 @@ def test_details_are_kept_on_request_and_a_part_that_the_head_lacks_is_left_out(
             each.update([image_id], [_with_details(one, "class_scores", "rsm_probability")])
     assert metric.compute() == plain.compute()
     assert len(metric.results()) > 20
-    for row, short in zip(metric.results(), plain.results(), strict=True):
+    assert metric.results() == plain.results() == plain.results(details=True)
+    for row, short in zip(metric.results(details=True), plain.results(), strict=True):
         assert row == short | {"class_score": row["score"] * 0.5, "rsm_probability": row["score"] * 0.125}
     assert not hasattr(plain, "details")
 
@@ -476,7 +477,7 @@ def _one_rank(rank, folder, shares):
         metric = _metric(folder / "truth.json", details=True)
         for image_id in share[rank]:
             metric.update([image_id], [found[image_id]])
-        answers.append((metric.compute(), metric.results()))
+        answers.append((metric.compute(), metric.results(details=True)))
     torch.distributed.destroy_process_group()
     (folder / f"rank{rank}.json").write_text(json.dumps(answers))
 
@@ -497,15 +498,17 @@ def test_two_processes_have_the_metrics_of_one(tmp_path):
     metric.update(list(found), list(found.values()))
     alone = metric.compute()
 
+    expected = metric.results(details=True)
+
     def by_score(rows):
         return sorted(rows, key=lambda row: (row["image_id"], row["score"]))
 
     assert alone["AP"] > 0
-    assert all(row["predicted_iou"] == row["score"] * 0.25 for row in metric.results())
+    assert all(row["predicted_iou"] == row["score"] * 0.25 for row in expected)
     for rank in range(2):
         for metrics, results in json.loads((tmp_path / f"rank{rank}.json").read_text()):
             assert metrics == alone
-            assert by_score(results) == by_score(metric.results())
+            assert by_score(results) == by_score(expected)
 
 
 def _rank_with_a_failing_engine(rank, folder):

@@ -189,5 +189,5 @@ def test_detections_have_details_on_request(root):
     detector = shapes_module(data).detector
     for details in (False, True):
         module = evaluated(EvaluationModule(detector, details), data)
-        keys = {"class_score", "predicted_iou", "rsm_probability"} & set(module.metric.results()[0])
+        keys = {"class_score", "predicted_iou", "rsm_probability"} & set(module.metric.results(details=True)[0])
         assert len(keys) == (3 if details else 0)

@@ -56,8 +56,7 @@ class CocoMetric(Metric):
             several have the same name, ``per_class`` appends their ids. Those that the annotation file does not list
             are neither evaluated nor part of the results.
         convention: convention of the boxes of the detections.
-        details: whether the columns of :data:`~cpm_rcnn.models.structures.DETAILS` are kept, and are part of the
-            results under the names in :data:`RESULT_KEYS`.
+        details: whether the columns of :data:`~cpm_rcnn.models.structures.DETAILS` are kept.
 
     Raises:
         ArgumentError: ``categories`` is invalid.
@@ -157,24 +156,27 @@ class CocoMetric(Metric):
         names = compress(self.category_names, self._reported)
         return {**dict(zip(METRIC_NAMES, stats, strict=True)), "per_class": dict(zip(names, per_class, strict=True))}
 
-    def results(self) -> list[dict[str, Any]]:
+    def results(self, details: bool = False) -> list[dict[str, Any]]:
         """The detections from which the last metrics were computed, in COCO's results format.
+
+        Args:
+            details: whether to add ``class_score``, ``predicted_iou`` and ``rsm_probability``, if the head has them and
+                the metric keeps details.
 
         Returns:
             Dicts of ``image_id``, ``category_id``, ``bbox`` (x, y, width, height in pixels) and ``score``, from all
-            processes and without duplicate images; not rounded, so that pycocotools computes the same metrics. With
-            ``details``, also ``class_score``, ``predicted_iou`` and ``rsm_probability``, if the head has them.
+            processes and without duplicate images; not rounded, so that pycocotools computes the same metrics.
 
         Raises:
             RuntimeError: :meth:`compute`, which gathers them, was not called before.
         """
         if self._found is None:
             raise RuntimeError("call CocoMetric.compute() before results()")
-        _, *columns, details = self._found
+        _, *columns, columns_of_details = self._found
         names = ("image_id", "category_id", "bbox", "score")
         rows = [dict(zip(names, row)) for row in zip(*(column.tolist() for column in columns))]
-        if details is not None:
-            for row, values in zip(rows, details.tolist(), strict=True):
+        if details and columns_of_details is not None:
+            for row, values in zip(rows, columns_of_details.tolist(), strict=True):
                 row |= {key: value for key, value in zip(RESULT_KEYS.values(), values) if not math.isnan(value)}
         return rows
 

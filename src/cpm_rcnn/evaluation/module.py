@@ -28,8 +28,8 @@ class EvaluationModule(pl.LightningModule):
 
     Args:
         detector: the detector to evaluate.
-        details: whether detections also say how their scores were computed
-            (:meth:`Detector.detect <cpm_rcnn.inference.Detector.detect>`).
+        details: whether the metric also gets how scores were computed
+            (:meth:`Detector.detect <cpm_rcnn.inference.Detector.detect>`), which the report shows.
         operating_precision: the precision of the second operating point of each class, 0 to 1; None for no such point.
 
     Attributes:
@@ -47,7 +47,7 @@ class EvaluationModule(pl.LightningModule):
     metrics: dict[str, Any]
 
     def __init__(
-        self, detector: Detector, details: bool = False, operating_precision: float | None = OPERATING_PRECISION
+        self, detector: Detector, details: bool = True, operating_precision: float | None = OPERATING_PRECISION
     ) -> None:
         super().__init__()
         self.operating_precision = operating_precision

@@ -10,6 +10,7 @@ from cpm_rcnn.evaluation.analysis.split import EvaluatedSplit
 MEAN = "mean"
 RECALLS = np.linspace(0, 1, 101)
 THRESHOLDS = np.linspace(0, 1, 101)
+_DIGITS = 4  # of a chart; they keep the report of many classes small
 
 
 def curves(split: EvaluatedSplit, outcomes: Outcomes, precision: np.ndarray) -> dict[str, Any]:
@@ -34,9 +35,9 @@ def curves(split: EvaluatedSplit, outcomes: Outcomes, precision: np.ndarray) -> 
     series = []
     for k, name in enumerate([MEAN, *split.class_names]):
         rows = [mean_of_defined(value) if k == 0 else value[k - 1] for value in values]
-        lists = [row.tolist() for row in rows]
+        lists = [row.round(_DIGITS).tolist() for row in rows]
         series.append({"name": name, "precision": dict(zip(by_iou, lists)), **dict(zip(at, lists[len(by_iou) :]))})
-    return {"recalls": RECALLS.tolist(), "thresholds": THRESHOLDS.tolist(), "series": series}
+    return {"recalls": RECALLS.tolist(), "thresholds": THRESHOLDS.round(2).tolist(), "series": series}
 
 
 def _at_thresholds(split: EvaluatedSplit, outcomes: Outcomes) -> dict[str, np.ndarray]:
