@@ -21,10 +21,12 @@ from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.curves import keep_metrics, plot_curves
 from cpm_rcnn.reporting.evaluation_report import report_evaluation
+from cpm_rcnn.reporting.report import HTML
 from cpm_rcnn.reporting.tables import percent, print_metrics, print_transfer, write_metrics
-from cpm_rcnn.reporting.validation_sheet import validation_sheet
+from cpm_rcnn.reporting.validation_sheet import SHEET, validation_sheet
 from cpm_rcnn.training.final_evaluation import CheckpointEvaluation, evaluate_checkpoints
 from cpm_rcnn.training.fit import fit
+from cpm_rcnn.training.logged_results import log_results
 from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.weights.imagenet import warn_of_new_recipe
 from cpm_rcnn.weights.initialize import initialize
@@ -116,7 +118,7 @@ def _report(
         # Lightning has moved the model back to the CPU.
         detector = module.detector.to(trainer.strategy.root_device)
         dataset = datamodule.val_dataloader().dataset
-        validation_sheet(detector, dataset, run_dir / "validation.png", config.sheet_images)
+        validation_sheet(detector, dataset, run_dir / SHEET, config.sheet_images)
     model = f"{run_dir.name}, {selected} checkpoint (step {chosen.step})"
     report_evaluation(
         chosen.metric, chosen.operating_points, model, module.model.settings, datamodule.images_folder("val"), run_dir

@@ -8,6 +8,8 @@ from torch.utils.data import Dataset
 from cpm_rcnn.inference.detector import Detector
 from cpm_rcnn.reporting.pictures import draw, save, sheet
 
+SHEET = "validation.png"  # its name in a run's folder
+
 
 def validation_sheet(detector: Detector, dataset: Dataset, path: Path, count: int) -> None:
     """Draw detections and ground-truth boxes on images spread evenly over a data set, as one picture.

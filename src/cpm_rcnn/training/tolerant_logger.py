@@ -2,6 +2,7 @@
 
 import logging
 from argparse import Namespace
+from collections.abc import Callable
 from typing import Any
 
 from pytorch_lightning.loggers import Logger
@@ -51,25 +52,26 @@ class TolerantLogger(Logger):
             raise UserError(f"logger: {kind} cannot start ({type(error).__name__}: {_line(error)})") from error
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self._try("log_metrics", metrics, step)
+        self.attempt(lambda logger: logger.log_metrics(metrics, step))
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        self._try("log_hyperparams", params, *args, **kwargs)
+        self.attempt(lambda logger: logger.log_hyperparams(params, *args, **kwargs))
 
     def save(self) -> None:
-        self._try("save")
+        self.attempt(lambda logger: logger.save())
 
     def finalize(self, status: str) -> None:
-        self._try("finalize", status)
+        self.attempt(lambda logger: logger.finalize(status))
 
     def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
-        self._try("after_save_checkpoint", checkpoint_callback)
+        self.attempt(lambda logger: logger.after_save_checkpoint(checkpoint_callback))
 
-    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
+    def attempt(self, call: Callable[..., Any], *args: Any) -> None:
+        """Call ``call(logger, *args)`` with the wrapped logger, unless it has failed before; a failure is a warning."""
         if self._failed:
             return
         try:
-            getattr(self.logger, method)(*args, **kwargs)
+            call(self.logger, *args)
         except Exception as error:  # each service raises its own errors
             self._failed = True
             what = f"{type(self.logger).__name__} failed ({type(error).__name__}: {_line(error)})"
