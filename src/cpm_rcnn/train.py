@@ -120,9 +120,10 @@ def _report(
         dataset = datamodule.val_dataloader().dataset
         validation_sheet(detector, dataset, run_dir / SHEET, config.sheet_images)
     model = f"{run_dir.name}, {selected} checkpoint (step {chosen.step})"
-    report_evaluation(
-        chosen.metric, chosen.operating_points, model, module.model.settings, datamodule.images_folder("val"), run_dir
-    )
+    settings, images = module.model.settings, datamodule.images_folder("val")
+    report = report_evaluation(chosen.metric, chosen.operating_points, model, settings, images, run_dir)
+    if report is not None:
+        log_results(trainer.loggers, report, run_dir / SHEET, run_dir / HTML, chosen.step)
     print_metrics(chosen.metrics)
     each = (f"{name} (step {found.step}) {percent(found.metrics['AP'])}" for name, found in evaluated.items())
     print(f"AP: {', '.join(each)}; the table is of the {selected} checkpoint")
