@@ -1,5 +1,8 @@
 """The heads of this project and torchvision's Faster R-CNN on photographs, with the same settings except for the head.
 
+The last column but one is the rank correlation of the score with the true IoU of the detections that find an object:
+after classification, after ISM and after RSM.
+
 All have the same ImageNet backbone (a timm model, stem and BatchNorm frozen), feature pyramid, anchors, images, image
 size, batches, steps, optimizer and schedule. They are trained one after the other in one run, and each keeps its own
 test settings. The metrics are COCO's on the validation split.
@@ -27,7 +30,9 @@ from torchvision.models.detection.rpn import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from cpm_rcnn.data import CocoDataModule
-from cpm_rcnn.evaluation.coco_metric import METRIC_NAMES
+from cpm_rcnn.evaluation.analysis.outcomes import find_outcomes
+from cpm_rcnn.evaluation.analysis.score_ranking import score_ranking
+from cpm_rcnn.evaluation.coco_metric import METRIC_NAMES, CocoMetric
 from cpm_rcnn.inference import Detector
 from cpm_rcnn.models.backbones import build_body
 from cpm_rcnn.models.detector import TwoStageDetector
@@ -36,6 +41,7 @@ from cpm_rcnn.reporting.validation_sheet import validation_sheet
 from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.training.progress import LossProgressBar
 from cpm_rcnn.weights.backbone import load_backbone
+from cpm_rcnn.weights.checkpoints import write_checkpoint
 from cpm_rcnn.weights.initialize import initialize
 
 BACKBONE = "tf_efficientnet_lite0"
@@ -45,14 +51,20 @@ PROPOSALS_TRAIN, PROPOSALS_TEST = 1000, 500
 MLP_CHANNELS = 512
 # The model of torchvision, and the heads of this project with their options.
 TORCHVISION = "torchvision_faster"
-GRID = {"point_channels": 16, "grid_convs": 4, "max_grid_rois": 24}
+GRID = {"head": "cpm", "point_channels": 16, "grid_convs": 4, "max_grid_rois": 24}
+ONE_STAGE = [{"positive_iou": 0.5, "mapping_ratio": 1.0, "loss_weight": 1.0}]
 HEADS: dict[str, dict[str, Any]] = {
     "faster": {"head": "faster"},
     "cascade": {"head": "cascade"},
     "cascade_ism_rsm": {"head": "cascade", "ism": True, "rsm": True},
-    "cpm": {"head": "cpm", **GRID},
+    "cpm": GRID,
+    # The ablation: without the three modules, and with one of them.
+    "cpm_none": {**GRID, "stages": ONE_STAGE, "ism": False, "rsm": False},
+    "cpm_cmm": {**GRID, "ism": False, "rsm": False},
+    "cpm_ism": {**GRID, "stages": ONE_STAGE, "rsm": False},
+    "cpm_rsm": {**GRID, "stages": ONE_STAGE, "ism": False},
     # The initialization of the release's grid stages, for comparison.
-    "cpm_pytorch_init": {"head": "cpm", **GRID, "grid_init": "pytorch"},
+    "cpm_pytorch_init": {**GRID, "grid_init": "pytorch"},
 }
 
 
@@ -160,10 +172,22 @@ def train(kind: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     begun = time.perf_counter()
     trainer.fit(module, datamodule=datamodule)
     seconds = time.perf_counter() - begun
-    torch.save(module.model.state_dict(), options.out / f"{kind}_seed{seed}.pth")
+    if kind != TORCHVISION:
+        names = ("model", "categories", "schedule", "data")
+        hyper_parameters = {name: module.hparams[name] for name in names}
+        write_checkpoint(options.out / f"{kind}_seed{seed}.ckpt", module.model.state_dict(), hyper_parameters)
     dataset = datamodule.val_dataloader().dataset
     validation_sheet(module.detector, dataset, options.out / f"{kind}_seed{seed}.png", 6)
-    return module.metrics | {"seconds": seconds}
+    return module.metrics | {"seconds": seconds, "rank_correlations": rank_correlations(module)}
+
+
+def rank_correlations(module: DetectionModule) -> dict[str, float]:
+    """The rank correlation of score and true IoU of detected objects after each step of the last evaluation."""
+    assert isinstance(module.metric, CocoMetric)
+    split = module.metric.evaluated_split()
+    assert split is not None
+    stages = score_ranking(split, find_outcomes(split.data))["stages"]
+    return {stage["name"]: stage["rank_correlation"]["found"] for stage in stages}
 
 
 def main() -> None:
@@ -195,7 +219,7 @@ def main() -> None:
                 kind,
                 "seed",
                 seed,
-                {k: round(v, 4) for k, v in results[kind][-1].items() if k != "per_class"},
+                {k: round(v, 4) for k, v in results[kind][-1].items() if k not in ("per_class", "rank_correlations")},
                 flush=True,
             )
             (options.out / "results.json").write_text(json.dumps(results, indent=1))
@@ -204,11 +228,16 @@ def main() -> None:
     table.add_column("model")
     for name in METRIC_NAMES:
         table.add_column(name, justify="right")
+    table.add_column("rank correlation", justify="right")
     table.add_column("minutes", justify="right")
     for kind, runs in results.items():
         means = [sum(run[name] for run in runs) / len(runs) for name in METRIC_NAMES]
         minutes = sum(run["seconds"] for run in runs) / len(runs) / 60
-        table.add_row(kind, *(f"{100 * mean:.1f}" for mean in means), f"{minutes:.1f}")
+        ranks = [
+            sum(run["rank_correlations"][step] for run in runs) / len(runs) for step in runs[0]["rank_correlations"]
+        ]
+        shown = " > ".join(f"{rank:.2f}" for rank in ranks)
+        table.add_row(kind, *(f"{100 * mean:.1f}" for mean in means), shown, f"{minutes:.1f}")
     Console(width=150).print(table)
     print(options.out.absolute())
 

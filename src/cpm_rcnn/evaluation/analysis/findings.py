@@ -10,8 +10,8 @@ from cpm_rcnn.evaluation.analysis.offsets import ALL
 
 # Two classes look like one if each is detected as the other in this share of its detected objects.
 _CONFUSED, _FEWEST = 0.25, 10
-# A pixel, and the smallest difference that is reported.
-_PIXELS = 0.5
+# The smallest shift and change in size that is reported, and the share of an object's side that is a warning.
+_PIXELS, _LARGE_OFFSET = 0.5, 0.05
 _UNCALIBRATED = 0.1
 
 
@@ -66,19 +66,21 @@ def _confusions(report: dict[str, Any]) -> list[dict[str, str]]:
 
 def _offsets(report: dict[str, Any]) -> list[dict[str, str]]:
     classes = [] if report["offsets"] is None else report["offsets"]["classes"]
-    texts = [(each["name"], each["count"], text) for each in classes if (text := _offset_text(each))]
-    if texts and texts[0][0] == ALL:
+    texts = [(each, text) for each in classes if (text := _offset_text(each))]
+    if texts and texts[0][0]["name"] == ALL:
         # The same offset is not repeated for each class.
         texts = texts[:1]
-    return [
-        _finding(
-            "warning",
-            "offsets",
-            f"Detections{'' if name == ALL else f' of {name}'} {text} their annotations "
-            f"(median of {count} correct detections): do the annotations have another box convention or an offset?",
-        )
-        for name, count, text in texts
-    ]
+    found = []
+    for each, text in texts:
+        name = "" if each["name"] == ALL else f" of {each['name']}"
+        sentence = f"Detections{name} {text} their annotations (median of {each['count']} correct detections)"
+        # An unfinished detector has small offsets, too.
+        if max(map(abs, each["relative"])) >= _LARGE_OFFSET:
+            sentence += ": do the annotations have an offset, or another box convention?"
+            found.append(_finding("warning", "offsets", sentence))
+        else:
+            found.append(_finding("note", "offsets", f"{sentence}."))
+    return found
 
 
 def _offset_text(entry: dict[str, Any]) -> str:
