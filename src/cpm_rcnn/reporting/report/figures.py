@@ -11,14 +11,17 @@ from cpm_rcnn.reporting.report.charts import (
     Interval,
     Line,
     bar_chart,
+    box_offset_drawing,
     column_chart,
     defined,
     heat_map,
     interval_chart,
     line_chart,
+    percent_text,
     reliability_diagram,
     scatter_chart,
     share_axis,
+    signed_text,
     value_axis,
 )
 
@@ -147,7 +150,12 @@ def error_bars(errors: dict[str, Any]) -> Markup:
     """AP50 that each kind of error costs."""
     gains = [each["delta_ap"] for each in errors["types"]]
     bars = [
-        Bar(each["name"], each["delta_ap"], f"{100 * each['delta_ap']:.1f}" if defined(each["delta_ap"]) else "–", "blue")
+        Bar(
+            each["name"],
+            each["delta_ap"],
+            f"{100 * each['delta_ap']:.1f}" if defined(each["delta_ap"]) else "–",
+            "blue",
+        )
         for each in errors["types"]
     ]
     axis = value_axis("AP50 gained without these errors (points)", gains, scale=100)
@@ -183,7 +191,16 @@ def offset_intervals(entry: dict[str, Any]) -> Markup:
     for side, value, spread, clear in zip(_SIDES, entry["pixels"], entry["spread"], entry["clear"], strict=True):
         low = value - spread / 2 if defined(value) and defined(spread) else None
         high = value + spread / 2 if defined(value) and defined(spread) else None
-        text = f"{value:+.1f}" if defined(value) else "–"
-        rows.append(Interval(side, value, low, high, text, clear))
+        rows.append(Interval(side, value, low, high, signed_text(value), clear))
     label = "Distance of the edges of detections from those of annotations"
     return interval_chart(label, rows, "detection minus annotation (pixels)", "There are no correct detections.")
+
+
+def offset_drawing(entry: dict[str, Any]) -> Markup:
+    """An annotation, and a detection with the median offset of each edge, exaggerated."""
+    return box_offset_drawing(
+        "The median detection around its annotation",
+        entry["relative"],
+        entry["clear"],
+        "There are no correct detections.",
+    )
