@@ -314,8 +314,8 @@ def box_offset_drawing(label: str, relative: Sequence[float | None], clear: Sequ
     x2, y2 = left + width * (1 + factor * shares[2]), top + height * (1 + factor * shares[3])
     parts = [_rectangle(left, top, width, height, "annotated", "annotation")]
     edges = ((x1, y1, x1, y2), (x1, y1, x2, y1), (x2, y1, x2, y2), (x1, y2, x2, y2))
-    places = ((x1 - 10, (y1 + y2) / 2, "end"), ((x1 + x2) / 2, y1 - 10, "middle"))
-    places += ((x2 + 10, (y1 + y2) / 2, ""), ((x1 + x2) / 2, y2 + 20, "middle"))
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    places = ((x1 - 10, y, "end"), (x, y1 - 10, "middle"), (x2 + 10, y, ""), (x, y2 + 20, "middle"))
     for edge, (x, y, anchor), value, emphasized in zip(edges, places, relative, clear, strict=True):
         parts.append(_line(*edge, f"mark detected {'vermillion' if emphasized else 'blue'}"))
         number = signed_text(value, 1, 100)
@@ -347,7 +347,8 @@ def reliability_diagram(label: str, bins: Sequence[Bin], empty: str) -> Markup:
             continue
         x, width = plot.x_at(each.low) + 1, plot.x_at(each.high) - plot.x_at(each.low) - 2
         middle, top = (each.low + each.high) / 2, plot.y_at(each.mean)
-        title = f"score {each.low:.2f} to {each.high:.2f}: precision {percent_text(each.mean, 1)} %, {each.count:,} detections"
+        title = f"score {each.low:.2f} to {each.high:.2f}: precision {percent_text(each.mean, 1)} %"
+        title += f", {each.count:,} detections"
         parts.append(_rectangle(x, top, width, plot.y_at(0) - top, "mark soft blue", title))
         parts.append(_line(x, top, x + width, top, "cap blue"))
         ideal = plot.y_at(middle)
@@ -457,7 +458,7 @@ def heat_map(label: str, names: Sequence[str], counts: Sequence[Sequence[int]], 
     """
     if not any(map(any, counts)):
         return no_data(empty)
-    margin = min(96.0, 10 + _CHARACTER * max(map(len, names)))
+    margin = min(106.0, 14 + _CHARACTER * max(map(len, names)))
     size = (WIDTH - margin - 2) / len(names)
     font = min(12.0, max(8.0, size * 0.8))
     slanted = size < _CHARACTER * max(map(len, names))
