@@ -180,7 +180,12 @@ def rich_report(names: list[str] = NAMES, images: int = 12, labels: int = 16) ->
         for k in range(10)
     ]
     offsets = [
-        {"name": name, "count": 900 - 3 * k, "pixels": [-0.2, 0.1, 1.4, -0.9], "relative": [-0.002, 0.001, 0.021, -0.012]}
+        {
+            "name": name,
+            "count": 900 - 3 * k,
+            "pixels": [-0.2, 0.1, 1.4, -0.9],
+            "relative": [-0.002, 0.001, 0.021, -0.012],
+        }
         | {"spread": [2.4, 2.1, 3.3, 2.8], "clear": [False, False, True, k == 0]}
         for k, name in enumerate(["all", *names])
     ]

@@ -1,6 +1,6 @@
 """Charts as inline SVG.
 
-Charts are 360 units wide and their text is 11 units or larger, so that they are readable on a phone without zooming;
+Charts are 340 units wide and their text is 12 units high, so that they are readable on a phone without zooming;
 wide pages place several of them in a row. Colors are variables of the page's style sheet: ``color`` arguments are names
 such as ``blue``. Elements that show a value have the class ``mark``. A chart without any defined value is replaced by a
 sentence.
@@ -13,8 +13,8 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-WIDTH = 360.0
-_CHARACTER = 6.2  # average width of a character of 11 units
+WIDTH = 340.0
+_CHARACTER = 6.7  # average width of a character of 12 units
 
 
 def defined(value: float | None) -> bool:
@@ -22,9 +22,17 @@ def defined(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def percent_text(value: float) -> str:
-    """A share as percent without unit and without decimals."""
-    return f"{100 * value:.0f}"
+def percent_text(value: float | None, decimals: int = 0) -> str:
+    """A share in percent without unit; a dash if it is undefined."""
+    return f"{100 * value:.{decimals}f}" if value is not None and defined(value) else "–"
+
+
+def signed_text(value: float | None, decimals: int = 1, scale: float = 1.0) -> str:
+    """A value with its sign; a dash if it is undefined."""
+    if value is None or not defined(value):
+        return "–"
+    text = f"{value * scale:+.{decimals}f}"
+    return text.replace("-", "−") if float(text) else f"±{0:.{decimals}f}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,9 @@ def value_axis(title: str, values: Iterable[float | None], include: float | None
     first, last = math.floor(low * scale / step + 1e-9), math.ceil(high * scale / step - 1e-9)
     ticks = [number * step / scale for number in range(first, last + 1)]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return Axis(title, ticks[0], ticks[-1], ticks, lambda value: f"{value * scale + 0.0:,.{decimals}f}")
+    return Axis(
+        title, ticks[0], ticks[-1], ticks, lambda value: f"{value * scale + 0.0:,.{decimals}f}".replace("-", "−")
+    )
 
 
 def _round_step(step: float) -> float:
@@ -168,9 +178,9 @@ def line_chart(label: str, lines: Sequence[Line], x: Axis, y: Axis, empty: str, 
     marks, targets = [], []
     for line in lines:
         marks.append(
-            Markup('<path class="mark line {}" data-key="{}" d="{}" stroke-dasharray="{}"><title>{}</title></path>').format(
-                line.color, line.key, plot.path(line.points), line.dash or "none", line.name
-            )
+            Markup(
+                '<path class="mark line {}" data-key="{}" d="{}" stroke-dasharray="{}"><title>{}</title></path>'
+            ).format(line.color, line.key, plot.path(line.points), line.dash or "none", line.name)
         )
         known = [(at, value) for at, value in line.points if defined(value)]
         for at, value in known[:: max(1, len(known) // 20)]:
@@ -244,7 +254,7 @@ def column_chart(
                 top = plot.y_at(value)
                 title = f"{group}: {name} {100 * value:.1f}"
                 parts.append(_rectangle(x + 1.5, top, width - 3, plot.y_at(0) - top, f"mark {color}", title))
-            parts.append(_text(x + width / 2, top - 5, _percent(value), "value middle"))
+            parts.append(_text(x + width / 2, top - 5, percent_text(value, 1), "value middle"))
     svg = _svg(label, height, plot.axes() + Markup("").join(parts))
     return svg + legend([(name, color, None) for name, color, _ in series])
 
@@ -286,6 +296,35 @@ def interval_chart(label: str, rows: Sequence[Interval], title: str, empty: str)
     return _svg(label, plot.height + 50, plot.axes(columns=True) + Markup("").join(parts))
 
 
+def box_offset_drawing(label: str, relative: Sequence[float | None], clear: Sequence[bool], empty: str) -> Markup:
+    """A box and a second one whose edges differ, exaggerated.
+
+    Args:
+        label: a description for screen readers.
+        relative: the differences of left, top, right and bottom in shares of the box.
+        clear: which edges are emphasized.
+        empty: the sentence that is shown if no difference is defined.
+    """
+    if not any(defined(value) for value in relative):
+        return no_data(empty)
+    shares = [value if value is not None and defined(value) else 0.0 for value in relative]
+    factor = min(50.0, 0.15 / (max(map(abs, shares)) or 1.0))
+    left, top, width, height = 100.0, 42.0, 140.0, 140.0
+    x1, y1 = left + factor * shares[0] * width, top + factor * shares[1] * height
+    x2, y2 = left + width * (1 + factor * shares[2]), top + height * (1 + factor * shares[3])
+    parts = [_rectangle(left, top, width, height, "annotated", "annotation")]
+    edges = ((x1, y1, x1, y2), (x1, y1, x2, y1), (x2, y1, x2, y2), (x1, y2, x2, y2))
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    places = ((x1 - 10, y, "end"), (x, y1 - 10, "middle"), (x2 + 10, y, ""), (x, y2 + 20, "middle"))
+    for edge, (x, y, anchor), value, emphasized in zip(edges, places, relative, clear, strict=True):
+        parts.append(_line(*edge, f"mark detected {'vermillion' if emphasized else 'blue'}"))
+        number = signed_text(value, 1, 100)
+        parts.append(
+            _text(x, y, f"{number} %" if defined(value) else number, f"value {anchor}{' strong' * emphasized}")
+        )
+    return _svg(label, 224, Markup('<g class="drawing">{}</g>').format(Markup("").join(parts)))
+
+
 @dataclass(frozen=True)
 class Bin:
     """A bin of the horizontal axis: its range, how many values it has, their mean, and an interval of them."""
@@ -308,7 +347,8 @@ def reliability_diagram(label: str, bins: Sequence[Bin], empty: str) -> Markup:
             continue
         x, width = plot.x_at(each.low) + 1, plot.x_at(each.high) - plot.x_at(each.low) - 2
         middle, top = (each.low + each.high) / 2, plot.y_at(each.mean)
-        title = f"score {each.low:.2f} to {each.high:.2f}: precision {_percent(each.mean)} %, {each.count:,} detections"
+        title = f"score {each.low:.2f} to {each.high:.2f}: precision {percent_text(each.mean, 1)} %"
+        title += f", {each.count:,} detections"
         parts.append(_rectangle(x, top, width, plot.y_at(0) - top, "mark soft blue", title))
         parts.append(_line(x, top, x + width, top, "cap blue"))
         ideal = plot.y_at(middle)
@@ -363,10 +403,14 @@ def scatter_chart(
             outline = [(at, high) for at, (_, high) in edges] + [(at, low) for at, (low, _) in reversed(edges)]
             parts.append(Markup('<path class="mark band orange" d="{}Z"/>').format(plot.path(outline)))
         line = plot.path([(_middle(each), each.mean) for each in run])
-        parts.append(Markup('<path class="mark casing" d="{}"/><path class="mark line orange" d="{}"/>').format(line, line))
+        parts.append(
+            Markup('<path class="mark casing" d="{}"/><path class="mark line orange" d="{}"/>').format(line, line)
+        )
     for each in means:
         assert each.mean is not None
-        title = f"{x.title} {each.low:.2f} to {each.high:.2f}: mean {y.title} {each.mean:.2f}, {each.count:,} detections"
+        title = (
+            f"{x.title} {each.low:.2f} to {each.high:.2f}: mean {y.title} {each.mean:.2f}, {each.count:,} detections"
+        )
         parts.append(_circle(plot.x_at(_middle(each)), plot.y_at(each.mean), 4.2, "mark knot orange", title))
     return _svg(label, 84 + 262 + 42, Markup("").join(parts))
 
@@ -414,15 +458,15 @@ def heat_map(label: str, names: Sequence[str], counts: Sequence[Sequence[int]], 
     """
     if not any(map(any, counts)):
         return no_data(empty)
-    margin = min(92.0, 10 + _CHARACTER * max(map(len, names)))
+    margin = min(106.0, 14 + _CHARACTER * max(map(len, names)))
     size = (WIDTH - margin - 2) / len(names)
-    font = min(11.0, max(7.0, size * 0.72))
+    font = min(12.0, max(8.0, size * 0.8))
     slanted = size < _CHARACTER * max(map(len, names))
-    top = 6 + (min(margin, 92.0) if slanted else 16)
+    top = 6 + (margin if slanted else 16)
     parts = []
     for i, name in enumerate(names):
         middle = margin + size * (i + 0.5)
-        short = shorten(name, (margin - 10) * 11 / font)
+        short = shorten(name, (margin - 10) * 12 / font)
         place = Markup('style="font-size:{:.1f}px"').format(font)
         turned = Markup('transform="rotate(-90 {:.1f} {:.1f})"').format(middle + font / 3, top - 6) if slanted else ""
         anchor = "label" if slanted else "label middle"
@@ -472,10 +516,6 @@ def shorten(text: str, width: float) -> str:
     """The text, with an ellipsis if it is wider than ``width`` units."""
     most = max(1, int(width / _CHARACTER))
     return text if len(text) <= most else text[: max(1, most - 1)] + "…"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or not defined(value) else f"{100 * value:.1f}"
 
 
 def _svg(label: str, height: float, body: Markup, attributes: Markup = Markup("")) -> Markup:  # noqa: B008

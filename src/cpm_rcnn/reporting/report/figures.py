@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from cpm_rcnn.reporting.report.charts import (
@@ -11,14 +12,17 @@ from cpm_rcnn.reporting.report.charts import (
     Interval,
     Line,
     bar_chart,
+    box_offset_drawing,
     column_chart,
     defined,
     heat_map,
     interval_chart,
     line_chart,
+    percent_text,
     reliability_diagram,
     scatter_chart,
     share_axis,
+    signed_text,
     value_axis,
 )
 
@@ -100,31 +104,29 @@ def _encode(values: list[float | None]) -> str:
     return "".join(parts)
 
 
-def shown_classes(confusion: dict[str, Any]) -> tuple[list[str], list[list[int]], int]:
-    """Names and counts of the confusion matrix that is drawn, and how many classes are left out.
+def left_out(confusion: dict[str, Any]) -> int:
+    """How many classes the drawn confusion matrix leaves out."""
+    return max(0, len(confusion["counts"]) - 1 - _LARGEST_MATRIX)
 
-    Returns:
-        The names end with ``background``. Of many classes, those with most confusions are kept.
-    """
+
+def _shown_classes(confusion: dict[str, Any]) -> tuple[list[str], list[list[int]]]:
+    """Names and counts of the confusion matrix that is drawn; of many classes, those with most confusions."""
     counts = confusion["counts"]
-    names = [*confusion["classes"][: len(counts) - 1], "background"]
     last = len(counts) - 1
-    if last <= _LARGEST_MATRIX:
-        return names, counts, 0
-    wrong = [0] * last
-    for i in range(last):
-        for j in range(last):
-            if i != j and counts[i][j]:
-                wrong[i] += counts[i][j]
-                wrong[j] += counts[i][j]
-    kept = sorted(sorted(range(last), key=lambda i: -wrong[i])[:_LARGEST_MATRIX])
+    names = [*confusion["classes"][:last], "background"]
+    if not left_out(confusion):
+        return names, counts
+    matrix = np.array(counts)[:last, :last]
+    np.fill_diagonal(matrix, 0)
+    wrong = matrix.sum(axis=0) + matrix.sum(axis=1)
+    kept = sorted(np.argsort(-wrong, kind="stable")[:_LARGEST_MATRIX].tolist())
     kept.append(last)
-    return [names[i] for i in kept], [[counts[i][j] for j in kept] for i in kept], last - _LARGEST_MATRIX
+    return [names[i] for i in kept], [[counts[i][j] for j in kept] for i in kept]
 
 
 def confusion_matrix(confusion: dict[str, Any]) -> Markup:
     """The confusion matrix."""
-    names, counts, _ = shown_classes(confusion)
+    names, counts = _shown_classes(confusion)
     return heat_map(
         "Annotated against detected classes", names, counts, "There are neither objects nor detections to count."
     )
@@ -132,24 +134,24 @@ def confusion_matrix(confusion: dict[str, Any]) -> Markup:
 
 def most_confused(confusion: dict[str, Any], most: int = 12) -> list[dict[str, Any]]:
     """Pairs of different classes that were confused most often: names, count and share of the annotated class."""
-    counts = confusion["counts"]
-    last = len(counts) - 1
-    pairs = [(counts[i][j], i, j) for i in range(last) for j in range(last) if i != j and counts[i][j]]
-    pairs.sort(key=lambda pair: (-pair[0], pair[1:]))
+    counts = np.array(confusion["counts"])
+    totals = counts.sum(axis=1)
+    wrong = counts[:-1, :-1].copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:most].tolist()
+    pairs = [divmod(place, len(wrong)) for place in order]
     names = confusion["classes"]
     return [
-        {"annotated": names[i], "detected": names[j], "count": count, "share": count / sum(counts[i])}
-        for count, i, j in pairs[:most]
+        {"annotated": names[i], "detected": names[j], "count": int(wrong[i, j]), "share": wrong[i, j] / totals[i]}
+        for i, j in pairs
+        if wrong[i, j]
     ]
 
 
 def error_bars(errors: dict[str, Any]) -> Markup:
     """AP50 that each kind of error costs."""
     gains = [each["delta_ap"] for each in errors["types"]]
-    bars = [
-        Bar(each["name"], each["delta_ap"], f"{100 * each['delta_ap']:.1f}" if defined(each["delta_ap"]) else "–", "blue")
-        for each in errors["types"]
-    ]
+    bars = [Bar(each["name"], each["delta_ap"], percent_text(each["delta_ap"], 1)) for each in errors["types"]]
     axis = value_axis("AP50 gained without these errors (points)", gains, scale=100)
     return bar_chart("AP50 gained if all errors of a kind were corrected", bars, axis, "There are no errors.")
 
@@ -183,7 +185,16 @@ def offset_intervals(entry: dict[str, Any]) -> Markup:
     for side, value, spread, clear in zip(_SIDES, entry["pixels"], entry["spread"], entry["clear"], strict=True):
         low = value - spread / 2 if defined(value) and defined(spread) else None
         high = value + spread / 2 if defined(value) and defined(spread) else None
-        text = f"{value:+.1f}" if defined(value) else "–"
-        rows.append(Interval(side, value, low, high, text, clear))
+        rows.append(Interval(side, value, low, high, signed_text(value), clear))
     label = "Distance of the edges of detections from those of annotations"
     return interval_chart(label, rows, "detection minus annotation (pixels)", "There are no correct detections.")
+
+
+def offset_drawing(entry: dict[str, Any]) -> Markup:
+    """An annotation, and a detection with the median offset of each edge, exaggerated."""
+    return box_offset_drawing(
+        "The median detection around its annotation",
+        entry["relative"],
+        entry["clear"],
+        "There are no correct detections.",
+    )

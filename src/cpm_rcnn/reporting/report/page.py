@@ -9,7 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from cpm_rcnn.reporting.report import figures
-from cpm_rcnn.reporting.report.charts import defined
+from cpm_rcnn.reporting.report.charts import defined, percent_text, signed_text
 from cpm_rcnn.reporting.report.embedding import OpenImage, crop_view, embed, whole_view
 from cpm_rcnn.reporting.tables import write_metrics
 from cpm_rcnn.weights.writing import write_atomically
@@ -29,6 +29,17 @@ SECTIONS = {
     "offsets": "Box offsets",
     "images": "Images that cost most",
     "labels": "Labels to check",
+}
+# In the navigation.
+SHORT_NAMES = {
+    "scores": "Scores",
+    "sizes": "Sizes",
+    "curves": "Curves",
+    "operating_points": "Thresholds",
+    "confusion": "Confusion",
+    "offsets": "Offsets",
+    "images": "Images",
+    "labels": "Labels",
 }
 # Kinds of boxes in images, in the order of the filter.
 BOX_KINDS = {
@@ -74,12 +85,13 @@ def report_page(report: dict[str, Any], open_image: OpenImage | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "number": _number, "signed": _signed, "count": _count}
+    environment.filters |= {"percent": _percent, "number": _number, "signed": signed_text, "count": _count}
     environment.tests["known"] = lambda value: isinstance(value, int | float) and defined(value)
     return environment.get_template("page.html").render(
         report={"description": [], "findings": [], "metrics": None} | dict.fromkeys(SECTIONS) | report,
         title=report.get("title") or "Evaluation",
         sections=SECTIONS,
+        short_names=SHORT_NAMES,
         figures=figures,
         present={key: bool(report.get("metrics" if key == "summary" else key)) for key in SECTIONS},
         reasons={key: _reason(report, key) for key in SECTIONS},
@@ -195,18 +207,11 @@ def _kinds(names: dict[str, str], kinds: Any) -> list[tuple[str, str, int]]:
 
 
 def _percent(value: float | None, decimals: int = 1) -> str:
-    return f"{100 * value:.{decimals}f}" if value is not None and defined(value) else "–"
+    return percent_text(value, decimals)
 
 
 def _number(value: float | None, decimals: int = 2) -> str:
     return f"{value:.{decimals}f}" if value is not None and defined(value) else "–"
-
-
-def _signed(value: float | None, decimals: int = 1, scale: float = 1.0) -> str:
-    if value is None or not defined(value):
-        return "–"
-    text = f"{value * scale:+.{decimals}f}"
-    return text.replace("-", "−") if float(text) else f"±{0:.{decimals}f}"
 
 
 def _count(value: float | None) -> str:
