@@ -21,7 +21,7 @@ from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.curves import keep_metrics, plot_curves
 from cpm_rcnn.reporting.evaluation_report import report_evaluation
-from cpm_rcnn.reporting.report import HTML
+from cpm_rcnn.reporting.report.page import HTML
 from cpm_rcnn.reporting.tables import percent, print_metrics, print_transfer, write_metrics
 from cpm_rcnn.reporting.validation_sheet import SHEET, validation_sheet
 from cpm_rcnn.training.final_evaluation import CheckpointEvaluation, evaluate_checkpoints
