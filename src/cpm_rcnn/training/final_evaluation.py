@@ -1,5 +1,7 @@
 """The evaluation of a finished training: of its last and of its best checkpoint."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,9 +67,20 @@ def evaluate_checkpoints(
     current = at_end
     for name, step in steps.items():
         if step not in evaluated:
-            trainer.validate(module, datamodule=datamodule, ckpt_path=paths[name], verbose=False, weights_only=True)
+            # In the logs, the metrics of an earlier step would be those of the last one.
+            with _without_loggers(trainer) if step != trainer.global_step else nullcontext():
+                trainer.validate(module, datamodule=datamodule, ckpt_path=paths[name], verbose=False, weights_only=True)
             evaluated[step], current = CheckpointEvaluation.last_of(module, step), step
     selected = select if select in steps else "last"
     if trainer.is_global_zero and current != steps[selected]:
         module.load_state_dict(read_checkpoint(paths[selected])["state_dict"])
     return selected, {name: evaluated[step] for name, step in steps.items()}
+
+
+@contextmanager
+def _without_loggers(trainer: pl.Trainer) -> Iterator[None]:
+    loggers, trainer.loggers = trainer.loggers, []
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
