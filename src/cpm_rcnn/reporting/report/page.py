@@ -87,7 +87,7 @@ def report_page(report: dict[str, Any], open_image: OpenImage | None) -> str:
     )
     environment.filters |= {"percent": _percent, "number": _number, "signed": signed_text, "count": _count}
     environment.tests["known"] = lambda value: isinstance(value, int | float) and defined(value)
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         report={"description": [], "findings": [], "metrics": None} | dict.fromkeys(SECTIONS) | report,
         title=report.get("title") or "Evaluation",
         sections=SECTIONS,
@@ -104,6 +104,7 @@ def report_page(report: dict[str, Any], open_image: OpenImage | None) -> str:
         style=Markup(_text("style.css")),
         script=Markup(_text("script.js")),
     )
+    return page.strip() + "\n"
 
 
 def write_report(report: dict[str, Any], folder: Path, open_image: OpenImage | None) -> None:
