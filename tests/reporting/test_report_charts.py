@@ -150,7 +150,7 @@ def test_cells_are_shaded_by_their_share_of_the_row():
 
 def test_the_drawn_box_differs_from_the_annotation_on_the_shifted_side_only():
     chart = box_offset_drawing("label", [0.0, 0.0, 0.02, NAN], [False] * 4, "no data")
-    (annotated,) = [rect for rect in parsed(chart).iter("rect")]
+    (annotated,) = parsed(chart).iter("rect")
     x, width = number(annotated, "x", "width")
     left, _, right, _ = (float(line.get("x1")) for line in marks(chart, "line"))
     assert left == x

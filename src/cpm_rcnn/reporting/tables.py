@@ -5,15 +5,15 @@ import math
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cpm_rcnn.errors import UserError
 from cpm_rcnn.weights.starting import StartingDetector
 from cpm_rcnn.weights.transfer import Transfer
+from cpm_rcnn.weights.writing import write_atomically
 
 # Number of metrics per row, which gives the rows AP, AP by size, AR, and AR by size.
 _PAIRS = 3
@@ -59,17 +59,19 @@ def print_metrics(metrics: dict[str, Any], console: Console | None = None) -> No
 
 
 def write_metrics(metrics: dict[str, Any], path: str | PathLike[str]) -> None:
-    """Write the metrics, from 0 to 1, as JSON; NaN becomes null. Missing folders are created.
+    """Write the metrics, from 0 to 1, as JSON, completely or not at all; NaN becomes null.
+
+    Missing folders are created.
 
     Raises:
         UserError: the file cannot be written.
     """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(_without_nan(metrics), indent=2, ensure_ascii=False) + "\n", "utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    text = json.dumps(_without_nan(metrics), indent=2, ensure_ascii=False) + "\n"
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode("utf-8"))
+
+    write_atomically(Path(path), write)
 
 
 def _add_pairs(table: Table, pairs: Iterable[tuple[str, float]]) -> None:

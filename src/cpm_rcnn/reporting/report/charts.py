@@ -315,7 +315,12 @@ def box_offset_drawing(label: str, relative: Sequence[float | None], clear: Sequ
     parts = [_rectangle(left, top, width, height, "annotated", "annotation")]
     edges = ((x1, y1, x1, y2), (x1, y1, x2, y1), (x2, y1, x2, y2), (x1, y2, x2, y2))
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
-    places = ((x1 - 10, y, "end"), (x, y1 - 10, "middle"), (x2 + 10, y, ""), (x, y2 + 20, "middle"))
+    places = (
+        (min(x1, left) - 10, y + 4, "end"),
+        (x, min(y1, top) - 10, "middle"),
+        (max(x2, left + width) + 10, y + 4, ""),
+        (x, max(y2, top + height) + 20, "middle"),
+    )
     for edge, (x, y, anchor), value, emphasized in zip(edges, places, relative, clear, strict=True):
         parts.append(_line(*edge, f"mark detected {'vermillion' if emphasized else 'blue'}"))
         number = signed_text(value, 1, 100)
@@ -460,7 +465,7 @@ def heat_map(label: str, names: Sequence[str], counts: Sequence[Sequence[int]], 
         return no_data(empty)
     margin = min(106.0, 14 + _CHARACTER * max(map(len, names)))
     size = (WIDTH - margin - 2) / len(names)
-    font = min(12.0, max(8.0, size * 0.8))
+    font = min(12.0, max(10.0, size * 0.8))
     slanted = size < _CHARACTER * max(map(len, names))
     top = 6 + (margin if slanted else 16)
     parts = []

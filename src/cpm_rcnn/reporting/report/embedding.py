@@ -59,8 +59,9 @@ def embed(entries: Iterable[dict[str, Any]], views: Iterable[Box], open_image: O
                     pictures[number] = Picture(pictures[number].view, error=f"The picture could not be read: {error}")
             continue
         for view, numbers in parts.items():
+            picture = Picture(view, _uri(image, view))
             for number in numbers:
-                pictures[number] = Picture(view, _uri(image, view))
+                pictures[number] = picture
     return pictures
 
 

@@ -38,7 +38,7 @@ THRESHOLD_LINES = (
     ("recall_at", "recall", "green", "2 3"),
 )
 # A larger confusion matrix shows the classes with most confusions only.
-_LARGEST_MATRIX = 24
+_LARGEST_MATRIX = 16
 _SIDES = ("left", "top", "right", "bottom")
 
 

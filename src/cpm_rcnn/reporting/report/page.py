@@ -87,27 +87,24 @@ def report_page(report: dict[str, Any], open_image: OpenImage | None) -> str:
     )
     environment.filters |= {"percent": _percent, "number": _number, "signed": signed_text, "count": _count}
     environment.tests["known"] = lambda value: isinstance(value, int | float) and defined(value)
-    return (
-        environment.get_template("page.html")
-        .render(
-            report={"description": [], "findings": [], "metrics": None} | dict.fromkeys(SECTIONS) | report,
-            title=report.get("title") or "Evaluation",
-            sections=SECTIONS,
-            short_names=SHORT_NAMES,
-            figures=figures,
-            present={key: bool(report.get("metrics" if key == "summary" else key)) for key in SECTIONS},
-            reasons={key: _reason(report, key) for key in SECTIONS},
-            box_kinds=BOX_KINDS,
-            label_kinds=LABEL_KINDS,
-            first_rows=FIRST_ROWS,
-            stages=_stages(report.get("scores")),
-            images=_images(report.get("images"), open_image),
-            labels=_labels(report.get("labels"), open_image),
-            style=Markup(_text("style.css")),
-            script=Markup(_text("script.js")),
-        )
-        .lstrip()
-    )  # the lines of the macros are empty
+    page = environment.get_template("page.html").render(
+        report={"description": [], "findings": [], "metrics": None} | dict.fromkeys(SECTIONS) | report,
+        title=report.get("title") or "Evaluation",
+        sections=SECTIONS,
+        short_names=SHORT_NAMES,
+        figures=figures,
+        present={key: bool(report.get("metrics" if key == "summary" else key)) for key in SECTIONS},
+        reasons={key: _reason(report, key) for key in SECTIONS},
+        box_kinds=BOX_KINDS,
+        label_kinds=LABEL_KINDS,
+        first_rows=FIRST_ROWS,
+        stages=_stages(report.get("scores")),
+        images=_images(report.get("images"), open_image),
+        labels=_labels(report.get("labels"), open_image),
+        style=Markup(_text("style.css")),
+        script=Markup(_text("script.js")),
+    )
+    return page.strip() + "\n"
 
 
 def write_report(report: dict[str, Any], folder: Path, open_image: OpenImage | None) -> None:
