@@ -18,6 +18,10 @@ fails if the twelve metrics and the APs of the classes are not equal to the last
 Counts in how many of 1,000 random cases hotcoco's precision, recall and twelve metrics are equal to those of
 pycocotools to the last bit, and names the largest difference. Also for ultrafast-pycocotools and faster-coco-eval if
 they are installed.
+
+    python benchmarks/evaluation.py --analysis
+
+Time and peak memory of the analysis behind the HTML report, on the same detections.
 """
 
 import argparse
@@ -40,6 +44,8 @@ import torch
 from cpm_rcnn.boxes import CONTINUOUS
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.evaluation import coco_metric, engines
+from cpm_rcnn.evaluation.analysis.report import analyze
+from cpm_rcnn.models.structures import DETAILS
 
 IMAGES, OBJECTS, CATEGORIES, PER_IMAGE = 5_000, 36_781, 80, 100
 WAYS = ("CocoMetric", "CocoMetric without hotcoco", "pycocotools")
@@ -165,6 +171,23 @@ def measure(way: str, path: Path, repeats: int) -> dict[str, Any]:
     return {"seconds": seconds, "processor": processor, "peak": peaks[0], "numbers": numbers}
 
 
+def measure_analysis(path: Path) -> None:
+    """Print time and peak memory of the analysis, without the pictures of the report."""
+    annotations = CocoAnnotations.load(path)
+    metric = coco_metric.CocoMetric(annotations, annotations.categories, details=True)
+    for image_id, one in zip(annotations.image_ids.tolist(), detections(annotations)):
+        details = dict.fromkeys(DETAILS, one["scores"].sqrt())
+        metric.update([image_id], [one | details])
+    metric.compute()
+    split, points = metric.evaluated_split(), metric.operating_points(0.9)
+    assert split is not None
+    assert points is not None
+    before, start = memory("VmRSS", reset=True), time.perf_counter()
+    report = analyze(split, points)
+    seconds, peak = time.perf_counter() - start, memory("VmHWM") - before
+    print(f"analysis: {seconds:.1f} s, peak {peak:.0f} MB, {len(json.dumps(report)) / 1e6:.1f} MB of report.json")
+
+
 def random_case(seed: int) -> engines.EvaluationData:
     """Up to 30 images and 8 classes, with crowds and areas smaller than the boxes.
 
@@ -270,6 +293,7 @@ def main() -> None:
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cases", type=int, help="compare the engines on that many random cases instead")
+    parser.add_argument("--analysis", action="store_true", help="measure the analysis behind the report instead")
     options = parser.parse_args()
     if options.cases:
         compare(options.cases)
@@ -286,6 +310,9 @@ def main() -> None:
             f"{options.images} images, {options.objects} objects, {CATEGORIES} classes, "
             f"{options.images * PER_IMAGE} detections"
         )
+        if options.analysis:
+            measure_analysis(path)
+            return
         outcomes = {}
         for way in WAYS:
             repeats = options.repeats if way == WAYS[0] else 1

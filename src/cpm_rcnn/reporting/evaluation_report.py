@@ -48,7 +48,7 @@ def report_evaluation(
         ["model", model],
         ["head", _head(settings)],
         ["backbone", settings.backbone.name],
-        ["annotations", str(annotations.path)],
+        ["annotations", _relative(annotations.path)],
         ["images", f"{data.images}"],
         ["objects", f"{(~data.object_crowds).sum()}"],
         ["detections", f"{len(data.found_scores)}"],
@@ -77,3 +77,9 @@ def _head(settings: ModelSettings) -> str:
         parts.append(f"{len(stages)} stage{'s' if len(stages) > 1 else ''}")
     parts += [name.upper() for name in ("ism", "rsm") if getattr(head, name, False)]
     return ", ".join(parts)
+
+
+def _relative(path: Path) -> str:
+    """The path from the working directory, if it is inside."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)

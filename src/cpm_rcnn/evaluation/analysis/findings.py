@@ -90,7 +90,7 @@ def _offset_text(entry: dict[str, Any]) -> str:
     parts = []
     for low, high, names, sizes in (
         (left, right, ("to the left of", "to the right of"), ("narrower than", "wider than")),
-        (top, bottom, ("above", "below"), ("lower than", "taller than")),
+        (top, bottom, ("above", "below"), ("shorter than", "taller than")),
     ):
         shift, growth = (low + high) / 2, high - low
         if abs(shift) >= _PIXELS:
