@@ -144,7 +144,7 @@ def _assert_as_pycocotools(path, found, together=1):
     return metrics
 
 
-def test_hotcoco_is_used_if_installed_and_pycocotools_otherwise(tmp_path, monkeypatch):
+def test_hotcoco_is_used_if_installed_and_pycocotools_otherwise(tmp_path, monkeypatch, caplog):
     pytest.importorskip("hotcoco")
     used = []
     monkeypatch.setattr(engines, "by_pycocotools", lambda data, by=engines.by_pycocotools: used.append(1) or by(data))
@@ -152,8 +152,11 @@ def test_hotcoco_is_used_if_installed_and_pycocotools_otherwise(tmp_path, monkey
     _assert_as_pycocotools(path, {1: _found([[0, 0, 50, 50]], [0.9], [1])})
     assert not used
     monkeypatch.setattr(engines, "by_hotcoco", _not_installed)
-    _assert_as_pycocotools(path, {1: _found([[0, 0, 50, 50]], [0.9], [1])})
+    engines._warn_without_hotcoco.cache_clear()
+    for _ in range(2):
+        _assert_as_pycocotools(path, {1: _found([[0, 0, 50, 50]], [0.9], [1])})
     assert used
+    assert caplog.text.count("hotcoco is not installed") == 1
 
 
 @pytest.mark.usefixtures("engine")

@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from cpm_rcnn.data.annotations import CocoAnnotations
-from cpm_rcnn.evaluation import operating_points as module
+from cpm_rcnn.evaluation import matching
 from cpm_rcnn.evaluation.found import FoundDetections
 from cpm_rcnn.evaluation.matching import FALSE_POSITIVE, IGNORED, TRUE_POSITIVE, match
 from cpm_rcnn.evaluation.operating_points import operating_points, points
@@ -112,7 +112,7 @@ def points_one_by_one(scores, outcomes, objects, precision):
 @pytest.mark.parametrize("precision", [0.3, 0.75, 1.0])
 @pytest.mark.parametrize("chunk", [1 << 20, 3])
 def test_random_cases_have_the_points_of_the_definition(tmp_path, monkeypatch, ties, precision, chunk):
-    monkeypatch.setattr(module, "_CHUNK", chunk)
+    monkeypatch.setattr(matching, "_CHUNK", chunk)
     reached = 0
     for seed in range(30):
         truth, found = random_case(seed, ties=ties)
