@@ -47,8 +47,9 @@ namespace cpm_rcnn {
 namespace nms {
 namespace {
 
-// Fewer boxes than this are processed by one thread, because waking the others takes longer.
-constexpr std::int64_t kSmall = 1 << 10;
+// Fewer pairs than this are compared by one thread, because waking the others takes longer. Sorting a box counts as
+// kSortingPairs pairs.
+constexpr std::int64_t kSmall = 1 << 20, kSortingPairs = 32;
 // A group of at least this many boxes is divided among the threads if it is also more than one thread's share.
 constexpr std::int64_t kLarge = 1 << 11;
 // The boxes of a large group that are compared with each other by one thread.
@@ -203,8 +204,9 @@ class Suppression {
 
   void run() const {
     const std::int64_t total = groups_.offsets[count_];
-    const std::int64_t threads = total < kSmall ? 1 : at::get_num_threads();
-    std::int64_t longest = 0;
+    std::int64_t longest = 0, pairs = 0;
+    for (std::int64_t group = 0; group < count_; ++group) pairs += size(group) * (size(group) / 2 + kSortingPairs);
+    const std::int64_t threads = pairs < kSmall ? 1 : at::get_num_threads();
     const auto is_large = [&](std::int64_t group) {
       return threads > 1 && size(group) >= kLarge && size(group) > total / threads;
     };
