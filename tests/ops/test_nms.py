@@ -61,6 +61,18 @@ def test_thresholds_are_compared_in_float64(name):
         assert IMPLEMENTATIONS[name](boxes.double(), *arguments).tolist() == [True, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_the_last_bit_of_an_iou_is_that_of_torchvision(name, dtype):
+    """Each threshold is the IoU of a pair. A fused multiply-add would change the last bit of many IoUs."""
+    pairs = scene(300, dtype=dtype)[0].view(-1, 2, 4)
+    pairs[:, 1] = pairs[:, 0] + pairs[:, 1] / 20
+    for pair in pairs:
+        iou = torchvision.ops.box_iou(pair[:1], pair[1:]).item()
+        arguments = (pair, torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64))
+        assert torch.equal(IMPLEMENTATIONS[name](*arguments, iou, None), nms_sweep.expected_mask(*arguments, iou))
+
+
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_of_equal_scores_the_first_row_is_kept(name):
     boxes = torch.tensor([[0.0, 0, 1, 1]]).expand(100, 4)
