@@ -15,7 +15,6 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/Version.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -23,7 +22,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -35,6 +33,7 @@
 
 #include "deform_conv_problem.h"
 #include "deform_conv_table.h"
+#include "instruction_set.h"
 
 // deform_conv_isa.h compiles the same kernels once for each instruction set; kernels() below picks one at run time.
 #define CPM_ISA portable
@@ -42,10 +41,7 @@
 #define CPM_BF16_DOT 0
 #include "deform_conv_isa.h"
 
-#if defined(__x86_64__)
-#define CPM_X86 1
-#include <immintrin.h>
-
+#if CPM_X86
 #define CPM_ISA avx2
 #define CPM_TARGET "avx2,fma"
 #define CPM_VECTOR_BYTES 32
@@ -73,22 +69,21 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // ------------------------------------------------------------------------------------------------------- dispatch
 
-// Returns the fastest kernels that the processor supports and that ATEN_CPU_CAPABILITY allows.
+// Returns the kernels of the best instruction set.
 template <typename S>
 const KernelTable<S>& kernels() {
   static const KernelTable<S> table = [] {
 #if CPM_X86
-    const std::string allowed = at::get_cpu_capability();
-    const bool avx512 = allowed.find("AVX512") != std::string::npos;
-    const bool avx2 = avx512 || allowed.find("AVX2") != std::string::npos;
-    __builtin_cpu_init();
-    if (avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-      if constexpr (std::is_same_v<S, BFloat16>)
-        if (__builtin_cpu_supports("avx512bf16")) return avx512_bf16::make_table<S>();
-      return avx512::make_table<S>();
+    switch (best_instruction_set()) {
+      case InstructionSet::avx512:
+        if constexpr (std::is_same_v<S, BFloat16>)
+          if (__builtin_cpu_supports("avx512bf16")) return avx512_bf16::make_table<S>();
+        return avx512::make_table<S>();
+      case InstructionSet::avx2:
+        return avx2::make_table<S>();
+      case InstructionSet::portable:
+        break;
     }
-    if (avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::make_table<S>();
 #endif
     return portable::make_table<S>();
   }();

@@ -1,4 +1,4 @@
-"""Random deformable convolutions over memory layouts, for the tests and for benchmarks/sanitize_deform_conv.py.
+"""Random deformable convolutions over memory layouts, for the tests and for benchmarks/sanitize_kernels.py.
 
 python tests/ops/deform_conv_sweep.py [--library FILE] [--cases N]
 

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+
+from cpm_rcnn.ops.nms import nms_mask
 
 
 def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
@@ -15,9 +16,9 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: fl
         iou_threshold: of two boxes that overlap more than this, the one with the lower score is dropped.
 
     Returns:
-        (K,) int64 indices of the remaining boxes, best score first.
+        (K,) int64 indices of the remaining boxes, best score first. Equal scores keep their order.
     """
-    # batched_nms separates groups by shifting their boxes; in float32 that would round the coordinates. MPS devices
-    # have no float64.
+    # IoUs are computed in float64. MPS devices do not have it.
     dtype = torch.float32 if boxes.device.type == "mps" else torch.float64
-    return batched_nms(boxes.to(dtype), scores.to(dtype), groups, iou_threshold)
+    kept = nms_mask(boxes.to(dtype), scores, groups, iou_threshold).nonzero().squeeze(1)
+    return kept[scores[kept].argsort(descending=True, stable=True)]

@@ -6,10 +6,8 @@ place that chooses.
 """
 
 import importlib
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,13 +16,10 @@ import torchvision.ops  # noqa: F401  registers torch.ops.torchvision.deform_con
 from torch import Tensor
 
 from cpm_rcnn.errors import check_choice
+from cpm_rcnn.ops.libraries import load_cpu_library
 
 BACKENDS = ("compiled", "torchvision")
 _backend = BACKENDS[0]
-
-# Imported by name because mypy does not find a package that lies outside src/.
-_KERNELS = importlib.import_module("cpm_rcnn.kernels")
-_CPU_LIBRARY = "deform_conv_cpu*.so"
 
 
 class Backend(NamedTuple):
@@ -81,20 +76,7 @@ def load_cpu_kernel() -> bool:
 
     Warns once if it is not.
     """
-    libraries = sorted(path for folder in _KERNELS.__path__ for path in Path(folder).glob(_CPU_LIBRARY))
-    try:
-        if not libraries:
-            raise OSError("it was not built when the package was installed")
-        torch.ops.load_library(libraries[0])
-    except OSError as error:
-        warnings.warn(
-            f"deformable convolution: no compiled CPU kernel ({str(error).splitlines()[0]}). torchvision's operator is "
-            "used instead, which is slower. To build the kernel, run pip install --no-build-isolation cpm-rcnn with a "
-            "C++ compiler installed.",
-            stacklevel=2,
-        )
-        return False
-    return True
+    return load_cpu_library("deform_conv_cpu", "deformable convolution")
 
 
 @cache
