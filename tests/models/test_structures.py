@@ -42,7 +42,7 @@ all_rows = pytest.mark.parametrize(
 
 
 def fields_of(rows):
-    return [getattr(rows, name) for name in rows.__dataclass_fields__ if name != "image_sizes"]
+    return [getattr(rows, name) for name in rows.__dataclass_fields__ if name not in rows._shared]
 
 
 @all_rows
