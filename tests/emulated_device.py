@@ -14,7 +14,6 @@ It says nothing about kernels, speed or memory.
 
 import collections
 import sys
-import threading
 from pathlib import Path
 
 import torch
@@ -79,7 +78,7 @@ class EmulatedDevice(TorchDispatchMode):
     """Within this context, tensors can be on the device.
 
     Attributes:
-        waits: how often each line of the package waited for the device: ``"models/rpn.py:115 nonzero"`` to a number.
+        waits: how often each line of the package waited for the device: ``"models/rpn.py:115: nonzero"`` to a number.
     """
 
     _active = None
@@ -91,10 +90,13 @@ class EmulatedDevice(TorchDispatchMode):
 
     def __enter__(self):
         EmulatedDevice._active = self
+        # Autograd has no thread for a device that was registered after its first backward pass.
+        self._one_thread = torch.autograd.grad_mode.set_multithreading_enabled(False)
         return super().__enter__()
 
     def __exit__(self, *exception):
         EmulatedDevice._active = None
+        self._one_thread.__exit__(*exception)
         return super().__exit__(*exception)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -137,6 +139,9 @@ def move(module):
 
 def _run(func, args, kwargs):
     """Check an operation, and compute it on the CPU."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        # In inference mode, the operations that it consists of do not arrive by themselves.
+        return func.decompose(*args, **kwargs)
     name = func._schema.name.removeprefix("aten::").replace("::", ".")
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     ours = [tensor for tensor in tensors if isinstance(tensor, EmulatedTensor)]
@@ -194,24 +199,13 @@ def _cpu_arguments(kwargs, target):
 
 
 def _running_line():
-    """File and line of the innermost frame of the package, in the backward pass of the thread that waits for it."""
+    """File and line of the innermost frame of the package."""
     frame = sys._getframe()
-    if not _in_package(frame):
-        main = sys._current_frames()[threading.main_thread().ident]
-        frame = frame if threading.current_thread() is threading.main_thread() else main
     while frame is not None and not frame.f_code.co_filename.startswith(_PROJECT):
         frame = frame.f_back
     if frame is None:
         return "outside the package:"
-    return f"{frame.f_code.co_filename.removeprefix(_PROJECT).lstrip('/')}:{frame.f_lineno}"
-
-
-def _in_package(frame):
-    while frame is not None:
-        if frame.f_code.co_filename.startswith(_PROJECT):
-            return True
-        frame = frame.f_back
-    return False
+    return f"{frame.f_code.co_filename.removeprefix(_PROJECT).lstrip('/')}:{frame.f_lineno}:"
 
 
 def _copy_from(source, target, non_blocking=False):

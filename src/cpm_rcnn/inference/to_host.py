@@ -18,7 +18,6 @@ def to_host(detections: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     if all(reads_are_free(column) for column in columns):
         return list(detections)
     values = read(torch.cat([column.flatten().float() for column in columns]))
-    parts = iter(values.split([column.numel() for column in columns]))
-    return [
-        {name: next(parts).view_as(column).to(column.dtype) for name, column in found.items()} for found in detections
-    ]
+    parts = values.split([column.numel() for column in columns])
+    copies = iter([part.view(column.shape).to(column.dtype) for part, column in zip(parts, columns)])
+    return [{name: next(copies) for name in found} for found in detections]

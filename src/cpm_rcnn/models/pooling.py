@@ -27,7 +27,7 @@ def pyramid_levels(boxes: Tensor, num_levels: int, convention: BoxConvention) ->
         (R,) int64, 0 = P2.
     """
     side = convention.area(boxes).clamp(min=0).sqrt()
-    level = torch.floor(4 + torch.log2(side / 224 + 1e-6))
+    level = torch.floor(4 + torch.log2(side / 224 + 1e-6)).nan_to_num(2)  # NaN is no index
     return level.clamp(2, 1 + num_levels).long() - 2
 
 
@@ -96,7 +96,8 @@ class PyramidRoIAlign(nn.Module):
         return pooled
 
     def _roi_align(self, feature: Tensor, stride: int, boxes: Tensor, images: Tensor) -> Tensor:
-        rois = torch.cat([images.to(boxes.dtype)[:, None], boxes], dim=1)
+        # An infinite box would have an infinite number of samples.
+        rois = torch.cat([images.to(boxes.dtype)[:, None], boxes.nan_to_num(0.0, 0.0, 0.0)], dim=1)
         ratio, aligned = self.convention.sampling_ratio, self.convention.aligned
         return roi_align(feature, rois, self.output_size, 1 / stride, ratio, aligned)
 
@@ -141,7 +142,7 @@ class PyramidRoIAlign(nn.Module):
         last = (size - 1)[:, None]
         # Samples more than one cell outside the map are zero; those less far outside read the border cell.
         inside = (positions >= -1) & (positions <= size[:, None])
-        positions = positions.clamp(min=0)
+        positions = torch.where(inside, positions.clamp(min=0), 0.0)
         low = torch.minimum(positions.long(), last)
         high = torch.minimum(low + 1, last)
         share = torch.where(low == last, 0.0, positions - low) / _BAG_SAMPLES
