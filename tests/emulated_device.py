@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 import cpm_rcnn
 
@@ -143,19 +142,19 @@ def _run(func, args, kwargs):
         # In inference mode, the operations that it consists of do not arrive by themselves.
         return func.decompose(*args, **kwargs)
     name = func._schema.name.removeprefix("aten::").replace("::", ".")
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in _leaves([args, *kwargs.values()]) if isinstance(leaf, torch.Tensor)]
     ours = [tensor for tensor in tensors if isinstance(tensor, EmulatedTensor)]
     device = kwargs.get("device")
     target = None if device is None else torch.device(device).type
     _check_devices(name, args, kwargs, tensors, ours, target)
-    computed = func(*tree_map(_to_cpu, args), **_cpu_arguments(kwargs, target))
+    computed = func(*_map(_to_cpu, args), **_cpu_arguments(kwargs, target))
     if target == "cpu" or not (ours or target == NAME) or name == "_local_scalar_dense":
         return computed
     if name.endswith("_") and not name.endswith("__"):  # in place
         return args[0]
     if "out" in kwargs:
         return kwargs["out"]
-    return tree_map(lambda x: EmulatedTensor(x) if isinstance(x, torch.Tensor) else x, computed)
+    return _map(lambda x: EmulatedTensor(x) if isinstance(x, torch.Tensor) else x, computed)
 
 
 def _check_devices(name, args, kwargs, tensors, ours, target):
@@ -184,6 +183,21 @@ def _check_devices(name, args, kwargs, tensors, ours, target):
         EmulatedDevice.record(name)
 
 
+def _map(function, value):
+    """``value`` with ``function`` applied to all that is not a list or a tuple."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_map(function, each) for each in value])
+    return function(value)
+
+
+def _leaves(values):
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
+
+
 def _to_cpu(value):
     if isinstance(value, EmulatedTensor):
         return value.data_on_cpu
@@ -191,7 +205,7 @@ def _to_cpu(value):
 
 
 def _cpu_arguments(kwargs, target):
-    arguments = tree_map(_to_cpu, kwargs)
+    arguments = {name: _map(_to_cpu, value) for name, value in kwargs.items()}
     if target == NAME:
         arguments["device"] = torch.device("cpu")
         arguments.pop("pin_memory", None)
@@ -226,7 +240,7 @@ def _autocast(operation, dtype):
 
     def kernel(*args, **kwargs):
         with torch._C._ExcludeDispatchKeyGuard(key):
-            return operation(*tree_map(cast, args), **tree_map(cast, kwargs))
+            return operation(*_map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
 
     return kernel
 

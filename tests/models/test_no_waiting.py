@@ -150,6 +150,19 @@ def test_no_wait_in_a_training_step_with_other_settings(case):
     assert all(on_host(parameter).isfinite().all() for parameter in detector.parameters())
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_weights_that_are_not_finite_give_a_loss_that_is_not_finite_and_no_error_of_the_device(case):
+    detector = make_detector(**CASES[case])
+    next(detector.rpn.parameters()).detach().fill_(torch.nan)
+    with EmulatedDevice() as device:
+        images, targets = device_inputs()
+        move(detector)
+        device.take_waits()
+        losses = train(detector, images, targets)
+        assert not device.waits
+    assert not on_host(losses["loss_rpn_box"]).isfinite()
+
+
 def test_second_nms_and_more_candidates_than_expected_wait_once_more_each(monkeypatch):
     options = CPM | {"final_nms_iou": 0.3, "score_threshold": 0.05}
     expected = detect(make_detector(**options), IMAGES)

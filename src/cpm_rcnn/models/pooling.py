@@ -1,6 +1,7 @@
 """RoIAlign over the levels of a feature pyramid."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +9,13 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from cpm_rcnn.boxes import BoxConvention
-from cpm_rcnn.models.host import from_host, reads_are_free
+from cpm_rcnn.models.host import reads_are_free
 from cpm_rcnn.models.structures import Rois
 
-# The sampling ratio that the pooling as an embedding bag is written for.
+# The sampling ratio that the pooling on a CPU is written for.
 _BAG_SAMPLES = 2
+# A coordinate in pixels that is outside of every image.
+_OUTSIDE = -1e6
 
 
 def pyramid_levels(boxes: Tensor, num_levels: int, convention: BoxConvention) -> Tensor:
@@ -27,22 +30,26 @@ def pyramid_levels(boxes: Tensor, num_levels: int, convention: BoxConvention) ->
         (R,) int64, 0 = P2.
     """
     side = convention.area(boxes).clamp(min=0).sqrt()
-    level = torch.floor(4 + torch.log2(side / 224 + 1e-6)).nan_to_num(2)  # NaN is no index
+    level = torch.floor(4 + torch.log2(side / 224 + 1e-6))
     return level.clamp(2, 1 + num_levels).long() - 2
 
 
 def pooling_format(features: Sequence[Tensor]) -> list[Tensor]:
     """The pyramid in the memory format that RoIAlign reads fastest, converted once for all poolings of a head."""
-    return [feature.contiguous(memory_format=torch.channels_last) for feature in features]
+    wanted = torch.channels_last if reads_are_free(features[0]) else torch.contiguous_format
+    return [feature.contiguous(memory_format=wanted) for feature in features]
 
 
 class PyramidRoIAlign(nn.Module):
     """Pools each RoI from the pyramid level that fits its size, as ``torchvision.ops.roi_align`` does.
 
-    torchvision's operator pools from one level, so that the host must know how many RoIs each level has. On a CPU it
-    also recomputes every sample's weights for each channel and runs its backward pass in one thread. With sampling
-    ratio 2, the same sums are therefore computed as one ``embedding_bag`` over all levels, with one bag per bin
-    (``benchmarks/roi_align.py``).
+    torchvision's CPU operator recomputes every sample's weights for each channel and runs its backward pass in one
+    thread. On a CPU and with sampling ratio 2, the same sums are therefore computed as one ``embedding_bag`` over all
+    levels, with one bag per bin (``benchmarks/roi_align.py``).
+
+    The operator pools from one level. On an accelerator, where the host does not know how many RoIs a level has, it is
+    called for each level with all RoIs, and those of other levels are moved outside of the image, where nothing is
+    sampled and no gradient is added.
 
     Args:
         output_size: number of bins per side.
@@ -66,48 +73,41 @@ class PyramidRoIAlign(nn.Module):
         """
         features = features[: len(self.strides)]
         levels = pyramid_levels(rois.boxes, len(features), self.convention)
-        # MPS devices have no embedding_bag with weights.
-        bags = self.convention.sampling_ratio == _BAG_SAMPLES and features[0].device.type != "mps"
-        free = reads_are_free(levels)
-        pool = self._pool_bags if bags else self._pool_levels if free else self._pool_each_level
+        if not reads_are_free(levels):
+            pool = self._pool_masked
+        else:
+            pool = self._pool_bags if self.convention.sampling_ratio == _BAG_SAMPLES else self._pool_levels
         # Half precision cannot represent the coordinates, so pooling always runs in float32.
         return pool([feature.float() for feature in features], rois, levels).to(features[0].dtype)
 
     def _pool_levels(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
-        """One call of the operator for the RoIs of each level; the host must know how many there are."""
         order = levels.argsort(stable=True)
         counts = torch.bincount(levels, minlength=len(features)).tolist()
         parts = rois.boxes[order].split(counts), rois.images[order].split(counts)
         pooled = torch.cat([self._roi_align(*level) for level in zip(features, self.strides, *parts)])
         return torch.empty_like(pooled).index_copy(0, order, pooled)
 
-    def _pool_each_level(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
-        """One call of the operator for all RoIs on each level, those of other levels as empty boxes.
-
-        The memory of the result is needed twice. With sampling ratio 0, an empty box has no samples.
-        """
-        empty = rois.boxes[:, :2].repeat(1, 2)
-        pooled: Tensor | None = None
-        for level, (feature, stride) in enumerate(zip(features, self.strides)):
-            own = (levels == level)[:, None]
-            part = self._roi_align(feature, stride, torch.where(own, rois.boxes, empty), rois.images)
-            pooled = part if pooled is None else torch.where(own[..., None, None], part, pooled)
-        assert pooled is not None
-        return pooled
+    def _pool_masked(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
+        # The number of samples of an infinite box would be infinite.
+        boxes = rois.boxes.nan_to_num(0.0, 0.0, 0.0)
+        parts = (
+            self._roi_align(feature, stride, torch.where((levels == level)[:, None], boxes, _OUTSIDE), rois.images)
+            for level, (feature, stride) in enumerate(zip(features, self.strides))
+        )
+        return reduce(torch.add, parts)
 
     def _roi_align(self, feature: Tensor, stride: int, boxes: Tensor, images: Tensor) -> Tensor:
-        # An infinite box would have an infinite number of samples.
-        rois = torch.cat([images.to(boxes.dtype)[:, None], boxes.nan_to_num(0.0, 0.0, 0.0)], dim=1)
+        rois = torch.cat([images.to(boxes.dtype)[:, None], boxes], dim=1)
         ratio, aligned = self.convention.sampling_ratio, self.convention.aligned
         return roi_align(feature, rois, self.output_size, 1 / stride, ratio, aligned)
 
     def _pool_bags(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
         batch, channels = features[0].shape[:2]
         cells = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features])
-        shapes = from_host([feature.shape[-2:] for feature in features], levels)
+        shapes = torch.tensor([feature.shape[-2:] for feature in features])
         starts = batch * shapes.prod(1).cumsum(0) - batch * shapes.prod(1)
         height, width = shapes[levels].unbind(1)
-        scale = 1 / from_host(self.strides, levels, torch.float32)[levels]
+        scale = 1 / torch.tensor(self.strides, dtype=torch.float32)[levels]
         x1, y1, x2, y2 = rois.boxes.float().unbind(1)
         rows, row_weights = self._taps(y1 * scale, y2 * scale, height)
         columns, column_weights = self._taps(x1 * scale, x2 * scale, width)
@@ -118,8 +118,7 @@ class PyramidRoIAlign(nn.Module):
         taps = rows.shape[-1] ** 2
         pooled = F.embedding_bag(indices.view(-1, taps), cells, mode="sum", per_sample_weights=weights.view(-1, taps))
         size = self.output_size
-        pooled = pooled.view(-1, size, size, channels).permute(0, 3, 1, 2)
-        return pooled if reads_are_free(pooled) else pooled.contiguous()
+        return pooled.view(-1, size, size, channels).permute(0, 3, 1, 2)
 
     def _taps(self, start: Tensor, end: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
         """The cells that the bins along one axis read, and their weights in the mean of the bin.
@@ -138,11 +137,11 @@ class PyramidRoIAlign(nn.Module):
         else:
             length = (end - start).clamp(min=1)
         samples = self.output_size * _BAG_SAMPLES
-        positions = start[:, None] + length[:, None] * ((torch.arange(samples, device=start.device) + 0.5) / samples)
+        positions = start[:, None] + length[:, None] * ((torch.arange(samples) + 0.5) / samples)
         last = (size - 1)[:, None]
         # Samples more than one cell outside the map are zero; those less far outside read the border cell.
         inside = (positions >= -1) & (positions <= size[:, None])
-        positions = torch.where(inside, positions.clamp(min=0), 0.0)
+        positions = positions.clamp(min=0)
         low = torch.minimum(positions.long(), last)
         high = torch.minimum(low + 1, last)
         share = torch.where(low == last, 0.0, positions - low) / _BAG_SAMPLES
