@@ -212,7 +212,7 @@ def test_detector_copies_the_detections_of_all_images_to_the_host_at_once():
         assert total(device.take_waits()) == 2
         multi_scale = Detector(model, categories, **sizes, multi_scale=several)
         multi_scale.detect(IMAGES, batch_size=2)
-        assert total(device.take_waits()) == 3  # one for each scale
+        assert total(device.take_waits()) == 3  # one for each scale, and one to merge them
     for one, other in zip(found, expected, strict=True):
         assert len(other) > 3
         assert torch.equal(one.labels, other.labels)

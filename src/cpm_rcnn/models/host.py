@@ -9,7 +9,6 @@ marked as invalid. On a CPU they are dropped, so that no layer computes them.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +40,9 @@ def rows_where(mask: Tensor, at_most: int) -> Tensor:
     return (~mask).to(torch.uint8).argsort(stable=True)[:at_most]
 
 
-def from_host(values: Sequence[Any], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A small tensor of ``values`` on the device of ``like``, without waiting; ``dtype`` defaults to its own."""
-    return torch.tensor(values, dtype=like.dtype if dtype is None else dtype).to(like.device, non_blocking=True)
+def from_host(values: Sequence[float], like: Tensor) -> Tensor:
+    """``values`` as a tensor with the dtype and on the device of ``like``, without waiting."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
 @contextmanager
@@ -82,7 +81,7 @@ def require(condition: Tensor, fail: Callable[[], None]) -> None:
 
 
 def read(values: Tensor) -> Tensor:
-    """``values`` (N,) on the host, after checking what was required before: the only wait of a test."""
+    """``values`` (N,) on the host, after checking what was required before; waits for the device once."""
     deferred = _deferred.get()
     if not deferred:
         return values.cpu()

@@ -21,8 +21,8 @@ from cpm_rcnn.ops.nms import nms_mask
 _POOLED_SIZE = 7
 # The label that cross_entropy ignores.
 _IGNORED = -100
-# On an accelerator, so many pairs of RoI and class are given to the NMS at first, if there are so many: this number per
-# RoI, and at least this number of all. A trained detector has about one per RoI above the usual thresholds.
+# On an accelerator, the NMS gets at most so many pairs of RoI and class: this number per RoI, but at least this number
+# altogether. If more exceed the threshold, the selection is repeated with all of them.
 _CANDIDATES_PER_ROI, _MIN_CANDIDATES = 4, 8192
 
 
@@ -88,8 +88,8 @@ def select_detections(
 ) -> Selection:
     """The pairs of RoI and class that exceed the score threshold and remain after NMS per class.
 
-    On an accelerator this is where a test waits for the device, once: to know how many pairs remain, so that the layers
-    after it compute no others. It waits again if more pairs exceed the threshold than it has expected.
+    On an accelerator, this is where a test waits for the device: the host reads how many pairs remain, so that the
+    layers after it compute no others. If more pairs exceed the threshold than the NMS got, it repeats both.
 
     Args:
         probabilities: (R, C + 1) float32; class 0 is background.
