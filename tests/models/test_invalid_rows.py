@@ -7,6 +7,7 @@ import pytest
 import torch
 from inputs import head_inputs, random_rois
 
+from cpm_rcnn.models.heads.box_stage import BoxOutput, BoxStage, BoxStageSettings
 from cpm_rcnn.models.heads.classification import classification_loss
 from cpm_rcnn.models.heads.grid_stage import GridOutput, GridStage, StageSettings
 from cpm_rcnn.models.heads.scoring import instance_score_loss
@@ -38,10 +39,26 @@ def grid_stage(predictions, rows, valid):
     return stage.losses(output, Rois(rois.boxes, rois.images, valid), match)["grid"]
 
 
+def box_stage(predictions, rows, valid):
+    """The box loss; invalid rows have empty boxes, whose deltas are not finite."""
+    stage = BoxStage(BoxStageSettings(), head_inputs(), mlp_channels=4, class_agnostic=True)
+    rois = random_rois(ROWS, 2, torch.Generator().manual_seed(1))[rows]
+    match = Match(torch.ones(len(rows)), rois.boxes + 3, torch.ones(len(rows), dtype=torch.int64))
+    boxes = torch.where(valid[:, None], rois.boxes, 0.0)
+    output = BoxOutput(torch.zeros(0), torch.zeros(len(rows), 4), predictions)
+    return stage.losses(output, Rois(boxes, rois.images, valid), match)["box"]
+
+
 @pytest.mark.parametrize(
     ("loss", "shape"),
-    [(classification, (4,)), (instance_score, (2,)), (grid, (9, 28, 28)), (grid_stage, (9, 28, 28))],
-    ids=["classification_loss", "instance_score_loss", "grid_loss", "GridStage.losses"],
+    [
+        (classification, (4,)),
+        (instance_score, (2,)),
+        (grid, (9, 28, 28)),
+        (grid_stage, (9, 28, 28)),
+        (box_stage, (1, 4)),
+    ],
+    ids=["classification_loss", "instance_score_loss", "grid_loss", "GridStage.losses", "BoxStage.losses"],
 )
 @pytest.mark.parametrize("valid", [VALID, torch.zeros(ROWS, dtype=torch.bool)], ids=["some", "none"])
 def test_loss_ignores_invalid_rows(loss, shape, valid):

@@ -86,6 +86,27 @@ def test_half_precision_features_are_pooled_in_float32_and_keep_their_dtype(rois
     torch.testing.assert_close(pooled, pool([feature.float() for feature in half], rois).bfloat16())
 
 
+def test_implementation_that_does_not_count_the_rois_of_a_level_gives_the_same_result_and_gradient(rois, convention):
+    features = [feature.requires_grad_() for feature in pyramid()]
+    levels = pyramid_levels(rois.boxes, 4, convention)
+    pool = PyramidRoIAlign(7, STRIDES, convention)
+    one, other = pool._pool_levels(features, rois, levels), pool._pool_masked(features, rois, levels)
+    assert torch.equal(one, other)
+    gradient = torch.randn_like(one)
+    for a, b in zip(torch.autograd.grad(one, features, gradient), torch.autograd.grad(other, features, gradient)):
+        torch.testing.assert_close(a, b)
+
+
+def test_boxes_that_are_not_finite_are_pooled_without_counting_the_rois_of_a_level(convention):
+    boxes = torch.tensor([[torch.nan] * 4, [0, 0, torch.inf, torch.inf], BOXES[0]])
+    rois = Rois.of(boxes, torch.tensor([0, 1, 1]))
+    pool = PyramidRoIAlign(7, STRIDES, convention)
+    levels = pyramid_levels(boxes, 4, convention)
+    pooled = pool._pool_masked(pyramid(), rois, levels)
+    assert pooled.isfinite().all()
+    assert torch.equal(pooled[2:], pool._pool_levels(pyramid(), rois[2:], levels[2:]))
+
+
 @pytest.mark.parametrize("size", [7, 14])
 @pytest.mark.parametrize("convention", [CONTINUOUS, INCLUSIVE], ids=lambda convention: convention.name)
 def test_both_implementations_agree_forward_and_backward_even_far_outside_the_image(convention, size):

@@ -7,6 +7,7 @@ from inputs import LargestTensor, make_ground_truth, make_target, no_rois, rando
 from cpm_rcnn.boxes import CONTINUOUS
 from cpm_rcnn.models import structures
 from cpm_rcnn.models.structures import Detections, GroundTruth, Match, Rois, match_rois
+from emulated_device import EmulatedDevice, on_device, on_host
 
 A, B, C = (0, 0, 10, 10), (20, 20, 40, 30), (5, 5, 15, 15)
 
@@ -42,7 +43,7 @@ all_rows = pytest.mark.parametrize(
 
 
 def fields_of(rows):
-    return [getattr(rows, name) for name in rows.__dataclass_fields__ if name != "image_sizes"]
+    return [getattr(rows, name) for name in rows.__dataclass_fields__ if name not in rows._shared]
 
 
 @all_rows
@@ -112,6 +113,35 @@ def test_compact_of_valid_rows_changes_nothing_and_of_invalid_rows_leaves_none()
     assert torch.equal(same.boxes, make_rois().boxes)
     (none,) = make_rois().where(torch.zeros(4, dtype=torch.bool)).compact()
     assert (none.boxes.shape, none.images.shape, none.valid.shape) == ((0, 4), (0,), (0,))
+
+
+def test_bounds_of_the_number_of_valid_rows_add_up_and_the_smaller_one_counts():
+    rois = Rois(torch.zeros(6, 4), torch.tensor([0, 0, 0, 1, 1, 1]), torch.ones(6, dtype=torch.bool), at_most=(3, 2))
+    everything = torch.ones(6, dtype=torch.bool)
+    assert rois.cat(make_ground_truth([A], [B, C]).rois()).at_most == (4, 4)
+    assert rois.cat(make_rois()).at_most is None
+    assert rois[torch.tensor([0, 0, 1])].at_most is None
+    assert rois.where(everything).at_most == (3, 2)
+    assert rois.where(everything, at_most=2).at_most == (2, 2)
+    assert rois.where(everything, at_most=(1, 5)).at_most == (1, 2)
+    assert make_rois().where(torch.ones(4, dtype=torch.bool), at_most=2).at_most is None
+    assert make_rois().where(torch.ones(4, dtype=torch.bool), at_most=(1, 2)).at_most == (1, 2)
+    assert rois.with_boxes(rois.boxes + 1).at_most == (3, 2)
+
+
+def test_compact_on_an_accelerator_keeps_as_many_rows_as_can_be_valid_and_valid_ones_first():
+    numbers = torch.arange(6)
+    mask = torch.tensor([False, True, False, True, True, False])
+    with EmulatedDevice() as device:
+        boxes, images = on_device(torch.zeros(6, 4)), on_device(torch.tensor([0, 0, 0, 1, 1, 1]))
+        rois = Rois(boxes, images, on_device(mask))
+        assert rois.compact()[0] is rois
+        bounded, kept = rois.where(on_device(mask), at_most=(2, 3)).compact(on_device(numbers))
+        assert not device.waits
+    assert bounded.at_most == (2, 3)
+    assert on_host(kept).tolist() == [1, 3, 4, 0, 2]
+    assert on_host(bounded.valid).tolist() == [True, True, True, False, False]
+    assert on_host(bounded.images).tolist() == [0, 1, 1, 0, 0]
 
 
 def test_ground_truth_is_padded_to_the_image_with_most_objects():

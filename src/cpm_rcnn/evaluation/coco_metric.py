@@ -116,8 +116,9 @@ class CocoMetric(Metric):
         for image_id, found in zip(image_ids, detections, strict=True):
             if image_id not in self._known_ids:
                 raise UserError(f"{self.annotations.path}: has no image with id {image_id}")
-            self.image_ids.append(torch.tensor([image_id], device=self.device))
-            self.counts.append(torch.tensor([len(found["scores"])], device=self.device))
+            for state, number in ((self.image_ids, image_id), (self.counts, len(found["scores"]))):
+                # Unlike a tensor of a list, it is not copied from the host, which would wait for the device.
+                state.append(torch.full((1,), number, dtype=torch.int64, device=self.device))
             self.boxes.append(found["boxes"].detach().to(self.device, torch.float32).reshape(-1, 4))
             self.scores.append(found["scores"].detach().to(self.device, torch.float32))
             self.labels.append(found["labels"].detach().to(self.device, torch.int64))

@@ -11,6 +11,7 @@ from cpm_rcnn.data import CocoAnnotations, CocoDataset
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.inference.detector import Detector
+from cpm_rcnn.models.detector import TwoStageDetector
 from cpm_rcnn.models.finite import check_weights
 
 OPERATING_PRECISION = 0.9
@@ -137,6 +138,8 @@ class EvaluationModule(pl.LightningModule):
         ]
 
     def _finish(self, split: str) -> None:
+        if isinstance(self.model, TwoStageDetector):
+            self.model.check_outputs()
         self.metrics = self.metric.compute()
         self.evaluated_step = self.trainer.global_step
         self._find_operating_points(split)

@@ -18,7 +18,9 @@ from cpm_rcnn.data.transforms import network_size
 from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
 from cpm_rcnn.inference.images import to_image
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector, MultiScaleSettings
+from cpm_rcnn.inference.to_host import to_host
 from cpm_rcnn.models.detector import TwoStageDetector
+from cpm_rcnn.models.host import from_host, requirements_deferred
 from cpm_rcnn.models.structures import DETAILS
 
 _COLUMNS = ("boxes", "scores", "labels", *DETAILS)
@@ -186,9 +188,10 @@ class Detector:
         results: list[ImageDetections] = []
         for batch in _batches(images, batch_size):
             tensors = [to_image(value, f"images[{len(results) + i}]") for i, value in enumerate(batch)]
-            resized = [self.resize(image).to(self.device) for image in tensors]
-            with _eval_mode(self.model), torch.inference_mode():
+            resized = [self.resize(image).to(self.device, non_blocking=True) for image in tensors]
+            with _eval_mode(self.model), torch.inference_mode(), requirements_deferred():
                 found = self.detect_resized(resized, [_size(image) for image in tensors], details=details)
+                found = to_host(found)
             results += [self._result(detections, score_threshold) for detections in found]
         return results
 
@@ -210,8 +213,9 @@ class Detector:
             details: see :meth:`detect`.
 
         Returns:
-            One dict per image, on its device, best score first: ``boxes`` (N, 4) in pixels of the original image,
-            ``scores`` (N,) and ``labels`` (N,), and the details that are requested.
+            One dict per image, best score first: ``boxes`` (N, 4) in pixels of the original image, ``scores`` (N,) and
+            ``labels`` (N,), and the details that are requested. They are on the model's device; those of the
+            multi-scale test are on the CPU.
         """
         find: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]] = self.model
         if details:
@@ -238,14 +242,14 @@ class Detector:
     def _result(self, found: dict[str, Tensor], threshold: float | Sequence[float]) -> ImageDetections:
         scores, labels = found["scores"], found["labels"]
         kept = scores >= (scores.new_tensor(threshold)[labels - 1] if isinstance(threshold, Sequence) else threshold)
-        columns = {name: found[name][kept].cpu() for name in _COLUMNS if name in found}
+        columns = {name: found[name][kept] for name in _COLUMNS if name in found}
         return ImageDetections(**columns, names=[self.class_names[label - 1] for label in columns["labels"].tolist()])
 
 
 def _rescale(boxes: Tensor, size: Sequence[int], original_size: Sequence[int]) -> Tensor:
     """Boxes (N, 4) of an image of ``size`` (h, w), in pixels of its ``original_size`` (h, w)."""
     y, x = (original / side for original, side in zip(original_size, size))
-    return boxes * boxes.new_tensor([x, y, x, y])
+    return boxes * from_host([x, y, x, y], boxes)
 
 
 def _size(image: Tensor) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from torchvision.transforms.v2 import functional as F
 from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.data.transforms import network_size
 from cpm_rcnn.inference.soft_nms import soft_nms_rows
+from cpm_rcnn.inference.to_host import to_host
+from cpm_rcnn.models.host import from_host
 from cpm_rcnn.settings import Settings, flag, inference, list_of, number
 
 # docs/method.md section 8.
@@ -73,8 +75,8 @@ class MultiScaleDetector(nn.Module):
             images: uint8 (3, H, W), on the detector's device.
 
         Returns:
-            One dict per image, best score first: ``boxes`` (N, 4) in pixels of that image, ``scores`` (N,),
-            ``labels`` (N,), and the other columns of the detector.
+            One dict per image, on the CPU, best score first: ``boxes`` (N, 4) in pixels of that image, ``scores``
+            (N,), ``labels`` (N,), and the other columns of the detector.
         """
         views: list[list[dict[str, Tensor]]] = []
         for scale in self.settings.scales:
@@ -82,6 +84,9 @@ class MultiScaleDetector(nn.Module):
             views.append(self._detect(images, resized, mirrored=False))
             if self.settings.flip:
                 views.append(self._detect(images, resized, mirrored=True))
+        # Merging reads values in a loop, so it runs on the CPU.
+        on_host = iter(to_host([found for view in views for found in view]))
+        views = [[next(on_host) for _ in images] for _ in views]
         return [self._merge(found) for found in zip(*views)]
 
     def _resized(self, image: Tensor, scale: float) -> Tensor:
@@ -96,7 +101,7 @@ class MultiScaleDetector(nn.Module):
         back = []
         for image, small, detections in zip(images, resized, found, strict=True):
             boxes = detections["boxes"]
-            size, small_size = (boxes.new_tensor(tensor.shape[-2:]) for tensor in (image, small))
+            size, small_size = (from_host(tensor.shape[-2:], boxes) for tensor in (image, small))
             if mirrored:
                 boxes = self.convention.flip(boxes, small.shape[-1])
             # Sizes are rounded to whole pixels, so height and width have different ratios.

@@ -9,12 +9,13 @@ from cpm_rcnn.errors import UserError
 from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.fpn import FPNBackbone
 from cpm_rcnn.models.heads import RoIHead
+from cpm_rcnn.models.host import Requirement, read, requirements_deferred
 from cpm_rcnn.models.losses import reduce_losses
 from cpm_rcnn.models.pooling import pooling_format
 from cpm_rcnn.models.preprocess import ImagePreprocessor
 from cpm_rcnn.models.rpn import RegionProposalNetwork
 from cpm_rcnn.models.settings import ModelSettings
-from cpm_rcnn.models.structures import DETAILS, Detections, GroundTruth
+from cpm_rcnn.models.structures import DETAILS, Detections, GroundTruth, count_per_image
 from cpm_rcnn.models.targets import check_targets
 
 
@@ -47,6 +48,7 @@ class TwoStageDetector(nn.Module):
         self.backbone = backbone.to(memory_format=torch.channels_last)
         self.rpn = rpn
         self.head = head
+        self._unread: list[Requirement] = []
 
     def forward(
         self,
@@ -72,7 +74,8 @@ class TwoStageDetector(nn.Module):
 
         Raises:
             UserError: an image is not uint8 (3, H, W); in train mode, there is not one valid target per image; in eval
-                mode, weights or outputs are not finite.
+                mode, weights or outputs are not finite. On an accelerator, the host waits only where the head selects
+                detections. Outputs after that are checked in the next call or by :meth:`check_outputs`.
         """
         for i, image in enumerate(images):
             if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
@@ -86,28 +89,48 @@ class TwoStageDetector(nn.Module):
         if self.training:
             assert targets is not None
             check_targets(targets, self.num_classes, self.preprocessor.convention, images[0].device)
-        batch, sizes = self.preprocessor(images)
-        features = list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values())
-        if not self.training:
-            check_output("backbone", self.backbone, *features)
-            proposals, _ = self.rpn(features, sizes)
-            detections = self.head.detect(pooling_format(features), proposals)
-            check_output("head", self.head, detections.boxes, detections.scores)
+            return self._losses(images, GroundTruth.stack(targets))
+        with requirements_deferred(self._unread):
+            detections = self._detections(images)
             return _per_image(detections if details else detections.without_details(), len(images))
-        assert targets is not None
-        ground_truth = GroundTruth.stack(targets)
+
+    def check_outputs(self) -> None:
+        """Raise :class:`UserError` if outputs of the last call in eval mode are not finite and it could not know yet.
+
+        It waits for an accelerator.
+        """
+        with requirements_deferred(self._unread):
+            read(torch.zeros(0, device=self.preprocessor.mean.device))
+
+    def _losses(self, images: Sequence[Tensor], ground_truth: GroundTruth) -> dict[str, Tensor]:
+        features, sizes = self._features(images)
         proposals, losses = self.rpn(features, sizes, ground_truth)
         losses |= self.head.losses(pooling_format(features), proposals, ground_truth)
         return reduce_losses(losses, self.settings.trunk.loss_mean)
 
+    def _detections(self, images: Sequence[Tensor]) -> Detections:
+        features, sizes = self._features(images)
+        check_output("backbone", self.backbone, *features)
+        proposals, _ = self.rpn(features, sizes)
+        detections = self.head.detect(pooling_format(features), proposals)
+        check_output("head", self.head, detections.boxes, detections.scores)
+        return detections
+
+    def _features(self, images: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """P2..P6, and the sizes (B, 2) of the images."""
+        batch, sizes = self.preprocessor(images)
+        return list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values()), sizes
+
 
 def _per_image(detections: Detections, num_images: int) -> list[dict[str, Tensor]]:
-    """One dict per image, best score first."""
-    detections = detections[detections.valid]
+    """One dict per image, best score first. The host waits for the device unless it knows how many there are."""
     order = detections.scores.argsort(descending=True, stable=True)
-    order = order[detections.images[order].argsort(stable=True)]
-    counts = torch.bincount(detections.images, minlength=num_images).tolist()
+    # Rows that are not valid come last.
+    images = detections.images.masked_fill(~detections.valid, num_images)
+    order = order[images[order].argsort(stable=True)]
+    counts = detections.counts
+    if counts is None:
+        counts = tuple(read(count_per_image(images, num_images + 1)).tolist()[:num_images])
+    parts = order[: sum(counts)].split(counts)
     columns = {name: getattr(detections, name) for name in ("boxes", "scores", "labels", *DETAILS)}
-    return [
-        {name: column[rows] for name, column in columns.items() if column is not None} for rows in order.split(counts)
-    ]
+    return [{name: column[rows] for name, column in columns.items() if column is not None} for rows in parts]

@@ -1,6 +1,7 @@
 """RoIAlign over the levels of a feature pyramid."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -8,10 +9,13 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.models.host import reads_are_free
 from cpm_rcnn.models.structures import Rois
 
 # The sampling ratio that the pooling on a CPU is written for.
 _BAG_SAMPLES = 2
+# A coordinate in pixels that is outside of every image.
+_OUTSIDE = -1e6
 
 
 def pyramid_levels(boxes: Tensor, num_levels: int, convention: BoxConvention) -> Tensor:
@@ -32,7 +36,7 @@ def pyramid_levels(boxes: Tensor, num_levels: int, convention: BoxConvention) ->
 
 def pooling_format(features: Sequence[Tensor]) -> list[Tensor]:
     """The pyramid in the memory format that RoIAlign reads fastest, converted once for all poolings of a head."""
-    wanted = torch.channels_last if features[0].device.type == "cpu" else torch.contiguous_format
+    wanted = torch.channels_last if reads_are_free(features[0]) else torch.contiguous_format
     return [feature.contiguous(memory_format=wanted) for feature in features]
 
 
@@ -42,6 +46,10 @@ class PyramidRoIAlign(nn.Module):
     torchvision's CPU operator recomputes every sample's weights for each channel and runs its backward pass in one
     thread. On a CPU and with sampling ratio 2, the same sums are therefore computed as one ``embedding_bag`` over all
     levels, with one bag per bin (``benchmarks/roi_align.py``).
+
+    The operator pools from one level. On an accelerator, where the host does not know how many RoIs a level has, it is
+    called for each level with all RoIs, and those of other levels are moved outside of the image, where nothing is
+    sampled and no gradient is added.
 
     Args:
         output_size: number of bins per side.
@@ -65,29 +73,33 @@ class PyramidRoIAlign(nn.Module):
         """
         features = features[: len(self.strides)]
         levels = pyramid_levels(rois.boxes, len(features), self.convention)
+        if not reads_are_free(levels):
+            pool = self._pool_masked
+        else:
+            pool = self._pool_bags if self.convention.sampling_ratio == _BAG_SAMPLES else self._pool_levels
         # Half precision cannot represent the coordinates, so pooling always runs in float32.
-        bags = features[0].device.type == "cpu" and self.convention.sampling_ratio == _BAG_SAMPLES
-        pool = self._pool_bags if bags else self._pool_levels
         return pool([feature.float() for feature in features], rois, levels).to(features[0].dtype)
 
     def _pool_levels(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
-        boxes = torch.cat([rois.images.to(rois.boxes.dtype)[:, None], rois.boxes], dim=1)
-        # Sorted by level, so that the host waits for the GPU only once, for the counts.
         order = levels.argsort(stable=True)
         counts = torch.bincount(levels, minlength=len(features)).tolist()
-        parts = [
-            roi_align(
-                feature,
-                part,
-                self.output_size,
-                1 / stride,
-                self.convention.sampling_ratio,
-                self.convention.aligned,
-            )
-            for feature, stride, part in zip(features, self.strides, boxes[order].split(counts))
-        ]
-        pooled = torch.cat(parts)
+        parts = rois.boxes[order].split(counts), rois.images[order].split(counts)
+        pooled = torch.cat([self._roi_align(*level) for level in zip(features, self.strides, *parts)])
         return torch.empty_like(pooled).index_copy(0, order, pooled)
+
+    def _pool_masked(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
+        # The number of samples of an infinite box would be infinite.
+        boxes = rois.boxes.nan_to_num(0.0, 0.0, 0.0)
+        parts = (
+            self._roi_align(feature, stride, torch.where((levels == level)[:, None], boxes, _OUTSIDE), rois.images)
+            for level, (feature, stride) in enumerate(zip(features, self.strides))
+        )
+        return reduce(torch.add, parts)
+
+    def _roi_align(self, feature: Tensor, stride: int, boxes: Tensor, images: Tensor) -> Tensor:
+        rois = torch.cat([images.to(boxes.dtype)[:, None], boxes], dim=1)
+        ratio, aligned = self.convention.sampling_ratio, self.convention.aligned
+        return roi_align(feature, rois, self.output_size, 1 / stride, ratio, aligned)
 
     def _pool_bags(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
         batch, channels = features[0].shape[:2]

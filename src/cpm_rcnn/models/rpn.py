@@ -10,9 +10,10 @@ from torchvision.models.detection.rpn import RPNHead
 
 from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.models.finite import check_output
+from cpm_rcnn.models.host import reads_are_free, rows_where
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
-from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
+from cpm_rcnn.models.sampling import best_first, rank_in_group, sample_balanced
 from cpm_rcnn.models.structures import GroundTruth, Rois
 from cpm_rcnn.settings import Settings, architecture, choice, flag, inference, integer, list_of, number, training
 
@@ -21,8 +22,9 @@ _POSITIVE_IOU, _NEGATIVE_IOU = 0.7, 0.3
 _SAMPLES, _POSITIVE_FRACTION = 256, 0.5
 _SMOOTH_L1_BETA = 1 / 9
 _NMS_IOU = 0.7
-# Pairs of object and anchor whose IoU is computed at once. Fastest on a CPU, whose caches hold the result.
-_CHUNK = 1 << 21
+# Pairs of object and anchor whose IoU is computed at once: as many as the caches of a CPU hold. On an accelerator each
+# chunk costs the same number of kernels, so it is as large as half a GiB of memory allows.
+_CHUNK, _CHUNK_ACCELERATOR = 1 << 21, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,19 @@ class RegionProposalNetwork(nn.Module):
         score, level_of = torch.cat(scores, 1).flatten(), torch.cat(levels, 1).flatten()
         image = torch.arange(batch, device=score.device).repeat_interleave(len(score) // batch)
         width, height = self.convention.sizes(box)
-        keep = ((width > 0) & (height > 0)).nonzero().squeeze(1)
-        box, score, group = box[keep], score[keep], image[keep] * len(anchors) + level_of[keep]
-        kept = grouped_nms(box, score, group, _NMS_IOU)
-        box, image = box[kept], image[keep][kept]
+        nonempty = (width > 0) & (height > 0)
+        rows = rows_where(nonempty, len(box))
+        kept = grouped_nms(box[rows], score[rows], (image * len(anchors) + level_of)[rows], _NMS_IOU, nonempty[rows])
+        order = best_first(score[rows], kept)
+        rows, kept = rows[order], kept[order]
+        box, score, image = box[rows], score[rows], image[rows]
         together = self.training and self.settings.proposals_train_per == "batch"
-        rank, _ = rank_in_group(-score[kept], torch.zeros_like(image) if together else image, batch)
-        return Rois.of(box, image, image_sizes)[(rank < limit).nonzero().squeeze(1)]
+        # Rows that were not kept come last.
+        key = torch.where(kept, -score, torch.inf)
+        rank, _ = rank_in_group(key, torch.zeros_like(image) if together else image, batch)
+        per_image = min(limit, sum(len(anchor) for anchor in anchors))
+        (proposals,) = Rois(box, image, kept & (rank < limit), image_sizes, (per_image,) * batch).compact()
+        return proposals[:limit] if together else proposals
 
     def _best(self, logits: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """The highest scores (B, K) of a level in descending order, and their anchors (B, K); logits (B, A)."""
@@ -176,7 +184,7 @@ class RegionProposalNetwork(nn.Module):
         best = anchors.new_full(shape, -1.0)
         index = torch.zeros(shape, dtype=torch.int64, device=anchors.device)
         is_best = torch.zeros(shape, dtype=torch.bool, device=anchors.device)
-        step = max(1, _CHUNK // len(anchors))
+        step = max(1, (_CHUNK if reads_are_free(anchors) else _CHUNK_ACCELERATOR) // len(anchors))
         for image, count in enumerate(ground_truth.counts):
             for start in range(0, count, step):
                 objects = ground_truth.boxes[image, start : min(start + step, count)]

@@ -1,8 +1,8 @@
 """Tensors that describe a whole batch: RoIs, ground truth, the match between the two, and detections.
 
 RoIs of all images are stored in one flat tensor. Each row has a ``valid`` flag, so that a subset can be selected
-without changing a shape, which would make the host wait for the GPU. :meth:`Rois.compact` drops the invalid rows before
-expensive layers, and does wait for the GPU.
+without changing a shape, which would make the host wait for an accelerator. :meth:`Rois.compact` drops invalid rows
+before expensive layers, as far as the host knows how many there are.
 
 "Pixels at network size" are pixels of the resized images that the network receives.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.models.host import from_host, reads_are_free, rows_where
 
 _R = TypeVar("_R", bound="Rows")
 # Pairs of RoI and object whose IoU is computed at once, which bounds the memory of crowded images.
@@ -61,23 +62,41 @@ class Rois(Rows):
         valid: (R,) bool; rows that are False have no effect on losses and detections.
         image_sizes: (B, 2) int64, height and width in pixels of the images of the batch, without padding; None if they
             are not known. The proposals of the RPN know them.
+        at_most: an upper bound of the number of valid rows of each image that is known without waiting for the device;
+            None if there is none.
     """
 
-    _shared = ("image_sizes",)
+    _shared = ("image_sizes", "at_most")
 
     boxes: Tensor
     images: Tensor
     valid: Tensor
     image_sizes: Tensor | None = None
+    at_most: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, boxes: Tensor, images: Tensor, image_sizes: Tensor | None = None) -> "Rois":
         """RoIs from ``boxes`` (R, 4) and ``images`` (R,), all of them valid."""
         return cls(boxes, images, torch.ones_like(images, dtype=torch.bool), image_sizes)
 
-    def where(self, mask: Tensor) -> "Rois":
-        """The same rows, valid only where ``mask`` (R,) is True too."""
-        return replace(self, valid=self.valid & mask)
+    def __getitem__(self, index: Tensor | slice) -> "Rois":
+        return replace(super().__getitem__(index), at_most=None)  # indices can repeat a row
+
+    def cat(self, *others: "Rois") -> "Rois":
+        """Concatenate these rows and those of ``others``, in this order."""
+        bounds = [rois.at_most for rois in (self, *others)]
+        known = [bound for bound in bounds if bound is not None]
+        at_most = tuple(map(sum, zip(*known, strict=True))) if len(known) == len(bounds) else None
+        return replace(super().cat(*others), at_most=at_most)
+
+    def where(self, mask: Tensor, at_most: Sequence[int] | int | None = None) -> "Rois":
+        """The same rows, valid only where ``mask`` (R,) is True too.
+
+        Args:
+            mask: (R,) bool.
+            at_most: an upper bound of the number of valid rows that remain, per image or the same for all images.
+        """
+        return replace(self, valid=self.valid & mask, at_most=_tighter(self.at_most, at_most))
 
     def with_boxes(self, boxes: Tensor) -> "Rois":
         """The same rows with other ``boxes`` (R, 4)."""
@@ -89,13 +108,30 @@ class Rois(Rows):
         return self.with_boxes(convention.clip(self.boxes, self.image_sizes[self.images]))
 
     def compact(self, *others: Any) -> tuple[Any, ...]:
-        """Drop the invalid rows of these RoIs and the same rows of ``others``, which have one row per RoI.
+        """Drop invalid rows of these RoIs and the same rows of ``others``, which have one row per RoI.
+
+        On a CPU all invalid rows are dropped. On an accelerator as many rows remain as ``at_most`` allows to be valid,
+        or all without this bound, so that the host does not wait. Valid rows keep their order and come first if rows
+        are dropped.
 
         Returns:
-            The valid RoIs, followed by the remaining rows of each of ``others``.
+            The remaining RoIs, followed by the remaining rows of each of ``others``.
         """
-        rows = self.valid.nonzero().squeeze(1)
-        return (self[rows], *(other[rows] for other in others))
+        bound = len(self) if self.at_most is None else sum(self.at_most)
+        if bound >= len(self) and not reads_are_free(self.valid):
+            return (self, *others)
+        rows = rows_where(self.valid, bound)
+        return (replace(self[rows], at_most=self.at_most), *(other[rows] for other in others))
+
+
+def _tighter(known: tuple[int, ...] | None, at_most: Sequence[int] | int | None) -> tuple[int, ...] | None:
+    """The smaller of two bounds for each image; an int is the same bound for all images."""
+    if known is None:
+        return tuple(at_most) if isinstance(at_most, Sequence) else None
+    if at_most is None:
+        return known
+    bounds = at_most if isinstance(at_most, Sequence) else [at_most] * len(known)
+    return tuple(map(min, zip(known, bounds, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -143,13 +179,13 @@ class GroundTruth(NamedTuple):
         missing = most - labels.shape[1]
         if missing:
             boxes, labels = F.pad(boxes, (0, 0, 0, missing)), F.pad(labels, (0, missing))
-        valid = torch.arange(most, device=device) < torch.tensor(counts).to(device, non_blocking=True)[:, None]
+        valid = torch.arange(most, device=device) < from_host(counts, labels)[:, None]
         return cls(boxes, labels, valid, counts)
 
     def rois(self) -> Rois:
         """The ground-truth boxes as B * G RoIs in the order of the images; padded rows are invalid."""
         images = torch.arange(len(self.boxes), device=self.boxes.device).repeat_interleave(self.boxes.shape[1])
-        return Rois(self.boxes.flatten(0, 1), images, self.valid.flatten())
+        return Rois(self.boxes.flatten(0, 1), images, self.valid.flatten(), at_most=self.counts)
 
 
 # The columns of detections that say how a score was computed.
@@ -174,7 +210,11 @@ class Detections(Rows):
         predicted_iou: (D,) float32 in 0..1, the IoU that ISM predicts; None if ISM is not part of the head or was
             skipped.
         rsm_probability: (D,) float32 in 0..1, RSM's probability of the label; None without RSM.
+        counts: number of detections of each image, if it is known without waiting for the device; all rows are valid
+            then. None if it is not known.
     """
+
+    _shared = ("counts",)
 
     boxes: Tensor
     images: Tensor
@@ -184,10 +224,23 @@ class Detections(Rows):
     class_scores: Tensor | None = None
     predicted_iou: Tensor | None = None
     rsm_probability: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+
+    def __getitem__(self, index: Tensor | slice) -> "Detections":
+        return replace(super().__getitem__(index), counts=None)
+
+    def cat(self, *others: "Detections") -> "Detections":
+        """Concatenate these rows and those of ``others``, in this order."""
+        return replace(super().cat(*others), counts=None)
 
     def without_details(self) -> "Detections":
         """The same detections without the columns of :data:`DETAILS`."""
         return replace(self, class_scores=None, predicted_iou=None, rsm_probability=None)
+
+
+def count_per_image(images: Tensor, num_images: int) -> Tensor:
+    """How often each of 0 .. num_images - 1 occurs in ``images`` (R,) int64: (num_images,) int64, without waiting."""
+    return images.new_zeros(num_images).index_add(0, images, torch.ones_like(images))
 
 
 def match_rois(rois: Rois, ground_truth: GroundTruth, convention: BoxConvention) -> Match:

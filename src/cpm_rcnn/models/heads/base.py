@@ -50,7 +50,9 @@ class RoIHead(nn.Module, ABC):
             proposals: proposals of the RPN.
 
         Returns:
-            The detections. Columns such as ``predicted_iou`` are optional.
+            The detections. Columns such as ``predicted_iou`` are optional. ``counts`` is optional too, and saves a wait
+            for an accelerator: it is ``at_most`` of the RoIs that
+            :func:`~cpm_rcnn.models.heads.classification.select_detections` returns.
         """
 
     @abstractmethod

@@ -1,7 +1,7 @@
 """The part that heads with box stages share: Faster R-CNN (one stage) and Cascade R-CNN (several)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,10 @@ class BoxHead(RoIHead):
             max_detections=self.settings.max_detections,
         )
         rois, scores, labels, rows = selected
-        return calibrated_detections(rois, scores, labels, features, output.features[rows], ism=self.ism, rsm=self.rsm)
+        detections = calibrated_detections(
+            rois, scores, labels, features, output.features[rows], ism=self.ism, rsm=self.rsm
+        )
+        return replace(detections, counts=rois.at_most)
 
     def probabilities(self, outputs: Sequence[BoxOutput]) -> Tensor:
         """Class probabilities (R, C + 1) float32 of R RoIs from the outputs of all stages; here those of the last."""

@@ -98,9 +98,9 @@ class BoxStage(RefinementStage):
         classes = output.deltas.shape[1]
         column = (labels - 1).clamp(min=0) if classes > 1 else torch.zeros_like(labels)
         deltas = output.deltas[torch.arange(len(labels), device=labels.device), column]
-        # Other rows have no object: encode them as their own box.
-        objects = torch.where(positive[:, None], match.boxes, rois.boxes)
-        targets = self.convention.encode(objects, rois.boxes) * self.coder_weights
+        targets = self.convention.encode(match.boxes, rois.boxes) * self.coder_weights
+        # Other rows have no object, and the logarithm of an empty box is not finite.
+        targets = torch.where(positive[:, None], targets, 0.0)
         distance = F.smooth_l1_loss(deltas, targets, beta=_SMOOTH_L1_BETA, reduction="none").sum(dim=1)
         losses = {
             "cls": classification_loss(output.logits, labels, rois.valid),

@@ -1,6 +1,7 @@
 """The classification branch, applied to the proposals and, in RSM, to the refined boxes (docs/method.md section 4)."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,16 +10,20 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 
 from cpm_rcnn.models.heads.inputs import HeadInputs
+from cpm_rcnn.models.host import read, reads_are_free, rows_where
 from cpm_rcnn.models.init import init_linear, init_predictor
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
 from cpm_rcnn.models.pooling import PyramidRoIAlign
-from cpm_rcnn.models.sampling import rank_in_group
-from cpm_rcnn.models.structures import Rois
+from cpm_rcnn.models.sampling import best_first, rank_in_group
+from cpm_rcnn.models.structures import Rois, count_per_image
 
 _POOLED_SIZE = 7
 # The label that cross_entropy ignores.
 _IGNORED = -100
+# On an accelerator, the NMS gets at most so many pairs of RoI and class: this number per RoI, but at least this number
+# altogether. If more exceed the threshold, the selection is repeated with all of them.
+_CANDIDATES_PER_ROI, _MIN_CANDIDATES = 4, 8192
 
 
 class Classifier(nn.Module):
@@ -62,6 +67,8 @@ class Selection(NamedTuple):
         scores: (K,) float32 probabilities.
         labels: (K,) int64 in 1..C.
         rows: (K,) int64, the index of each pair's RoI among the given ones.
+
+    All of them are valid. On an accelerator, ``rois.at_most`` are their numbers per image.
     """
 
     rois: Rois
@@ -81,27 +88,65 @@ def select_detections(
 ) -> Selection:
     """The pairs of RoI and class that exceed the score threshold and remain after NMS per class.
 
+    On an accelerator, this is where a test waits for the device: the host reads how many pairs remain, so that the
+    layers after it compute no others. If more pairs exceed the threshold than the NMS got, it repeats both.
+
     Args:
         probabilities: (R, C + 1) float32; class 0 is background.
-        rois: R RoIs.
+        rois: R RoIs; on an accelerator, their ``image_sizes`` must be known.
         boxes: (R, C, 4), the box of each RoI and class, or (R, 1, 4), one for all classes; None: the RoIs' own.
         score_threshold: only pairs with a higher score are candidates.
         nms_iou: of two boxes of one class and image that overlap more than this, the lower-scored one is dropped.
         max_detections: maximum number of pairs per image, which needs ``rois.image_sizes``; None has no limit.
     """
     candidate = (probabilities[:, 1:] > score_threshold) & rois.valid[:, None]
-    rows, columns = candidate.nonzero(as_tuple=True)
+    select = partial(_select, candidate, probabilities, rois, boxes, nms_iou, max_detections)
+    at_most = max(_CANDIDATES_PER_ROI * len(rois), _MIN_CANDIDATES)
+    selected, counts = select(at_most), None
+    if not reads_are_free(candidate):
+        candidates, *counts = _read_counts(candidate, selected.rois)
+        if candidates > at_most:
+            selected = select(candidates)
+            _, *counts = _read_counts(candidate, selected.rois)
+    chosen = selected.rois.where(selected.rois.valid, at_most=counts)
+    return Selection(*chosen.compact(selected.scores, selected.labels, selected.rows))
+
+
+def _select(
+    candidate: Tensor,
+    probabilities: Tensor,
+    rois: Rois,
+    boxes: Tensor | None,
+    nms_iou: float,
+    max_detections: int | None,
+    at_most: int,
+) -> Selection:
+    """The selection from at most ``at_most`` of the pairs where ``candidate`` (R, C) is True; others are invalid."""
+    pairs = rows_where(candidate.flatten(), at_most)
+    rows, columns = pairs.div(candidate.shape[1], rounding_mode="floor"), pairs % candidate.shape[1]
     labels = columns + 1
-    candidates, scores = rois[rows], probabilities[rows, labels]
+    chosen, scores = rois[rows].where(candidate[rows, columns]), probabilities[rows, labels]
     if boxes is not None:
-        candidates = candidates.with_boxes(boxes[rows, columns if boxes.shape[1] > 1 else 0])
-    group = candidates.images * probabilities.shape[1] + labels
-    kept = grouped_nms(candidates.boxes, scores, group, nms_iou)
+        chosen = chosen.with_boxes(boxes[rows, columns if boxes.shape[1] > 1 else 0])
+    group = chosen.images * probabilities.shape[1] + labels
+    chosen = chosen.where(grouped_nms(chosen.boxes, scores, group, nms_iou, chosen.valid))
+    order = best_first(scores, chosen.valid)
+    chosen, scores = chosen[order], scores[order]
     if max_detections is not None:
         assert rois.image_sizes is not None
-        rank, _ = rank_in_group(-scores[kept], candidates.images[kept], len(rois.image_sizes))
-        kept = kept[rank < max_detections]
-    return Selection(candidates[kept], scores[kept], labels[kept], rows[kept])
+        # Rows that are not valid come last.
+        key = torch.where(chosen.valid, -scores, torch.inf)
+        rank, _ = rank_in_group(key, chosen.images, len(rois.image_sizes))
+        chosen = chosen.where(rank < max_detections)
+    return Selection(chosen, scores, labels[order], rows[order])
+
+
+def _read_counts(candidate: Tensor, selected: Rois) -> list[int]:
+    """The number of candidates, and the number of valid RoIs in each image; waits for the device."""
+    assert selected.image_sizes is not None
+    num_images = len(selected.image_sizes)
+    counts = count_per_image(selected.images.masked_fill(~selected.valid, num_images), num_images + 1)
+    return read(torch.cat([candidate.sum().view(1), counts[:num_images]])).tolist()
 
 
 def probability_of(logits: Tensor, labels: Tensor) -> Tensor:

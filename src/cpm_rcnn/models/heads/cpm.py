@@ -1,7 +1,7 @@
 """The CPM head: classify, map (CMM), score (ISM), re-score (RSM). Paper section 3, docs/method.md sections 4 to 7."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring, calibrated
 from cpm_rcnn.models.heatmaps import NUM_POINTS
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
+from cpm_rcnn.models.sampling import best_first
 from cpm_rcnn.models.structures import Detections, GroundTruth, Match, Rois
 from cpm_rcnn.settings import (
     Settings,
@@ -152,9 +153,10 @@ class CPMHead(RoIHead):
             rois, class_scores, labels, features, outputs[-1].features, ism=self.ism if complete else None, rsm=self.rsm
         )
         if self.settings.final_nms_iou is None:
-            return detections
+            return replace(detections, counts=rois.at_most)
         group = rois.images * logits.shape[1] + labels
-        return detections[grouped_nms(rois.boxes, detections.scores, group, self.settings.final_nms_iou)]
+        kept = grouped_nms(rois.boxes, detections.scores, group, self.settings.final_nms_iou, detections.valid)
+        return replace(detections, valid=kept)[best_first(detections.scores, kept)]
 
     def losses(self, features: Sequence[Tensor], proposals: Rois, ground_truth: GroundTruth) -> dict[str, LossTerm]:
         """The losses of all parts: ``loss_cls``, ``loss_grid0``, ..., ``loss_ism``, ``loss_rsm``."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cpm_rcnn.boxes import BoxConvention
+from cpm_rcnn.models.host import from_host
 from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
 from cpm_rcnn.models.structures import GroundTruth, Match, Rois, match_rois
 
@@ -35,7 +36,7 @@ class SampledRois:
 
     def positives(self, limit: int) -> tuple[Rois, Match]:
         """At most ``limit`` random positives per image, with their match."""
-        return self.rois.where((self.labels > 0) & (self.rank < limit)).compact(self.match)
+        return self.rois.where((self.labels > 0) & (self.rank < limit), at_most=limit).compact(self.match)
 
     def negatives(self) -> Rois:
         """The background RoIs."""
@@ -78,7 +79,8 @@ def sample_matched(rois: Rois, match: Match, num_images: int, count: int, positi
         positive_fraction=_POSITIVE_FRACTION,
     )
     labels = torch.where(positive, match.labels, 0)
-    return SampledRois(*rois.where(sample.positive | sample.negative).compact(match, labels, sample.rank))
+    chosen = rois.where(sample.positive | sample.negative, at_most=(count,) * num_images)
+    return SampledRois(*chosen.compact(match, labels, sample.rank))
 
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def next_stage_rois(
         convention: the box coordinate convention.
 
     Returns:
-        The valid candidates and their match. The caller selects those with a sufficient IoU.
+        The candidates and their match. The caller selects those with a sufficient IoU.
     """
     is_ground_truth = (rois.boxes == match.boxes).all(dim=1)
     (candidates,) = decoded.where(~is_ground_truth).cat(ground_truth.rois()).compact()
@@ -122,8 +124,8 @@ def limit_crowded(rois: Rois, match: Match, ground_truth: GroundTruth, limit: in
     if max(ground_truth.counts) <= limit:
         return rois
     batch = len(ground_truth.counts)
-    crowded = torch.tensor([count > limit for count in ground_truth.counts]).to(rois.images.device, non_blocking=True)
+    limits = [limit if count > limit else len(rois) for count in ground_truth.counts]
     is_ground_truth = (rois.boxes == match.boxes).all(dim=1)
     key = torch.rand(len(rois), device=rois.images.device) + is_ground_truth
     rank, _ = rank_in_group(key, torch.where(rois.valid, rois.images, batch), batch + 1)
-    return rois.where((rank < limit) | ~crowded[rois.images])
+    return rois.where(rank < from_host(limits, rank)[rois.images], at_most=limits)
