@@ -23,9 +23,7 @@ def nms_mask(
     """
     if valid is None:
         valid = torch.ones_like(groups, dtype=torch.bool)
-    # MPS devices have no float64.
-    dtype = torch.float32 if boxes.device.type == "mps" else torch.float64
-    boxes, scores = boxes.to(dtype), scores.to(dtype)
+    scores = scores.to(boxes.dtype)
     if boxes.device.type == "cpu":
         rows = valid.nonzero().squeeze(1)
         kept = rows[batched_nms(boxes[rows], scores[rows], groups[rows], iou_threshold)]
