@@ -9,7 +9,7 @@ is the median over the rounds of an implementation's time divided by ``nms_mask`
 - ``nms_mask``: ``cpm_rcnn.ops.nms.nms_mask`` in float32.
 - ``per group``: ``torchvision.ops.nms`` in a loop over the groups, float32. The rows of the groups are given.
 - ``batched_nms``: ``torchvision.ops.batched_nms``, float32.
-- ``grouped_nms``: ``cpm_rcnn.models.nms.grouped_nms``, ``nms_mask`` in float64.
+- ``grouped_nms``: ``cpm_rcnn.models.nms.grouped_nms``, ``nms_mask`` in float64 and the sorting of the rows.
 - ``grouped_nms before``: the same function before ``nms_mask`` existed: ``batched_nms`` in float64.
 
 The boxes lie around random objects, about 15 per object, as the highest-scored proposals of an image do. The results of
@@ -85,7 +85,7 @@ def measure(groups: int, count: int, threshold: float, device: str, rounds: int)
         lambda: nms_mask(boxes, scores, group, threshold),
         lambda: per_group(boxes, scores, rows, threshold),
         lambda: batched_nms(boxes, scores, group, threshold),
-        lambda: grouped_nms(boxes, scores, group, threshold),
+        lambda: grouped_nms(boxes, scores, group, threshold, torch.ones_like(mask)),
         lambda: batched_nms(boxes.double(), scores.double(), group, threshold),
     ]
     times = [[seconds(work, device) for work in implementations] for _ in range(rounds + 1)][1:]

@@ -170,10 +170,13 @@ def test_a_missing_kernel_warns_once_and_uses_torchvision(monkeypatch):
         nms.load_cpu_kernel.cache_clear()
 
 
-@pytest.mark.parametrize("count", [0, 1, 1500])
-def test_grouped_nms_keeps_the_boxes_of_batched_nms_in_float64(count):
+@pytest.mark.parametrize("count", [0, 1, 700, 1500])
+def test_grouped_nms_gives_the_rows_of_batched_nms_in_float64_and_its_order(count):
     boxes, scores, groups, threshold = scene(count)
-    scores = (20 * scores).round() / 20  # equal scores, which torchvision returns in any order
-    expected = torchvision.ops.batched_nms(boxes.double(), scores.double(), groups, threshold).sort().values
-    kept = grouped_nms(boxes, scores, groups, threshold)
-    assert torch.equal(kept.nonzero().squeeze(1), expected)
+    scores = (20 * scores).round() / 20  # equal scores
+    expected = torchvision.ops.batched_nms(boxes.double(), scores.double(), groups, threshold)
+    rows, kept = grouped_nms(boxes, scores, groups, threshold, torch.ones(count, dtype=torch.bool))
+    assert kept.all()
+    # The boxes that are kept are the same, because both prefer the lower row of equal scores in a group.
+    assert torch.equal(rows.sort().values, expected.sort().values)
+    assert torch.equal(scores[rows], scores[expected])

@@ -3,26 +3,41 @@
 import torch
 from torch import Tensor
 
+from cpm_rcnn.models.host import reads_are_free, rows_where
 from cpm_rcnn.ops.nms import nms_mask
+
+# torchvision's batched_nms on a CPU keeps the order of equal scores of up to so many boxes.
+_STABLE = 1000
 
 
 def grouped_nms(
-    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, valid: Tensor | None = None
-) -> Tensor:
-    """Non-maximum suppression within each group, with IoUs in float64. Widths are x2 - x1 in both box conventions.
-
-    In float32, an IoU of exactly 3 / 10 would exceed the threshold 0.3.
+    boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Non-maximum suppression within each group. Widths are x2 - x1 in both box conventions.
 
     Args:
         boxes: (R, 4) xyxy pixels.
-        scores: (R,). Of equal scores, that of the lower row counts as higher.
+        scores: (R,).
         groups: (R,) int64; boxes of different groups do not suppress each other.
         iou_threshold: of two boxes that overlap more than this, the one with the lower score is dropped.
-        valid: (R,) bool; other rows are dropped and suppress nothing. None: all are valid.
+        valid: (R,) bool; other rows are dropped and suppress no box.
 
     Returns:
-        (R,) bool, the remaining rows.
+        (K,) int64, the remaining rows, best score first, and (K,) bool, all True. On an accelerator all R rows: the
+        remaining ones first, and False for the others.
     """
-    # MPS devices have no float64.
+    # IoUs are computed in float64. MPS devices do not have it.
     dtype = torch.float32 if boxes.device.type == "mps" else torch.float64
-    return nms_mask(boxes.to(dtype), scores, groups, iou_threshold, valid)
+    kept = nms_mask(boxes.to(dtype), scores, groups, iou_threshold, valid)
+    rows = _best_first(scores, kept)
+    return rows, kept[rows]
+
+
+def _best_first(scores: Tensor, mask: Tensor) -> Tensor:
+    """The rows where ``mask`` is True by descending scores; on an accelerator followed by the others."""
+    if not reads_are_free(mask):
+        return scores.masked_fill(~mask, -torch.inf).argsort(descending=True, stable=True)
+    rows = rows_where(mask, len(mask))
+    # Equal scores are ordered as by torchvision's batched_nms, so that results do not depend on the version of this
+    # package.
+    return rows[scores[rows].double().argsort(descending=True, stable=len(mask) <= _STABLE)]

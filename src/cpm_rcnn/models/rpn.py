@@ -13,7 +13,7 @@ from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.host import reads_are_free, rows_where
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
-from cpm_rcnn.models.sampling import best_first, rank_in_group, sample_balanced
+from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
 from cpm_rcnn.models.structures import GroundTruth, Rois
 from cpm_rcnn.settings import Settings, architecture, choice, flag, inference, integer, list_of, number, training
 
@@ -116,10 +116,9 @@ class RegionProposalNetwork(nn.Module):
         width, height = self.convention.sizes(box)
         nonempty = (width > 0) & (height > 0)
         rows = rows_where(nonempty, len(box))
-        kept = grouped_nms(box[rows], score[rows], (image * len(anchors) + level_of)[rows], _NMS_IOU, nonempty[rows])
-        order = best_first(score[rows], kept)
-        rows, kept = rows[order], kept[order]
-        box, score, image = box[rows], score[rows], image[rows]
+        group = image * len(anchors) + level_of
+        order, kept = grouped_nms(box[rows], score[rows], group[rows], _NMS_IOU, nonempty[rows])
+        box, score, image = (each[rows[order]] for each in (box, score, image))
         together = self.training and self.settings.proposals_train_per == "batch"
         # Rows that were not kept come last.
         key = torch.where(kept, -score, torch.inf)

@@ -5,11 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cpm_rcnn.models.host import reads_are_free, rows_where
-
-# torchvision's batched_nms on a CPU keeps the order of equal scores of up to so many boxes.
-_STABLE = 1000
-
 
 class BalancedSample(NamedTuple):
     """A random subset of a batch's RoIs or anchors.
@@ -55,20 +50,6 @@ def sample_balanced(
     max_negatives = count - sizes[:num_images].clamp(max=most_positives)
     chosen_negative = negative & (rank < max_negatives[images])
     return BalancedSample(chosen_positive, chosen_negative, rank)
-
-
-def best_first(scores: Tensor, mask: Tensor) -> Tensor:
-    """The rows where ``mask`` (R,) is True, by descending ``scores`` (R,).
-
-    Returns:
-        (K,) int64. On an accelerator all R rows: these first, then the others.
-    """
-    if not reads_are_free(mask):
-        return scores.masked_fill(~mask, -torch.inf).argsort(descending=True, stable=True)
-    # Equal scores are ordered as by torchvision's batched_nms, so that results do not depend on the version of this
-    # package.
-    rows = rows_where(mask, len(mask))
-    return rows[scores[rows].double().argsort(descending=True, stable=len(mask) <= _STABLE)]
 
 
 def rank_in_group(key: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:

@@ -135,9 +135,10 @@ def _best_per_place(split: EvaluatedSplit, chosen: np.ndarray) -> list[int]:
     boxes = split.data.found_boxes[rows]
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     scores, images = split.data.found_scores[rows], split.data.found_images[rows]
-    kept = grouped_nms(torch.from_numpy(corners), torch.from_numpy(scores), torch.from_numpy(images), IOU)
-    rows = rows[kept.numpy()]
-    return rows[np.argsort(-split.data.found_scores[rows], kind="stable")].tolist()
+    kept, _ = grouped_nms(
+        *map(torch.from_numpy, (corners, scores, images)), IOU, torch.ones(len(rows), dtype=torch.bool)
+    )
+    return rows[kept.numpy()].tolist()
 
 
 def _entry(split: EvaluatedSplit, detection: int | None, annotation: int | None) -> dict[str, Any]:

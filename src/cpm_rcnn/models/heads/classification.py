@@ -15,7 +15,7 @@ from cpm_rcnn.models.init import init_linear, init_predictor
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
 from cpm_rcnn.models.pooling import PyramidRoIAlign
-from cpm_rcnn.models.sampling import best_first, rank_in_group
+from cpm_rcnn.models.sampling import rank_in_group
 from cpm_rcnn.models.structures import Rois, count_per_image
 
 _POOLED_SIZE = 7
@@ -129,9 +129,8 @@ def _select(
     if boxes is not None:
         chosen = chosen.with_boxes(boxes[rows, columns if boxes.shape[1] > 1 else 0])
     group = chosen.images * probabilities.shape[1] + labels
-    chosen = chosen.where(grouped_nms(chosen.boxes, scores, group, nms_iou, chosen.valid))
-    order = best_first(scores, chosen.valid)
-    chosen, scores = chosen[order], scores[order]
+    order, kept = grouped_nms(chosen.boxes, scores, group, nms_iou, chosen.valid)
+    chosen, scores = chosen[order].where(kept), scores[order]
     if max_detections is not None:
         assert rois.image_sizes is not None
         # Rows that are not valid come last.

@@ -19,7 +19,6 @@ from cpm_rcnn.models.heads.scoring import InstanceScoring, Rescoring, calibrated
 from cpm_rcnn.models.heatmaps import NUM_POINTS
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
-from cpm_rcnn.models.sampling import best_first
 from cpm_rcnn.models.structures import Detections, GroundTruth, Match, Rois
 from cpm_rcnn.settings import (
     Settings,
@@ -155,8 +154,9 @@ class CPMHead(RoIHead):
         if self.settings.final_nms_iou is None:
             return replace(detections, counts=rois.at_most)
         group = rois.images * logits.shape[1] + labels
-        kept = grouped_nms(rois.boxes, detections.scores, group, self.settings.final_nms_iou, detections.valid)
-        return replace(detections, valid=kept)[best_first(detections.scores, kept)]
+        scores, valid = detections.scores, detections.valid
+        rows, kept = grouped_nms(rois.boxes, scores, group, self.settings.final_nms_iou, valid)
+        return replace(detections[rows], valid=kept)
 
     def losses(self, features: Sequence[Tensor], proposals: Rois, ground_truth: GroundTruth) -> dict[str, LossTerm]:
         """The losses of all parts: ``loss_cls``, ``loss_grid0``, ..., ``loss_ism``, ``loss_rsm``."""
