@@ -135,8 +135,8 @@ def _best_per_place(split: EvaluatedSplit, chosen: np.ndarray) -> list[int]:
     boxes = split.data.found_boxes[rows]
     corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     scores, images = split.data.found_scores[rows], split.data.found_images[rows]
-    boxes, values, groups = (torch.from_numpy(each) for each in (corners, scores, images))
-    kept, _ = grouped_nms(boxes, values, groups, IOU, torch.ones(len(rows), dtype=torch.bool))
+    tensors = [torch.from_numpy(each) for each in (corners, scores, images)]
+    kept, _ = grouped_nms(tensors[0], tensors[1], tensors[2], IOU, torch.ones(len(rows), dtype=torch.bool))
     return rows[kept.numpy()].tolist()
 
 
