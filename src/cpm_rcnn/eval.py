@@ -1,51 +1,18 @@
 """``python -m cpm_rcnn.eval ckpt=PATH``: COCO metrics of a checkpoint."""
 
-import json
-from pathlib import Path
-
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cpm_rcnn.cli.assembly import check_operating_precision, evaluation_data, evaluation_keys, load_detector
 from cpm_rcnn.cli.main import run
-from cpm_rcnn.cli.trainer import build_evaluator
-from cpm_rcnn.cli.trainer_options import lightning_errors
 from cpm_rcnn.errors import check_flag
-from cpm_rcnn.evaluation.coco_metric import CocoMetric
-from cpm_rcnn.evaluation.module import EvaluationModule
-from cpm_rcnn.evaluation.records import RECORD, record_evaluation
-from cpm_rcnn.ops import use_deform_backend
-from cpm_rcnn.reporting.evaluation_report import report_evaluation
-from cpm_rcnn.reporting.tables import print_metrics, write_metrics
 
 
 def evaluate(config: DictConfig) -> None:
     """Run one evaluation; its results are written to Hydra's output folder."""
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    use_deform_backend(config.ops.deform)
     check_flag("details", config.details)
-    check_operating_precision(config)
-    detector, data = load_detector(config)
-    module = EvaluationModule(detector, operating_precision=config.operating_precision)
-    datamodule = evaluation_data(config, detector, data)
-    trainer = build_evaluator(config, run_dir)
-    loop = trainer.validate if config.split == "val" else trainer.test
-    with evaluation_keys(config), lightning_errors(config):
-        loop(module, datamodule=datamodule, verbose=False)
-    if not trainer.is_global_zero:
-        return
-    assert isinstance(module.metric, CocoMetric)
-    write_metrics(module.metrics, run_dir / "metrics.json")
-    if module.operating_points is not None:
-        write_metrics(module.operating_points, run_dir / "operating_points.json")
-    (run_dir / "detections.json").write_text(json.dumps(module.metric.results(config.details)))
-    images = datamodule.images_folder("val" if config.split == "val" else "test")
-    record = record_evaluation(module.metric, images)
-    (run_dir / RECORD).write_text(json.dumps(record))
-    model, settings = str(config.ckpt), detector.model.settings
-    report_evaluation(module.metric, module.operating_points, model, settings, images, run_dir)
-    print_metrics(module.metrics)
-    print(run_dir)
+    # Imported after the checks, because it imports torch, which takes seconds.
+    from cpm_rcnn.commands.eval import evaluate_checkpoint
+
+    evaluate_checkpoint(config)
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 # The processes are forked from a server that has imported everything, which takes seconds, and that has no threads.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["cpm_rcnn.train", "cpm_rcnn.eval", "hotcoco"])
+_context.set_forkserver_preload(["cpm_rcnn.commands.train", "cpm_rcnn.commands.eval", "hotcoco"])
 
 
 @dataclass

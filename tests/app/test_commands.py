@@ -380,7 +380,7 @@ def test_training_with_a_missing_image_ends_before_a_model_is_built(command, tra
     copy = workplace / "missing"
     shutil.copytree(workplace / "data/shapes", copy)
     (copy / "val/000002.jpg").unlink()
-    monkeypatch.setattr("cpm_rcnn.train.build_module", None)
+    monkeypatch.setattr("cpm_rcnn.commands.train.build_module", None)
     line = refused(command("train", *SMALL, f"data.root={copy}", "name=missing"))
     assert "missing/val: 1 of 5 images cannot be read (image 000002.jpg not found)" in line
     assert not (workplace / "outputs/missing/checkpoints").exists()

@@ -9,6 +9,7 @@ import pytest
 from runs import refused
 
 from cpm_rcnn import compare as module
+from cpm_rcnn.commands.compare import _names
 from cpm_rcnn.evaluation.bootstrap import AP_METRICS
 
 _folders = {}
@@ -194,7 +195,7 @@ def test_an_invalid_file_of_detections_is_refused(command, folders, tmp_path, co
     ],
 )
 def test_runs_are_named_by_what_differs_in_their_paths(sources, names):
-    assert module._names(sources) == names
+    assert _names(list(map(Path, sources))) == names
 
 
 def test_help_names_the_positional_arguments(command):

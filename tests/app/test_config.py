@@ -14,18 +14,18 @@ from cpm_rcnn import build_detector
 from cpm_rcnn.cli.assembly import schedule_settings
 from cpm_rcnn.cli.config import UNSET, config_key, to_dict
 from cpm_rcnn.cli.instantiate import ALLOWED, instantiate_allowed
-from cpm_rcnn.cli.overrides import register_overrides
 from cpm_rcnn.cli.trainer import build_trainer
 from cpm_rcnn.cli.trainer_options import TrainerOptions
 from cpm_rcnn.data import DataSettings
 from cpm_rcnn.data.settings import ShapesSettings
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.inference import MultiScaleSettings
+from cpm_rcnn.inference.detector import SIZE_OPTIONS
 from cpm_rcnn.models.backbones import BackboneSettings
 from cpm_rcnn.models.heads import HEADS
 from cpm_rcnn.models.heads.cpm import CMM_STAGES, TWO_STAGES
 from cpm_rcnn.models.rpn import RPNSettings
-from cpm_rcnn.models.settings import TrunkSettings
+from cpm_rcnn.models.settings import TrunkSettings, inference_options
 from cpm_rcnn.training.schedule import Schedule
 from cpm_rcnn.weights.imagenet import TIMM_FILES
 
@@ -37,10 +37,9 @@ def options(group: str) -> list[str]:
 
 
 def composed(*overrides: str, name: str = "train"):
-    register_overrides()
     with initialize_config_module("cpm_rcnn.conf", version_base="1.3"):
         # ``name`` contains the time, which only a running Hydra resolves.
-        return compose(name, overrides=[*overrides, "name=test"])
+        return compose(name, overrides=[*overrides, *(["name=test"] if name != "convert" else [])])
 
 
 def model_of(config, num_classes: int = 3):
@@ -285,12 +284,18 @@ def test_an_option_is_declared_once_per_kind_of_head_and_described_once_per_conf
     assert len(described) == descriptions, described
 
 
-def test_a_checkpoint_s_options_are_all_unset_in_eval_and_predict():
-    for name, nodes in (("eval", ("detector", "data")), ("predict", ("detector", "data"))):
-        config = composed("ckpt=x", *(["source=x"] if name == "predict" else []), name=name)
-        assert {"score_threshold", "nms_iou", "proposals_test", "ism", "rsm"} <= set(config.detector)
-        assert {"test_short_side", "test_max_size"} <= set(config.data)
-        assert all(value == UNSET for node in nodes for value in config[node].values())
+def test_the_options_of_a_checkpoint_that_can_be_overridden_are_those_of_the_settings_and_unset():
+    model = set(inference_options())
+    assert {"score_threshold", "nms_iou", "proposals_test", "ism", "rsm"} <= model
+    nodes = {
+        "eval": {"detector": model, "data": set(DataSettings.names("inference"))},
+        "predict": {"detector": model, "data": set(SIZE_OPTIONS)},
+        "convert": {"detector": model | {"stages"}},
+    }
+    for name, expected in nodes.items():
+        config = composed(name=name)
+        assert {node: set(config[node]) for node in expected} == expected
+        assert all(value == UNSET for node in expected for value in config[node].values())
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_a_logger_that_fails_later_does_not_end_the_training(command, monkeypatc
         raise ConnectionError("the service is gone")
 
     monkeypatch.setattr(CSVLogger, method, fail)
-    monkeypatch.setattr("cpm_rcnn.train.plot_curves", lambda *paths: None)
+    monkeypatch.setattr("cpm_rcnn.commands.train.plot_curves", lambda *paths: None)
     answer = command("train", *RUN, f"name=without_{method}")
     assert answer.status == 0, answer.err
     assert (answer.out + answer.err).count("the service is gone") == 1

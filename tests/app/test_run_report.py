@@ -5,7 +5,7 @@ import torch
 from runs import metrics, refused, same
 from small_run import SMALL
 
-from cpm_rcnn import train as train_module
+from cpm_rcnn.commands import train as train_module
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.evaluation.module import EvaluationModule
 from cpm_rcnn.weights.checkpoints import detector_state

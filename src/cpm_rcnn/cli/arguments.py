@@ -99,7 +99,7 @@ def check_choices(arguments: Sequence[str], command: str) -> None:
         group = key.lstrip("+")
         if found and not group:
             raise UserError(f"{argument}: an argument is written KEY=VALUE")
-        if not found or not re.fullmatch(r"\w+", group) or not (group == "overrides" or choices(group)):
+        if not found or not re.fullmatch(r"\w+", group) or not choices(group):
             continue
         if group not in own:
             raise UserError(

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from cpm_rcnn.errors import ArgumentError, UserError
@@ -25,7 +24,10 @@ def one_line(error: BaseException) -> str | None:
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.parent_node is not None:
             return _unknown_key(cause)
     if isinstance(error, InstantiationException):
-        # Lightning's Trainer or a logger rejected its arguments; its own message is the most precise.
+        # Lightning's Trainer or a logger rejected its arguments; its own message is the most precise. Imported here,
+        # because most errors occur before Lightning is imported, which takes seconds.
+        from lightning_fabric.utilities.exceptions import MisconfigurationException
+
         reason = error.__cause__
         theirs = (TypeError, ValueError, ImportError, MisconfigurationException)
         return _join(str(reason)) if isinstance(reason, theirs) else None

@@ -15,7 +15,6 @@ from cpm_rcnn.cli.arguments import check_choices, normalize, positional_as_optio
 from cpm_rcnn.cli.config import check_added_keys, check_nodes, check_required
 from cpm_rcnn.cli.error_lines import one_line
 from cpm_rcnn.cli.help import help_text
-from cpm_rcnn.cli.overrides import register_overrides
 from cpm_rcnn.errors import UserError
 
 
@@ -31,7 +30,6 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
         print(help_text(config_name))
         return
     _silence_libraries()
-    register_overrides()
     # Without it Hydra prints errors itself and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
@@ -71,6 +69,13 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
 
 def _silence_libraries() -> None:
     """Silence messages that other libraries print in every run and that a user cannot act on."""
+    # Lightning's messages go to standard error. It arranges that itself, but only if no handler exists when it is
+    # imported, and Hydra adds one before.
+    for name in ("lightning_fabric", "pytorch_lightning"):
+        logger = logging.getLogger(name)
+        if not logger.handlers:
+            logger.addHandler(logging.StreamHandler())
+            logger.propagate = False
     # Available devices and advertisements; Lightning's warnings stay.
     logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cpm_rcnn.errors import UserError, shown
 from cpm_rcnn.reporting.sweep import MODULES, Cell, read_cell, report_sweep, write_record
-from cpm_rcnn.training.interruption import SIGNALS
+from cpm_rcnn.training.signals import SIGNALS
 
 _log = logging.getLogger(__name__)
 # At most this many last bytes of what a cell writes to standard error are kept.

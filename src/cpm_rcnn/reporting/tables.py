@@ -5,15 +5,17 @@ import math
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cpm_rcnn.weights.starting import StartingDetector
-from cpm_rcnn.weights.transfer import Transfer
 from cpm_rcnn.weights.writing import write_atomically
+
+if TYPE_CHECKING:
+    from cpm_rcnn.weights.starting import StartingDetector
+    from cpm_rcnn.weights.transfer import Transfer
 
 # Number of metrics per row, which gives the rows AP, AP by size, AR, and AR by size.
 _PAIRS = 3
@@ -35,7 +37,7 @@ def metrics_table(metrics: dict[str, Any]) -> Table:
     return table
 
 
-def transfer_table(start: StartingDetector, transferred: Sequence[Transfer]) -> Table:
+def transfer_table(start: "StartingDetector", transferred: Sequence["Transfer"]) -> Table:
     """Which parts of a model start from a file, and which are initialized."""
     table = Table(title=escape(start.source), title_justify="left")
     table.add_column("part")
@@ -45,7 +47,9 @@ def transfer_table(start: StartingDetector, transferred: Sequence[Transfer]) -> 
     return table
 
 
-def print_transfer(start: StartingDetector, transferred: Sequence[Transfer], console: Console | None = None) -> None:
+def print_transfer(
+    start: "StartingDetector", transferred: Sequence["Transfer"], console: Console | None = None
+) -> None:
     """Print what is known about the file, and :func:`transfer_table`, by default to the terminal."""
     console = console or Console()
     for note in start.notes:

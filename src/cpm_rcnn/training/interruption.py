@@ -16,10 +16,10 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
+from cpm_rcnn.training.signals import SIGNALS
+
 _log = logging.getLogger(__name__)
 
-# Clusters send SIGTERM at the end of a job's time or when they preempt it, and on request SIGUSR1 some time before.
-SIGNALS = [signal.SIGTERM] + ([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])
 # Batches between checks whether another process has received a signal.
 _CHECK_EVERY = 10
 
