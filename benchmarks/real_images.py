@@ -96,8 +96,8 @@ class TorchvisionDetector(nn.Module):
             max_size=sides[1],
         )
 
-    def forward(self, images: list[Tensor], targets: list[dict[str, Any]] | None = None) -> Any:
-        """Losses in train mode, detections in eval mode."""
+    def forward(self, images: list[Tensor], targets: list[dict[str, Any]] | None = None, details: bool = False) -> Any:
+        """Losses in train mode, detections in eval mode. It has no details."""
         ours = None if targets is None else [{key: t[key] for key in ("boxes", "labels")} for t in targets]
         return self.net([image.float() / 255 for image in images], ours)
 

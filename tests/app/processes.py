@@ -174,9 +174,9 @@ class OlderBest:
     fault: Callable[[], None]
 
     def __call__(self) -> None:
-        from cpm_rcnn import train
+        from cpm_rcnn.training import final_evaluation
 
-        train.checkpoint_step = lambda path: -1
+        final_evaluation.checkpoint_step = lambda path: -1
         self.fault()
 
 
@@ -196,8 +196,8 @@ class NotANumber:
 
         original, steps = TwoStageDetector.forward, []
 
-        def forward(detector: Any, images: Any, targets: Any = None) -> Any:
-            losses = original(detector, images, targets)
+        def forward(detector: Any, images: Any, targets: Any = None, **options: Any) -> Any:
+            losses = original(detector, images, targets, **options)
             if detector.training:
                 if len(steps) == self.step:
                     losses[self.name] = losses[self.name] * float("nan")

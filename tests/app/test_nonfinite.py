@@ -18,8 +18,8 @@ def spoil(monkeypatch):
     def at(step, name, value):
         done = []
 
-        def modified(self, images, targets=None):
-            losses = forward(self, images, targets)
+        def modified(self, images, targets=None, **options):
+            losses = forward(self, images, targets, **options)
             if self.training:
                 done.append(len(images))
                 if len(done) == step + 1:

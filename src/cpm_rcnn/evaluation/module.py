@@ -90,7 +90,7 @@ class EvaluationModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
         """Detections in pixels of the original images, one dict per image: ``boxes``, ``scores``, ``labels``."""
-        return self._detect(batch)
+        return self._detect(batch, details=False)
 
     def on_validation_epoch_end(self) -> None:
         self._finish("val")
@@ -125,12 +125,12 @@ class EvaluationModule(pl.LightningModule):
         )
 
     def _evaluate(self, batch: Batch) -> None:
-        self.metric.update([target["image_id"] for target in batch[1]], self._detect(batch))
+        self.metric.update([target["image_id"] for target in batch[1]], self._detect(batch, self.details))
 
-    def _detect(self, batch: Batch) -> list[dict[str, Tensor]]:
+    def _detect(self, batch: Batch, details: bool) -> list[dict[str, Tensor]]:
         images, targets = batch
         sizes = [target["original_size"] for target in targets]
-        found = self.detector.detect_resized(images, sizes, details=self.details)
+        found = self.detector.detect_resized(images, sizes, details=details)
         # An image that could not be read was replaced by a black one, on which nothing counts as found.
         return [
             detections if target["readable"] else {name: value[:0] for name, value in detections.items()}
