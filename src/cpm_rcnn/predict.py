@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from cpm_rcnn.cli.config import as_path
 from cpm_rcnn.cli.main import run
+from cpm_rcnn.cli.nodes import check_ckpt
 from cpm_rcnn.errors import ArgumentError, UserError, check_flag, check_path, check_range, shown
 
 # The operating points that ``min_score`` can name.
@@ -26,6 +27,7 @@ def predict(config: DictConfig) -> None:
     path = check_path("source", as_path(config.source))
     names = find_images(path)
     check_device(config.device)
+    check_ckpt(config)
     # Imported after the checks, because it imports torch, which takes seconds.
     from cpm_rcnn.commands.predict import predict_images
 

@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from cpm_rcnn import build_detector
-from cpm_rcnn.cli.assembly import schedule_settings
 from cpm_rcnn.cli.config import UNSET, config_key, to_dict
 from cpm_rcnn.cli.instantiate import ALLOWED, instantiate_allowed
+from cpm_rcnn.cli.nodes import schedule_settings
 from cpm_rcnn.cli.trainer import build_trainer
 from cpm_rcnn.cli.trainer_options import TrainerOptions
 from cpm_rcnn.data import DataSettings

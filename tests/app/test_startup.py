@@ -63,8 +63,13 @@ def test_an_unknown_option_is_refused_without_imports_that_take_seconds(ended, c
         (["train", "data=custom"], "data.train_images, data.train_json, data.val_images, data.val_json: must be given"),
         (["train", "seed"], "seed: not an override that Hydra can read"),
         (["train", "seed=x"], "seed=x: must be an integer"),
+        (["train", "schedule.max_steps=x"], "schedule.max_steps=x: must be an integer"),
+        (["train", "data.num_workers=x"], "data.num_workers=x: must be an integer"),
+        (["train", "trainer.precision=x"], "trainer.precision=x: must be one of"),
+        (["eval", "ckpt=x", "trainer.devices=x"], "trainer.devices=x: must be a number of devices"),
         (["eval"], "ckpt: must be given"),
         (["eval", "ckpt=x", "detector.nosuch=1"], "detector.nosuch: unknown option"),
+        (["eval", "ckpt=nosuch.ckpt"], "ckpt=nosuch.ckpt: no such file"),
         (["predict", "ckpt=x", "source=x", "min_score=2"], "min_score=2: must be a number"),
     ],
 )

@@ -19,6 +19,7 @@ from cpm_rcnn.models.heads import classification, scoring
 from cpm_rcnn.models.heads.grid_stage import GridStage
 from cpm_rcnn.models.host import requirements_deferred
 from cpm_rcnn.training.nonfinite import NonFiniteGuard
+from cpm_rcnn.training.optimizer import build_optimizer
 from cpm_rcnn.training.schedule import Schedule
 from emulated_device import NAME, EmulatedDevice, move, on_device, on_host
 
@@ -68,7 +69,7 @@ def device_inputs():
 
 def train(detector, images, targets):
     """A training step; the detached losses by name."""
-    optimizer = Schedule().optimizer_for(detector, len(images))
+    optimizer = build_optimizer(Schedule(), detector, len(images))
     losses = detector.train()(images, targets)
     torch.stack(list(losses.values())).sum().backward()
     optimizer.step()

@@ -6,7 +6,8 @@ from torch import nn
 
 from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.models.build import build_detector
-from cpm_rcnn.training.schedule import Schedule, parameter_groups
+from cpm_rcnn.training.optimizer import build_optimizer, parameter_groups
+from cpm_rcnn.training.schedule import Schedule
 
 
 def tiny_detector(**arguments):
@@ -28,7 +29,7 @@ def test_warm_up_can_be_off_and_can_overlap_a_milestone():
 
 @pytest.mark.parametrize(("images", "rate"), [(16, 0.02), (2, 0.0025), (32, 0.04)])
 def test_the_learning_rate_scales_with_the_number_of_images_per_step(images, rate):
-    optimizer = Schedule(max_steps=1, milestones=()).optimizer_for(tiny_detector(), images)
+    optimizer = build_optimizer(Schedule(max_steps=1, milestones=()), tiny_detector(), images)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate, rate, 2 * rate])
 
 
@@ -71,7 +72,7 @@ def test_groups_without_parameters_are_left_out():
 @pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
 def test_the_named_optimizer_is_used_and_changes_the_weights(name, kind):
     net = nn.Linear(2, 2)
-    optimizer = Schedule(max_steps=1, milestones=(), optimizer=name, momentum=0.8).optimizer_for(net, 16)
+    optimizer = build_optimizer(Schedule(max_steps=1, milestones=(), optimizer=name, momentum=0.8), net, 16)
     assert type(optimizer) is kind
     if name == "sgd":
         assert {group["momentum"] for group in optimizer.param_groups} == {0.8}

@@ -4,33 +4,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from cpm_rcnn.cli.config import as_path, config_keys, overrides_in, to_dict
 from cpm_rcnn.cli.instantiate import instantiate_allowed
-from cpm_rcnn.data import CocoDataModule, DataSettings
-from cpm_rcnn.errors import UserError, check_count, check_file, check_flag, check_keys, check_path, shown
+from cpm_rcnn.cli.nodes import check_operating_precision, data_with_paths, schedule_settings
+from cpm_rcnn.data import CocoDataModule
+from cpm_rcnn.errors import UserError, check_count, check_file, check_flag, check_path, shown
 from cpm_rcnn.inference import Detector, MultiScaleSettings
 from cpm_rcnn.inference.detector import SIZE_OPTIONS
 from cpm_rcnn.inference.load import detector_from
 from cpm_rcnn.models.backbones import InputFormat
-from cpm_rcnn.settings import number, optional
 from cpm_rcnn.training.module import DetectionModule
-from cpm_rcnn.training.schedule import Schedule
 from cpm_rcnn.weights.checkpoints import checkpoint_file, read_checkpoint
-
-
-def schedule_settings(config: DictConfig) -> Schedule:
-    """The settings of ``schedule``; the image sizes in that node are settings of the data module.
-
-    Raises:
-        UserError: a value is invalid.
-    """
-    values = to_dict(config.schedule)
-    with config_keys(config, "schedule"):
-        # The image sizes are read from the data node, which refers to them.
-        check_keys(None, values, [*Schedule.names(), *DataSettings.names()])
-        return Schedule.from_dict({name: values[name] for name in Schedule.names() if name in values})
 
 
 def build_datamodule(config: DictConfig) -> CocoDataModule:
@@ -43,7 +29,7 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
     check_count("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
     with config_keys(config, "data"):
         datamodule = instantiate_allowed(
-            _with_paths(config.data),
+            data_with_paths(config.data),
             "cpm_rcnn.data.",
             batch_size=schedule.images_per_device,
             max_steps=schedule.max_steps * config.trainer.accumulate_grad_batches,
@@ -55,12 +41,6 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
         # So does this, but faulty files are better reported before a model is built and loggers start.
         datamodule.setup("fit")
     return datamodule
-
-
-def _with_paths(data: DictConfig) -> DictConfig:
-    """The ``data`` node with all paths as strings."""
-    names = [name for name in data if name == "root" or str(name).endswith(("_json", "_images"))]
-    return OmegaConf.merge(data, {name: as_path(data[name]) for name in names})  # type: ignore[return-value]
 
 
 def build_module(
@@ -93,11 +73,6 @@ def build_module(
     return module
 
 
-def check_operating_precision(config: DictConfig) -> None:
-    """Raise :class:`UserError` unless ``operating_precision`` is null or a number from 0 to 1."""
-    optional(number(0, 1))("operating_precision", config.operating_precision)
-
-
 def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
     """The detector of ``ckpt``, and the arguments of its data module, with the overrides of ``detector`` and ``data``.
 
@@ -107,7 +82,7 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
     """
     path = checkpoint_file(as_path(config.ckpt), "ckpt")
     checkpoint = read_checkpoint(path, "ckpt")
-    data = checkpoint["hyper_parameters"]["data"] | overrides_in(_with_paths(config.data))
+    data = checkpoint["hyper_parameters"]["data"] | overrides_in(data_with_paths(config.data))
     overrides = overrides_in(config.detector) | {name: data[name] for name in SIZE_OPTIONS if name in data}
     multi_scale = multi_scale_settings(config)
     with config_keys(config, "detector"):

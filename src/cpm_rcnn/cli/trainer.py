@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelChec
 
 from cpm_rcnn.cli.config import config_keys
 from cpm_rcnn.cli.instantiate import instantiate_allowed
-from cpm_rcnn.cli.trainer_options import check_trainer, lightning_errors
+from cpm_rcnn.cli.lightning import check_trainer, lightning_errors
 from cpm_rcnn.errors import ArgumentError, UserError, check_count, check_range, shown
 from cpm_rcnn.training.checkpoint_io import AtomicCheckpointIO
 from cpm_rcnn.training.interruption import EvaluationSignals, Interruption

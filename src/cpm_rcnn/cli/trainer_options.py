@@ -1,22 +1,14 @@
-"""Options of the ``trainer`` node: checks of their values, and Lightning's own errors about them."""
+"""Options of the ``trainer`` node, and checks of their values that need neither torch nor Lightning."""
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from hydra.errors import InstantiationException
-from lightning_fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from cpm_rcnn.cli.config import config_keys, to_dict
-from cpm_rcnn.errors import ArgumentError, UserError, shown
+from cpm_rcnn.errors import ArgumentError, shown
 from cpm_rcnn.settings import Settings, choice, flag, integer, number, optional, text, training
-
-# Errors of Lightning about the arguments of a Trainer.
-_LIGHTNING_ERRORS = (TypeError, ValueError, ImportError, MisconfigurationException)
 
 
 def _is_devices(argument: str, value: Any) -> None:
@@ -68,52 +60,12 @@ class TrainerOptions(Settings):
     deterministic: Any = training(False, check=optional(choice(True, False, "warn")))
 
 
-def check_trainer(config: DictConfig) -> None:
-    """Check the options of ``trainer``, and that the machine has the devices, before a process is started for each.
+def check_trainer_options(config: DictConfig) -> TrainerOptions:
+    """The options of ``trainer``; those that :class:`TrainerOptions` does not have are left to Lightning.
 
     Raises:
-        UserError: a value is invalid; there are fewer GPUs than devices; or no GPU, and the CPU was not asked for.
+        UserError: a value is invalid.
     """
     values = {name: value for name, value in to_dict(config.trainer).items() if name in TrainerOptions.names()}
     with config_keys(config, "trainer"):
-        options = TrainerOptions.from_dict(values)
-    accelerator, devices = options.accelerator, options.devices
-    found = torch.cuda.device_count()
-    mps = torch.backends.mps.is_available()
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not found and not mps)
-    if on_cpu and (devices == -1 or isinstance(devices, tuple) or "," in str(devices)):
-        raise UserError(f"trainer.devices={shown(devices)}: must be a number of processes on the CPU, at least 1")
-    if accelerator == "cpu" or mps:
-        return
-    wanted = int(devices) if re.fullmatch(r"\d+", str(devices)) else 1
-    if 2 <= wanted > found:
-        has = "no GPU" if found == 0 else f"{found} GPU{'s' if found > 1 else ''}"
-        raise UserError(
-            f"trainer.devices={wanted}: this machine has {has}; trainer=cpu trainer.devices={wanted} uses the CPU"
-        )
-    if accelerator != "auto" and not found:
-        raise UserError(f"trainer.accelerator={accelerator}: this machine has no such device; trainer=cpu uses the CPU")
-
-
-@contextmanager
-def lightning_errors(config: DictConfig) -> Iterator[None]:
-    """Name the config key in Lightning's errors about the arguments of its Trainer.
-
-    Raises:
-        UserError: in place of such an error.
-    """
-    try:
-        yield
-    except (InstantiationException, MisconfigurationException) as error:
-        reason = error.__cause__ if isinstance(error, InstantiationException) else error
-        if not isinstance(reason, _LIGHTNING_ERRORS):
-            raise
-        values = to_dict(config.trainer)
-        message = str(reason)
-        named = (re.search(rf"\b{re.escape(name)}\b", message, re.IGNORECASE) for name in values)
-        first = min((match for match in named if match), key=lambda match: match.start(), default=None)
-        if first is None and reason is error:
-            raise
-        name = "" if first is None else first[0].lower()
-        key = f"trainer.{name}={shown(values[name])}" if name else "trainer"
-        raise UserError(f"{key}: {message}") from error
+        return TrainerOptions.from_dict(values)

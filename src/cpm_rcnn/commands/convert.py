@@ -5,9 +5,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from cpm_rcnn.cli.assembly import schedule_settings
 from cpm_rcnn.cli.config import as_path, config_keys, overrides_in, to_dict
 from cpm_rcnn.cli.instantiate import instantiate_allowed
+from cpm_rcnn.cli.nodes import schedule_settings
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.coco_categories import COCO_CATEGORIES
 from cpm_rcnn.errors import UserError

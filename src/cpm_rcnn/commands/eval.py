@@ -6,9 +6,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from cpm_rcnn.cli.assembly import check_operating_precision, evaluation_data, evaluation_keys, load_detector
+from cpm_rcnn.cli.assembly import evaluation_data, evaluation_keys, load_detector
+from cpm_rcnn.cli.lightning import lightning_errors
 from cpm_rcnn.cli.trainer import build_evaluator
-from cpm_rcnn.cli.trainer_options import lightning_errors
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.evaluation.module import EvaluationModule
 from cpm_rcnn.evaluation.records import RECORD, record_evaluation
@@ -21,7 +21,6 @@ def evaluate_checkpoint(config: DictConfig) -> None:
     """Run one evaluation; its results are written to Hydra's output folder."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
-    check_operating_precision(config)
     detector, data = load_detector(config)
     module = EvaluationModule(detector, operating_precision=config.operating_precision)
     datamodule = evaluation_data(config, detector, data)

@@ -9,10 +9,10 @@ from pytorch_lightning.callbacks import Timer
 
 from cpm_rcnn.cli.assembly import build_datamodule, build_module
 from cpm_rcnn.cli.config import as_path, config_keys
+from cpm_rcnn.cli.lightning import lightning_errors
 from cpm_rcnn.cli.recipe import training_recipe
 from cpm_rcnn.cli.run_folder import refuse_earlier_run, remove_checkpoints
 from cpm_rcnn.cli.trainer import build_trainer, check_disk_space, checkpoint_size
-from cpm_rcnn.cli.trainer_options import lightning_errors
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.curves import keep_metrics, plot_curves

@@ -10,6 +10,7 @@ from cpm_rcnn.evaluation.module import Batch, EvaluationModule
 from cpm_rcnn.inference.detector import Detector, size_arguments
 from cpm_rcnn.models.build import build
 from cpm_rcnn.models.settings import ModelSettings
+from cpm_rcnn.training.optimizer import build_optimizer
 from cpm_rcnn.training.schedule import Schedule
 from cpm_rcnn.weights.checkpoints import FORMAT, OPERATING_POINTS, check_format, stored_operating_points
 
@@ -106,7 +107,7 @@ class DetectionModule(EvaluationModule):
         # With loaders instead of a data module, the batch size is the schedule's.
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         images_per_step = getattr(datamodule, "batch_size", self.schedule.images_per_device) * world
-        optimizer = self.schedule.optimizer_for(self.model, images_per_step)
+        optimizer = build_optimizer(self.schedule, self.model, images_per_step)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
