@@ -2,9 +2,9 @@
 
     python benchmarks/fold_batchnorm.py
 
-For a backbone with its feature pyramid it prints the median milliseconds of a training step (forward and backward
-pass; the stem and C2 are frozen) and of inference, and the ratio to the first row. The variants take turns, so that
-other load on the machine affects all of them alike.
+For a backbone with its feature pyramid it prints the median milliseconds of CPU time of a training step (forward and
+backward pass; the stem and C2 are frozen) and of inference, and the ratio to separate layers. The variants take turns,
+so that other load on the machine affects all of them alike.
 """
 
 import argparse
@@ -49,14 +49,14 @@ def inference(model: TwoStageDetector, images: Tensor, autocast: Callable[[], Ab
 
 
 def run(step: Callable[..., None], with_fold: bool, *arguments: object) -> float:
-    """Milliseconds of one step."""
+    """Milliseconds of CPU time of one step, summed over the threads; waiting for a busy core does not count."""
     fold = resnet.conv_norm
     if not with_fold:
         resnet.conv_norm = separate
     try:
-        begun = time.perf_counter()
+        begun = time.process_time()
         step(*arguments)
-        return 1e3 * (time.perf_counter() - begun)
+        return 1e3 * (time.process_time() - begun)
     finally:
         resnet.conv_norm = fold
 
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(512, 768), help="image height and width in pixels")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", nargs="+", help="only these, for example --steps inference")
     parser.add_argument("--compile", action="store_true", help="measure the compiled backbone, too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -100,6 +101,7 @@ def main() -> None:
         compiled.optimize(compile=True)
         name = ("inference float32", "optimize(compile=True)")
         variants[name] = lambda: run(inference, True, compiled, images, nullcontext)
+    variants = {name: run for name, run in variants.items() if not options.steps or name[0].split()[0] in options.steps}
     times: dict[tuple[str, str], list[float]] = {name: [] for name in variants}
     for i in range(options.rounds + 1):
         for name, measure in variants.items():
