@@ -21,6 +21,7 @@ from small_run import SMALL
 
 from cpm_rcnn import load
 from cpm_rcnn.evaluation.coco_metric import METRIC_NAMES
+from cpm_rcnn.inference import Detector
 
 KEYS = {*METRIC_NAMES, "per_class"}
 
@@ -224,6 +225,27 @@ def test_predict_and_eval_find_the_same_boxes(command, checkpoint, workplace):
     )
     assert one
     assert one == two
+
+
+def test_eval_and_predict_can_use_bfloat16(command, checkpoint, monkeypatch):
+    dtypes = []
+    optimize = Detector.optimize
+    monkeypatch.setattr(Detector, "optimize", lambda self, dtype: dtypes.append(dtype) or optimize(self, dtype))
+    for precision in ("32", "bf16"):
+        for name, arguments in (("eval", ["trainer=cpu"]), ("predict", ["source=data/shapes/val", "device=cpu"])):
+            answer = command(name, f"ckpt={checkpoint}", f"precision={precision}", *arguments)
+            assert answer.status == 0, answer.err
+            assert (answer.folder / "detections.json").exists()
+    assert dtypes == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]
+
+
+def test_precision_is_the_only_option_for_the_precision_of_an_evaluation(command, checkpoint):
+    refusal = refused(command("eval", f"ckpt={checkpoint}", "trainer=cpu", "trainer.precision=bf16-mixed"))
+    assert refusal == "error: trainer.precision=bf16-mixed: only in train; eval has precision=bf16"
+    for name, arguments in (("eval", ["trainer=cpu"]), ("predict", ["source=data/shapes/val"])):
+        for value in ("16", "bf16-mixed", "null"):
+            refusal = refused(command(name, f"ckpt={checkpoint}", f"precision={value}", *arguments))
+            assert refusal == f"error: precision={value}: must be one of 32, bf16"
 
 
 def test_multirun_trains_each_combination_in_its_own_process_and_ends_with_one_table(command, workplace):

@@ -24,8 +24,22 @@ def batch():
     return images, targets
 
 
+def assert_learned(found, targets):
+    """Assert that the best detection of each object has its label."""
+    for detections, target in zip(found, targets):
+        for box, label in zip(target["boxes"], target["labels"]):
+            iou = box_iou(box[None], detections["boxes"])[0]
+            hits = (detections["labels"] == label) & (iou > 0.6)
+            assert hits.any()
+            assert detections["scores"][hits].max() > 0.3
+            # Nothing of the other class scores as high.
+            wrong = detections["labels"] != label
+            on_object = wrong & (iou > 0.6)
+            assert not on_object.any() or detections["scores"][on_object].max() < detections["scores"][hits].max()
+
+
 @pytest.mark.parametrize(("head", "ism", "rsm"), list(itertools.product(HEADS, (False, True), (False, True))))
-def test_one_batch_is_learned(head, ism, rsm):
+def test_one_batch_is_learned_and_found_in_bfloat16_too(head, ism, rsm):
     torch.manual_seed(0)
     grid = {"point_channels": 8, "grid_convs": 2, "max_grid_rois": 12} if head == "cpm" else {}
     detector = build_detector(
@@ -53,13 +67,12 @@ def test_one_batch_is_learned(head, ism, rsm):
         optimizer.step()
     with torch.no_grad():
         found = detector.eval()(images)
-    for detections, target in zip(found, targets):
-        for box, label in zip(target["boxes"], target["labels"]):
-            iou = box_iou(box[None], detections["boxes"])[0]
-            hits = (detections["labels"] == label) & (iou > 0.6)
-            assert hits.any()
-            assert detections["scores"][hits].max() > 0.3
-            # Nothing of the other class scores as high.
-            wrong = detections["labels"] != label
-            on_object = wrong & (iou > 0.6)
-            assert not on_object.any() or detections["scores"][on_object].max() < detections["scores"][hits].max()
+        assert_learned(found, targets)
+        detector.optimize(torch.bfloat16)
+        rounded = detector(images)
+    assert_learned(rounded, targets)
+    for mine, theirs in zip(rounded, found):
+        sure = theirs["scores"] > 0.3
+        alike = (box_iou(theirs["boxes"], mine["boxes"]) > 0.9) & (theirs["labels"][:, None] == mine["labels"])
+        difference = (theirs["scores"][:, None] - mine["scores"]).abs().masked_fill(~alike, 1).amin(1)
+        assert difference[sure].max() < 0.05

@@ -4,19 +4,23 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from cpm_rcnn.cli.config import as_path, config_keys, overrides_in, to_dict
 from cpm_rcnn.cli.instantiate import instantiate_allowed
 from cpm_rcnn.cli.nodes import check_operating_precision, data_with_paths, schedule_settings
 from cpm_rcnn.data import CocoDataModule
-from cpm_rcnn.errors import UserError, check_count, check_file, check_flag, check_path, shown
+from cpm_rcnn.errors import UserError, check_choice, check_count, check_file, check_flag, check_path, shown
 from cpm_rcnn.inference import Detector, MultiScaleSettings
 from cpm_rcnn.inference.detector import SIZE_OPTIONS
 from cpm_rcnn.inference.load import detector_from
 from cpm_rcnn.models.backbones import InputFormat
 from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.weights.checkpoints import checkpoint_file, read_checkpoint
+
+# The dtypes of ``precision`` in ``eval`` and ``predict``.
+PRECISIONS = {32: torch.float32, "bf16": torch.bfloat16}
 
 
 def build_datamodule(config: DictConfig) -> CocoDataModule:
@@ -76,10 +80,13 @@ def build_module(
 def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
     """The detector of ``ckpt``, and the arguments of its data module, with the overrides of ``detector`` and ``data``.
 
+    The detector is optimized for inference in ``precision``.
+
     Raises:
         UserError: the file does not exist, is damaged, or is a checkpoint of another program or format, or a value is
             invalid.
     """
+    check_choice("precision", config.precision, list(PRECISIONS))
     path = checkpoint_file(as_path(config.ckpt), "ckpt")
     checkpoint = read_checkpoint(path, "ckpt")
     data = checkpoint["hyper_parameters"]["data"] | overrides_in(data_with_paths(config.data))
@@ -87,7 +94,7 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
     multi_scale = multi_scale_settings(config)
     with config_keys(config, "detector"):
         detector = detector_from(checkpoint, f"ckpt={path}", multi_scale=multi_scale, **overrides)
-    return detector, data
+    return detector.optimize(PRECISIONS[config.precision]), data
 
 
 def multi_scale_settings(config: DictConfig) -> MultiScaleSettings | None:

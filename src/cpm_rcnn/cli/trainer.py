@@ -108,8 +108,14 @@ def _loggers(config: DictConfig, run_dir: Path) -> Iterator[Any]:
 
 
 def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
-    """The Trainer of an evaluation; it writes neither logs nor checkpoints."""
+    """The Trainer of an evaluation; it writes neither logs nor checkpoints.
+
+    Raises:
+        UserError: a value is invalid, or ``trainer.precision`` is set; the option of an evaluation is ``precision``.
+    """
     check_trainer(config)
+    if config.trainer.precision not in ("32-true", 32):
+        raise UserError(f"trainer.precision={shown(config.trainer.precision)}: only in train; eval has precision=bf16")
     with config_keys(config, "trainer"), lightning_errors(config):
         return instantiate_allowed(
             config.trainer,

@@ -1,11 +1,12 @@
 """A two-stage detector: images -> backbone -> FPN -> RPN -> RoI head -> detections or losses."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_flag
 from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.fpn import FPNBackbone
 from cpm_rcnn.models.heads import RoIHead
@@ -17,6 +18,10 @@ from cpm_rcnn.models.rpn import RegionProposalNetwork
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.models.structures import DETAILS, Detections, GroundTruth, count_per_image
 from cpm_rcnn.models.targets import check_targets
+from cpm_rcnn.ops import DeformConv2dPack
+
+# Layers that autocast computes in bfloat16. Subclasses may use their weights in other ways.
+_CAST_LAYERS = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, DeformConv2dPack)
 
 
 class TwoStageDetector(nn.Module):
@@ -29,6 +34,9 @@ class TwoStageDetector(nn.Module):
         backbone: computes the feature pyramid P2..P6 of the batch.
         rpn: predicts proposals from the pyramid.
         head: predicts detections from the pyramid and the proposals.
+
+    Attributes:
+        inference_dtype: the dtype of :meth:`optimize`; None before it.
     """
 
     def __init__(
@@ -48,7 +56,51 @@ class TwoStageDetector(nn.Module):
         self.backbone = backbone.to(memory_format=torch.channels_last)
         self.rpn = rpn
         self.head = head
+        self.inference_dtype: torch.dtype | None = None
         self._unread: list[Requirement] = []
+
+    @torch.no_grad()
+    def optimize(self, dtype: torch.dtype = torch.float32, compile: bool = False) -> None:
+        """Change the weights, in place, to those that are fastest for inference. Train mode is an error afterwards.
+
+        Args:
+            dtype: float32 or bfloat16; see :meth:`Detector.optimize <cpm_rcnn.inference.Detector.optimize>`.
+            compile: whether the backbone and the feature pyramid are compiled with ``torch.compile`` at first use.
+
+        Raises:
+            ArgumentError: another dtype, or float32 although the weights have been converted to bfloat16.
+        """
+        check_choice("dtype", dtype, (torch.float32, torch.bfloat16))
+        check_flag("compile", compile)
+        if self.inference_dtype is torch.bfloat16 and dtype is torch.float32:
+            raise ArgumentError("dtype", "=torch.float32: the weights were converted to bfloat16; load the model again")
+        self.eval().requires_grad_(False)
+        fold_norms = getattr(self.backbone.body, "fold_norms", None)
+        if fold_norms is not None:
+            fold_norms()
+        if dtype is torch.bfloat16:
+            for module in self.modules():
+                if type(module) in _CAST_LAYERS:
+                    for parameter in module.parameters(recurse=False):
+                        parameter.data = parameter.to(dtype)
+        if compile:
+            self.backbone.compile()
+        self.inference_dtype = dtype
+
+    def train(self, mode: bool = True) -> "TwoStageDetector":
+        """Set train or eval mode.
+
+        Raises:
+            UserError: train mode after :meth:`optimize`.
+        """
+        if mode:
+            self.check_trainable()
+        return super().train(mode)
+
+    def check_trainable(self) -> None:
+        """Raise :class:`UserError` after :meth:`optimize`."""
+        if self.inference_dtype is not None:
+            raise UserError("the model was optimized for inference and cannot be trained; load the checkpoint again")
 
     def forward(
         self,
@@ -90,7 +142,7 @@ class TwoStageDetector(nn.Module):
             assert targets is not None
             check_targets(targets, self.num_classes, self.preprocessor.convention, images[0].device)
             return self._losses(images, GroundTruth.stack(targets))
-        with requirements_deferred(self._unread):
+        with requirements_deferred(self._unread), self._autocast(images[0].device):
             detections = self._detections(images)
             return _per_image(detections if details else detections.without_details(), len(images))
 
@@ -101,6 +153,11 @@ class TwoStageDetector(nn.Module):
         """
         with requirements_deferred(self._unread):
             read(torch.zeros(0, device=self.preprocessor.mean.device))
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        if self.inference_dtype is not torch.bfloat16:
+            return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16)
 
     def _losses(self, images: Sequence[Tensor], ground_truth: GroundTruth) -> dict[str, Tensor]:
         features, sizes = self._features(images)

@@ -14,7 +14,8 @@ class FPNBackbone(nn.Module):
     """A backbone and its feature pyramid.
 
     Args:
-        body: maps images (B, 3, H, W) to the list C2..C5; ``body.channels`` are their numbers of channels.
+        body: maps images (B, 3, H, W) to the list C2..C5; ``body.channels`` are their numbers of channels. Its method
+            ``fold_norms``, which is optional, folds frozen BatchNorm into the weights for inference.
         out_channels: number of channels of each pyramid level.
     """
 

@@ -155,11 +155,15 @@ class DeformConv2dPack(DeformConv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Compute (N, C_out, H_out, W_out) from ``input`` (N, C_in, H, W)."""
-        predicted = self.conv_offset(input)
-        if not self.modulated:
-            return super().forward(input, predicted)
-        taps = predicted.shape[1] // 3
-        return super().forward(input, predicted[:, : 2 * taps], predicted[:, 2 * taps :].sigmoid())
+        return self.convolve(input, self.weight, self.bias)
+
+    def convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As :meth:`forward`, with another weight and bias; offsets and mask are predicted by the layer."""
+        offset, mask = self.conv_offset(input), None
+        if self.modulated:
+            taps = offset.shape[1] // 3
+            offset, mask = offset[:, : 2 * taps], offset[:, 2 * taps :].sigmoid()
+        return deform_conv2d(input, offset, weight, bias, self.stride, self.padding, self.dilation, mask)
 
 
 def _pair(value: SupportsIndex | Iterable[SupportsIndex]) -> tuple[int, int]:

@@ -71,6 +71,10 @@ class DetectionModule(EvaluationModule):
             }
         )
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.model.check_trainable()
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_format(checkpoint.get("hyper_parameters", {}).get("format"), "checkpoint")
         self.detector.operating_points = stored_operating_points(checkpoint, "checkpoint")

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torchvision.models import resnet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from cpm_rcnn.errors import ArgumentError
+from cpm_rcnn.models.backbones.frozen_norm import conv_norm, fold_once
 from cpm_rcnn.ops import DeformConv2dPack
 from cpm_rcnn.settings import Settings, architecture, flag, integer, list_of
 
@@ -54,8 +56,29 @@ RESNETS = {
 }
 
 
+class _BasicBlock(resnet.BasicBlock):
+    """torchvision's block with BatchNorm folded into the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(conv_norm(x, self.conv1, self.bn1))
+        y = conv_norm(y, self.conv2, self.bn2)
+        y += x if self.downsample is None else conv_norm(x, *self.downsample)
+        return self.relu(y)
+
+
+class _Bottleneck(resnet.Bottleneck):
+    """torchvision's block with BatchNorm folded into the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(conv_norm(x, self.conv1, self.bn1))
+        y = self.relu(conv_norm(y, self.conv2, self.bn2))
+        y = conv_norm(y, self.conv3, self.bn3)
+        y += x if self.downsample is None else conv_norm(x, *self.downsample)
+        return self.relu(y)
+
+
 class ResNet(nn.Module):
-    """torchvision's ResNet or ResNeXt with frozen BatchNorm.
+    """torchvision's ResNet or ResNeXt with frozen BatchNorm, which is folded into the convolutions when they run.
 
     Args:
         layout: blocks, groups and widths.
@@ -77,7 +100,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         net = resnet.ResNet(
-            resnet.Bottleneck if layout.bottleneck else resnet.BasicBlock,
+            _Bottleneck if layout.bottleneck else _BasicBlock,
             list(layout.blocks),
             groups=layout.groups,
             width_per_group=layout.width_per_group,
@@ -100,12 +123,23 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """C2..C5 of ``images`` (B, 3, H, W)."""
-        x = self.stem(images)
+        stem: Any = self.stem
+        x = stem.maxpool(stem.relu(conv_norm(images, stem.conv1, stem.bn1)))
         outputs = []
         for layer in self.layers:
             x = layer(x)
             outputs.append(x)
         return outputs
+
+    def fold_norms(self) -> None:
+        """Fold BatchNorm into the weights, which then get no gradient; only for inference."""
+        for module in self.modules():
+            # In the stem, the blocks and the shortcuts, each BatchNorm is registered after its convolution.
+            children = list(module.named_children())
+            for (_, conv), (name, norm) in pairwise(children):
+                if isinstance(norm, FrozenBatchNorm2d):
+                    fold_once(conv, norm)
+                    module.register_module(name, nn.Identity())
 
 
 def _blocks(stages: Sequence[nn.Sequential]) -> list[Any]:

@@ -1,16 +1,24 @@
 """Any timm model as a backbone."""
 
+import copy
+from collections import Counter
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cpm_rcnn.errors import ArgumentError
+from cpm_rcnn.models.backbones.frozen_norm import fold_once
 from cpm_rcnn.models.backbones.input_format import InputFormat
 from cpm_rcnn.models.backbones.resnet import RESNETS
 
 _STRIDES = (4, 8, 16, 32)
 # Prefixes of the names that timm's models give to the parameters before the first stage.
 _STEMS = ("conv_stem", "bn1", "stem", "conv1", "patch_embed")
+
+# Height and width of the image with which folded weights are checked, so that C5 has several cells.
+_PROBE_SIZE = (96, 128)
 
 
 class TimmBackbone(nn.Module):
@@ -62,6 +70,63 @@ class TimmBackbone(nn.Module):
         """C2..C5 of ``images`` (B, 3, H, W)."""
         outputs = self.net(images)
         return [output.permute(0, 3, 1, 2) for output in outputs] if self.channels_last else outputs
+
+    @torch.no_grad()
+    def fold_norms(self) -> None:
+        """Fold BatchNorm into the weights; only for inference.
+
+        timm's blocks run their layers in many ways, so the pairs of convolution and BatchNorm are observed in one
+        forward pass. If the features of the folded network differ, nothing is folded.
+        """
+        if not any(_is_frozen_norm(layer) for layer in self.net.modules()):
+            return
+        parameter = next(self.net.parameters())
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(1, 3, *_PROBE_SIZE, generator=generator).to(parameter)
+        net = copy.deepcopy(self.net).eval()
+        pairs, expected = _observed_pairs(net, images)
+        for conv_name, norm_name in pairs:
+            norm: Any = net.get_submodule(norm_name)
+            fold_once(net.get_submodule(conv_name), norm)
+            rest = [norm.drop, norm.act] if hasattr(norm, "act") else []
+            net.set_submodule(norm_name, nn.Sequential(*rest))
+        tolerance = torch.finfo(parameter.dtype).eps ** 0.5
+        if all((a - b).norm() <= tolerance * b.norm() for a, b in zip(net(images), expected, strict=True)):
+            self.net = net.train(self.net.training)
+
+
+def _observed_pairs(net: nn.Module, images: Tensor) -> tuple[list[tuple[str, str]], list[Tensor]]:
+    """Names of convolutions and of the frozen BatchNorm that gets their output, and the features of ``images``."""
+    outputs: dict[int, tuple[str, Tensor]] = {}
+    calls: Counter[str] = Counter()
+    pairs: list[tuple[str, str]] = []
+
+    def after_conv(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        calls[name] += 1
+        # The tensor is kept, because another one could get its id.
+        outputs[id(output)] = name, output
+
+    def before_norm(name: str, module: nn.Module, args: Any) -> None:
+        calls[name] += 1
+        if id(args[0]) in outputs:
+            pairs.append((outputs[id(args[0])][0], name))
+
+    handles = []
+    for name, module in net.named_modules():
+        # A subclass may compute its weight in another way.
+        if type(module) is nn.Conv2d or type(module).__name__ == "Conv2dSame":
+            handles.append(module.register_forward_hook(partial(after_conv, name)))
+        elif _is_frozen_norm(module):
+            handles.append(module.register_forward_pre_hook(partial(before_norm, name)))
+    features = net(images)
+    for handle in handles:
+        handle.remove()
+    return [pair for pair in pairs if all(calls[name] == 1 for name in pair)], features
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    """Whether it is torchvision's frozen BatchNorm, or timm's, which contains the activation."""
+    return type(module).__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
 
 
 def timm_input_format(name: str) -> InputFormat:
