@@ -9,6 +9,7 @@ import pytest
 import torch
 from torchmetrics.functional.regression import spearman_corrcoef
 
+from cpm_rcnn.evaluation import engines
 from cpm_rcnn.evaluation.analysis.curves import MEAN
 from cpm_rcnn.evaluation.analysis.image_costs import MISSED, ap_without_each, errors_per_image
 from cpm_rcnn.evaluation.analysis.outcomes import KINDS, find_outcomes
@@ -396,4 +397,12 @@ def test_without_hotcoco_its_sections_are_missing_with_a_reason(monkeypatch):
     assert report["confusion"] is report["errors"] is report["calibration"] is None
     assert set(report["missing"]) == {"confusion", "errors", "calibration"}
     assert "hotcoco is not installed" in report["missing"]["errors"]
+    assert report["metrics"]["AP"] > 0
+
+
+def test_where_hotcoco_would_never_return_its_sections_are_missing(monkeypatch):
+    monkeypatch.setattr(engines._Threads, "lost", True)
+    monkeypatch.setattr(engines, "hotcoco_evaluator", None)
+    report = report_of(drawn())
+    assert "fork" in report["missing"]["confusion"]
     assert report["metrics"]["AP"] > 0

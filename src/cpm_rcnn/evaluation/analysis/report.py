@@ -15,7 +15,7 @@ from cpm_rcnn.evaluation.analysis.outcomes import Outcomes, find_outcomes
 from cpm_rcnn.evaluation.analysis.score_ranking import score_ranking
 from cpm_rcnn.evaluation.analysis.split import EvaluatedSplit
 from cpm_rcnn.evaluation.bootstrap import AREAS
-from cpm_rcnn.evaluation.engines import METRIC_NAMES, mean_of_defined, precision_and_recall, summarize
+from cpm_rcnn.evaluation.engines import METRIC_NAMES, hotcoco_refusal, mean_of_defined, precision_and_recall, summarize
 
 _SIZES = ("small", "medium", "large")
 
@@ -67,11 +67,12 @@ def _hotcoco_parts(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The sections that hotcoco computes, None if it cannot, and the reasons for the missing ones."""
     names = ("confusion", "errors", "calibration")
+    reason = hotcoco_refusal(split.data)
     if not split.data.images or not split.data.categories:
         reason = "there are no images or no classes"
     elif importlib.util.find_spec("hotcoco") is None:
         reason = "hotcoco is not installed; pip install hotcoco"
-    else:
+    if reason is None:
         errors, calibration = errors_and_calibration(split, outcomes)
         return dict(zip(names, (confusion(kept, kept_outcomes), errors, calibration))), {}
     return dict.fromkeys(names), dict.fromkeys(names, reason)
