@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from cpm_rcnn.boxes import CONTINUOUS
-from cpm_rcnn.models.pooling import PyramidRoIAlign, pooling_format, pyramid_levels
+from cpm_rcnn.models.pooling import CellPyramid, PyramidRoIAlign, pyramid_levels
 from cpm_rcnn.models.structures import Rois
 
 STRIDES = (4, 8, 16, 32)
@@ -67,10 +67,10 @@ def main() -> None:
         levels = pyramid_levels(boxes, len(STRIDES), CONTINUOUS)
         # Each in its fastest memory format.
         rows = [m.clone().requires_grad_() for m in maps]
-        bags = [m.clone().requires_grad_() for m in pooling_format(maps)]
+        bags = [m.contiguous(memory_format=torch.channels_last).clone().requires_grad_() for m in maps]
         theirs = best_times(lambda: pool._pool_levels(rows, rois, levels), rows, options.rounds)  # noqa: B023
-        ours = best_times(lambda: pool._pool_bags(bags, rois, levels), bags, options.rounds)  # noqa: B023
-        difference = (pool._pool_levels(rows, rois, levels) - pool._pool_bags(bags, rois, levels)).abs().max().item()
+        ours = best_times(lambda: pool._pool_bags(CellPyramid(bags), rois, levels), bags, options.rounds)  # noqa: B023
+        difference = (pool._pool_levels(rows, rois, levels) - pool._pool_bags(CellPyramid(bags), rois, levels)).abs().max().item()
         times = [*theirs, *ours, theirs[0] / ours[0], theirs[1] / ours[1]]
         table.add_row(str(count), f"{bins}x{bins}", *(f"{value:.1f}" for value in times), f"{difference:.1e}")
     Console(width=120).print(table)

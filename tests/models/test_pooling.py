@@ -4,7 +4,7 @@ from inputs import STRIDES, no_rois, random_pyramid
 from torchvision.ops import roi_align
 
 from cpm_rcnn.boxes import CONTINUOUS, INCLUSIVE
-from cpm_rcnn.models.pooling import PyramidRoIAlign, pyramid_levels
+from cpm_rcnn.models.pooling import CellPyramid, PyramidRoIAlign, pooling_format, pyramid_levels
 from cpm_rcnn.models.structures import Rois
 
 # At least one box for each level.
@@ -86,6 +86,17 @@ def test_half_precision_features_are_pooled_in_float32_and_keep_their_dtype(rois
     torch.testing.assert_close(pooled, pool([feature.float() for feature in half], rois).bfloat16())
 
 
+def test_poolings_of_one_converted_pyramid_equal_those_of_the_features(rois):
+    features = [feature.requires_grad_() for feature in pyramid()]
+    pools = [PyramidRoIAlign(size, STRIDES, CONTINUOUS) for size in (7, 14)]
+    converted = pooling_format(features)
+    shared, alone = [pool(converted, rois) for pool in pools], [pool(features, rois) for pool in pools]
+    assert all(torch.equal(one, other) for one, other in zip(shared, alone))
+    gradients = [torch.randn_like(pooled) for pooled in shared]
+    for one, other in zip(*(torch.autograd.grad(pooled, features, gradients) for pooled in (shared, alone))):
+        torch.testing.assert_close(one, other)
+
+
 def test_implementation_that_does_not_count_the_rois_of_a_level_gives_the_same_result_and_gradient(rois, convention):
     features = [feature.requires_grad_() for feature in pyramid()]
     levels = pyramid_levels(rois.boxes, 4, convention)
@@ -118,7 +129,7 @@ def test_both_implementations_agree_forward_and_backward_even_far_outside_the_im
     levels = pyramid_levels(rois.boxes, 4, convention)
     assert len(levels.unique()) == 4
     pool = PyramidRoIAlign(size, (4, 8, 16, 32), convention)
-    one, other = pool._pool_levels(features, rois, levels), pool._pool_bags(features, rois, levels)
+    one, other = pool._pool_levels(features, rois, levels), pool._pool_bags(CellPyramid(features), rois, levels)
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
     gradient = torch.randn_like(one)
     for a, b in zip(torch.autograd.grad(one, features, gradient), torch.autograd.grad(other, features, gradient)):

@@ -34,10 +34,27 @@ def pyramid_levels(boxes: Tensor, num_levels: int, convention: BoxConvention) ->
     return level.clamp(2, 1 + num_levels).long() - 2
 
 
+class CellPyramid(list[Tensor]):
+    """The levels of a pyramid, which also stand one after the other in one tensor that all poolings read.
+
+    Args:
+        features: the levels, each (B, C, H, W).
+
+    Attributes:
+        cells: (sum of B * H * W, C) float32, ordered by level, image, row and column.
+    """
+
+    def __init__(self, features: Sequence[Tensor]) -> None:
+        super().__init__(features)
+        channels = features[0].shape[1]
+        self.cells = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, channels).float() for feature in features])
+
+
 def pooling_format(features: Sequence[Tensor]) -> list[Tensor]:
-    """The pyramid in the memory format that RoIAlign reads fastest, converted once for all poolings of a head."""
-    wanted = torch.channels_last if reads_are_free(features[0]) else torch.contiguous_format
-    return [feature.contiguous(memory_format=wanted) for feature in features]
+    """The pyramid in the format that RoIAlign reads fastest, converted once for all poolings of a head."""
+    if reads_are_free(features[0]):
+        return CellPyramid([feature.contiguous(memory_format=torch.channels_last) for feature in features])
+    return [feature.contiguous() for feature in features]
 
 
 class PyramidRoIAlign(nn.Module):
@@ -71,14 +88,15 @@ class PyramidRoIAlign(nn.Module):
                 beyond ``strides`` are ignored.
             rois: R RoIs.
         """
-        features = features[: len(self.strides)]
-        levels = pyramid_levels(rois.boxes, len(features), self.convention)
-        if not reads_are_free(levels):
-            pool = self._pool_masked
-        else:
-            pool = self._pool_bags if self.convention.sampling_ratio == _BAG_SAMPLES else self._pool_levels
+        levels = pyramid_levels(rois.boxes, len(self.strides), self.convention)
         # Half precision cannot represent the coordinates, so pooling always runs in float32.
-        return pool([feature.float() for feature in features], rois, levels).to(features[0].dtype)
+        if reads_are_free(levels) and self.convention.sampling_ratio == _BAG_SAMPLES:
+            pyramid = features if isinstance(features, CellPyramid) else CellPyramid(features)
+            pooled = self._pool_bags(pyramid, rois, levels)
+        else:
+            pool = self._pool_levels if reads_are_free(levels) else self._pool_masked
+            pooled = pool([feature.float() for feature in features[: len(self.strides)]], rois, levels)
+        return pooled.to(features[0].dtype)
 
     def _pool_levels(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
         order = levels.argsort(stable=True)
@@ -101,10 +119,9 @@ class PyramidRoIAlign(nn.Module):
         ratio, aligned = self.convention.sampling_ratio, self.convention.aligned
         return roi_align(feature, rois, self.output_size, 1 / stride, ratio, aligned)
 
-    def _pool_bags(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
-        batch, channels = features[0].shape[:2]
-        cells = torch.cat([feature.permute(0, 2, 3, 1).reshape(-1, channels) for feature in features])
-        shapes = torch.tensor([feature.shape[-2:] for feature in features])
+    def _pool_bags(self, pyramid: CellPyramid, rois: Rois, levels: Tensor) -> Tensor:
+        batch, channels = pyramid[0].shape[:2]
+        shapes = torch.tensor([feature.shape[-2:] for feature in pyramid])
         starts = batch * shapes.prod(1).cumsum(0) - batch * shapes.prod(1)
         height, width = shapes[levels].unbind(1)
         scale = 1 / torch.tensor(self.strides, dtype=torch.float32)[levels]
@@ -116,7 +133,7 @@ class PyramidRoIAlign(nn.Module):
         indices = first + rows[:, :, None, :, None] * width.view(-1, 1, 1, 1, 1) + columns[:, None, :, None, :]
         weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
         taps = rows.shape[-1] ** 2
-        pooled = F.embedding_bag(indices.view(-1, taps), cells, mode="sum", per_sample_weights=weights.view(-1, taps))
+        pooled = F.embedding_bag(indices.view(-1, taps), pyramid.cells, mode="sum", per_sample_weights=weights.view(-1, taps))
         size = self.output_size
         return pooled.view(-1, size, size, channels).permute(0, 3, 1, 2)
 
