@@ -15,6 +15,7 @@ from cpm_rcnn.cli.arguments import check_choices, normalize, positional_as_optio
 from cpm_rcnn.cli.config import check_added_keys, check_nodes, check_required
 from cpm_rcnn.cli.error_lines import one_line
 from cpm_rcnn.cli.help import help_text
+from cpm_rcnn.cli.memory import keep_freed_memory
 from cpm_rcnn.errors import UserError
 
 
@@ -41,6 +42,7 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
         check_required(config)
         nonlocal composed
         composed = True
+        keep_freed_memory()
         return task(config)
 
     # Hydra names its job after the function.
