@@ -70,7 +70,12 @@ def main() -> None:
         bags = [m.contiguous(memory_format=torch.channels_last).clone().requires_grad_() for m in maps]
         theirs = best_times(lambda: pool._pool_levels(rows, rois, levels), rows, options.rounds)  # noqa: B023
         ours = best_times(lambda: pool._pool_bags(CellPyramid(bags), rois, levels), bags, options.rounds)  # noqa: B023
-        difference = (pool._pool_levels(rows, rois, levels) - pool._pool_bags(CellPyramid(bags), rois, levels)).abs().max().item()
+        difference = (
+            (pool._pool_levels(rows, rois, levels) - pool._pool_bags(CellPyramid(bags), rois, levels))
+            .abs()
+            .max()
+            .item()
+        )
         times = [*theirs, *ours, theirs[0] / ours[0], theirs[1] / ours[1]]
         table.add_row(str(count), f"{bins}x{bins}", *(f"{value:.1f}" for value in times), f"{difference:.1e}")
     Console(width=120).print(table)

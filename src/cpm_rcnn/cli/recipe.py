@@ -33,6 +33,6 @@ def training_recipe(
     values |= {f"data.{name}": data[name] for name in datamodule.settings.names("training")}
     values |= module.model.settings.training()
     values |= {"seed": config.seed, "processes": processes}
-    trainer = ("accumulate_grad_batches", "precision", "gradient_clip_val")
+    trainer = ("accumulate_grad_batches", "precision", "gradient_clip_val", "compile")
     values |= {f"trainer.{name}": config.trainer[name] for name in trainer}
     return {name: value for name, value in values.items() if name not in _MAY_CHANGE}

@@ -74,7 +74,7 @@ def build_trainer(
     loggers = [TolerantLogger(logger) for logger in _loggers(config, run_dir)]
     with config_keys(config, "trainer"), lightning_errors(config):
         trainer = instantiate_allowed(
-            config.trainer,
+            _lightning_arguments(config),
             "pytorch_lightning.Trainer",
             max_steps=steps,
             max_epochs=-1,
@@ -91,6 +91,14 @@ def build_trainer(
         )
     watch.attach(trainer)
     return trainer
+
+
+def _lightning_arguments(config: DictConfig) -> DictConfig:
+    """The options of ``trainer`` without ours."""
+    node = config.trainer.copy()
+    OmegaConf.set_struct(node, False)
+    node.pop("compile")
+    return node
 
 
 def _loggers(config: DictConfig, run_dir: Path) -> Iterator[Any]:
@@ -111,14 +119,17 @@ def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
     """The Trainer of an evaluation; it writes neither logs nor checkpoints.
 
     Raises:
-        UserError: a value is invalid, or ``trainer.precision`` is set; the option of an evaluation is ``precision``.
+        UserError: a value is invalid; or ``trainer.precision`` or ``trainer.compile`` is set, which are options of a
+            training (that of an evaluation is ``precision``).
     """
     check_trainer(config)
     if config.trainer.precision not in ("32-true", 32):
         raise UserError(f"trainer.precision={shown(config.trainer.precision)}: only in train; eval has precision=bf16")
+    if config.trainer.compile != "off":
+        raise UserError(f"trainer.compile={shown(config.trainer.compile)}: only in train")
     with config_keys(config, "trainer"), lightning_errors(config):
         return instantiate_allowed(
-            config.trainer,
+            _lightning_arguments(config),
             "pytorch_lightning.Trainer",
             callbacks=[LossProgressBar(config.trainer.log_every_n_steps), EvaluationSignals()],
             logger=False,

@@ -38,11 +38,18 @@ def _is_fast_dev_run(argument: str, value: Any) -> None:
         raise ArgumentError(argument, f"={shown(value)}: must be true, false, or a number of batches")
 
 
+def _is_compile(argument: str, value: Any) -> None:
+    if value not in ("off", "reduce-overhead", "max"):
+        quotes = '; in a YAML file, "off" needs its quotes' if value is False else ""
+        raise ArgumentError(argument, f"={shown(value)}: must be off, reduce-overhead or max{quotes}")
+
+
 @dataclass(frozen=True)
 class TrainerOptions(Settings):
-    """The options of conf/trainer, arguments of Lightning's Trainer. Others can be added; Lightning checks those.
+    """The options of conf/trainer. Others can be added, as arguments of Lightning's Trainer, which checks those.
 
-    ``precision`` has no value with which box arithmetic fails or training diverges.
+    ``precision`` has no value with which box arithmetic fails or training diverges. ``compile`` is ours
+    (:func:`cpm_rcnn.models.compiled.compile_layers`); all others are arguments of Lightning's Trainer.
     """
 
     accelerator: str = training("auto", check=choice("auto", "cpu", "gpu", "cuda", "mps"))
@@ -58,6 +65,7 @@ class TrainerOptions(Settings):
     fast_dev_run: bool | int | None = training(False, check=optional(_is_fast_dev_run))
     benchmark: bool | None = training(False, check=optional(flag))
     deterministic: Any = training(False, check=optional(choice(True, False, "warn")))
+    compile: Any = training("off", check=_is_compile)
 
 
 def check_trainer_options(config: DictConfig) -> TrainerOptions:

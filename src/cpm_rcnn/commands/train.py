@@ -54,6 +54,8 @@ def train_model(config: DictConfig) -> None:
     else:
         check_same_run(resume_point, module.model.settings, module.detector.categories)
         datamodule.start_step = resume_point.step * config.trainer.accumulate_grad_batches
+    if config.trainer.compile != "off":
+        module.model.compile_layers(config.trainer.compile)
     size = checkpoint_size(module)
     check_disk_space(run_dir, size)
     trainer = build_trainer(config, run_dir, resume_point, size)

@@ -165,8 +165,8 @@ class Detector:
                 linear layers have weights and activations in bfloat16, as with ``trainer.precision=bf16-mixed``, but
                 weights are converted once. Pooling, softmax and sigmoid, box and heatmap decoding, NMS and scores stay
                 in float32. It is faster on GPUs and on CPUs with AVX512_BF16 or AMX.
-            compile: whether the backbone and the feature pyramid are compiled with ``torch.compile``, at the first
-                image. A second size of images compiles them again, for any size.
+            compile: whether the layers are compiled with ``torch.compile``, at the first image. A second size of images
+                compiles them again, for any size.
 
         Returns:
             This detector. A second call with the same arguments changes nothing.

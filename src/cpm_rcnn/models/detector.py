@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_flag
+from cpm_rcnn.models.compiled import compile_layers
 from cpm_rcnn.models.finite import check_output
 from cpm_rcnn.models.fpn import FPNBackbone
 from cpm_rcnn.models.heads import RoIHead
@@ -57,6 +58,7 @@ class TwoStageDetector(nn.Module):
         self.rpn = rpn
         self.head = head
         self.inference_dtype: torch.dtype | None = None
+        self._compiled = False
         self._unread: list[Requirement] = []
 
     @torch.no_grad()
@@ -65,7 +67,8 @@ class TwoStageDetector(nn.Module):
 
         Args:
             dtype: float32 or bfloat16; see :meth:`Detector.optimize <cpm_rcnn.inference.Detector.optimize>`.
-            compile: whether the backbone and the feature pyramid are compiled with ``torch.compile`` at first use.
+            compile: whether the layers are compiled with ``torch.compile`` at first use
+                (:func:`~cpm_rcnn.models.compiled.compile_layers`).
 
         Raises:
             ArgumentError: another dtype, or float32 although the weights have been converted to bfloat16.
@@ -84,8 +87,17 @@ class TwoStageDetector(nn.Module):
                     for parameter in module.parameters(recurse=False):
                         parameter.data = parameter.to(dtype)
         if compile:
-            self.backbone.compile()
+            self.compile_layers()
         self.inference_dtype = dtype
+
+    def compile_layers(self, mode: str | None = None) -> None:
+        """Compile the layers for training and test, see :func:`~cpm_rcnn.models.compiled.compile_layers`.
+
+        Raises:
+            ArgumentError: there is no such mode.
+        """
+        compile_layers(self.backbone, self.rpn.head, self.head, mode)
+        self._compiled = True
 
     def train(self, mode: bool = True) -> "TwoStageDetector":
         """Set train or eval mode.
@@ -136,6 +148,9 @@ class TwoStageDetector(nn.Module):
                 )
         if not len(images):
             raise UserError("images is empty: at least one is needed")
+        if self._compiled:
+            # The CUDA graphs of the layers may reuse the memory of the previous step.
+            torch.compiler.cudagraph_mark_step_begin()
         if self.training and (targets is None or len(targets) != len(images)):
             raise UserError(f"train mode needs one target for each of the {len(images)} images")
         if self.training:

@@ -133,7 +133,9 @@ class PyramidRoIAlign(nn.Module):
         indices = first + rows[:, :, None, :, None] * width.view(-1, 1, 1, 1, 1) + columns[:, None, :, None, :]
         weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
         taps = rows.shape[-1] ** 2
-        pooled = F.embedding_bag(indices.view(-1, taps), pyramid.cells, mode="sum", per_sample_weights=weights.view(-1, taps))
+        pooled = F.embedding_bag(
+            indices.view(-1, taps), pyramid.cells, mode="sum", per_sample_weights=weights.view(-1, taps)
+        )
         size = self.output_size
         return pooled.view(-1, size, size, channels).permute(0, 3, 1, 2)
 
