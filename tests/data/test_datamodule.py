@@ -333,13 +333,16 @@ def test_config_builds_its_data_module(name):
 
 def test_configs_have_exactly_the_settings_and_the_same_defaults():
     paths = {f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("json", "images")}
-    for name in ("coco", "custom"):
-        assert set(composed(name).data) - {"_target_"} == set(DataSettings.names())
-    assert set(composed("shapes").data) - {"_target_"} == set(ShapesSettings.names()) - paths
+    found = {"format", "val_fraction", "split_seed"}
+    assert set(composed("custom").data) - {"_target_"} == set(DataSettings.names())
+    assert set(composed("coco").data) - {"_target_"} == set(DataSettings.names()) - found
+    assert set(composed("shapes").data) - {"_target_"} == set(ShapesSettings.names()) - paths - found
     shared = OmegaConf.to_container(OmegaConf.load(CONF / "data/shared/options.yaml"))
     assert shared["on_error"] == DataSettings().on_error
     assert shared["check_images"] == DataSettings().check_images
     assert shared["flip_probability"] == DataSettings().flip_probability
+    assert (shared["classes"], shared["negatives"]) == (DataSettings().classes, DataSettings().negatives)
+    assert all(composed("custom").data[name] == getattr(DataSettings(), name) for name in paths | found)
     shapes, defaults = composed("shapes").data, ShapesSettings()
     assert (shapes.root, shapes.train_count, shapes.val_count) == (
         defaults.root,
@@ -487,7 +490,7 @@ def test_check_images_finds_wrong_sizes_formats_and_ends_before_the_first_step(m
         assert "000004.jpg ends early" in caplog.messages[1]
         list(data.val_dataloader())
         assert len(caplog.messages) == 2, "each file is reported once per run"
-    assert "3 of 5 images cannot be read (000001.jpg is 8 x 8 pixels, but the json says " in message
+    assert "3 of 5 images cannot be read (000001.jpg is 8 x 8 pixels, but the annotations say " in message
     assert "000003.jpg ends early" in message
     assert "check images of instances_val.json" in capfd.readouterr().err
 

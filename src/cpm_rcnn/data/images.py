@@ -6,7 +6,8 @@ import os
 import stat
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -140,6 +141,32 @@ class ImageSource:
             return f"{_short(file_name)} cannot be read ({getattr(error, 'strerror', None) or error})"
         return None
 
+    @contextmanager
+    def opened(self, file_name: str) -> Iterator[tuple[Image.Image, Image.Transpose | None]]:
+        """An image that is not decoded yet, and the transformation that makes it upright; None if it is upright.
+
+        Raises:
+            UserError: the image is missing, damaged, or has an unsupported format, which may show inside the context.
+        """
+        try:
+            if self._members is None:
+                file: IO[bytes] = _first_existing(self.path, file_name).open("rb")
+            else:
+                file = self._open().open(self._member(file_name))
+            with file:
+                image = _opened(file)
+                yield image, _exif_transpose(image)
+        except UserError as error:
+            message = str(error)
+            prefix = f"{self.path}: "
+            raise UserError(
+                message if message.startswith(prefix) else f"{prefix}{_short(file_name)} {message}"
+            ) from error
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: image {_short(file_name)} not found") from None
+        except Exception as error:  # of Pillow's readers, the file system, and any type of a damaged archive
+            raise UserError(f"{self.path}: {_short(file_name)} {_DAMAGED}") from error
+
     def _read_folder(self, file_name: str) -> bytes:
         try:
             return _first_existing(self.path, file_name).read_bytes()
@@ -198,7 +225,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SWAPS_SIDES = {_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8)}
+SWAPS_SIDES = {_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8)}
 
 
 def _decode(raw: bytes, size: tuple[int, int] | None) -> tuple[Tensor, float | None]:
@@ -223,7 +250,7 @@ def _decode(raw: bytes, size: tuple[int, int] | None) -> tuple[Tensor, float | N
                 raise
             image, lost = _complete_jpeg(raw)
         transpose = _exif_transpose(image)
-        upright_size = image.size if transpose in _SWAPS_SIDES else image.size[::-1]
+        upright_size = image.size if transpose in SWAPS_SIDES else image.size[::-1]
         if size not in (None, upright_size, image.size[::-1]):
             raise UserError(_wrong_size(image.size, size))
         if transpose is not None and size in (None, upright_size):
@@ -250,7 +277,7 @@ def _check_header(file: IO[bytes], size: tuple[int, int]) -> None:
     try:
         image = _opened(file)
         # Only EXIF data explain swapped sides; some formats keep them after the pixels.
-        if image.size[::-1] != size and (image.size != size or _exif_transpose(image) not in _SWAPS_SIDES):
+        if image.size[::-1] != size and (image.size != size or _exif_transpose(image) not in SWAPS_SIDES):
             raise UserError(_wrong_size(image.size, size))
     except UserError:
         raise
@@ -364,7 +391,7 @@ def rgb_tensor(image: Image.Image) -> Tensor:
 
 
 def _wrong_size(found: tuple[int, int], size: tuple[int, int]) -> str:
-    return f"is {found[0]} x {found[1]} pixels, but the json says {size[1]} x {size[0]}"
+    return f"is {found[0]} x {found[1]} pixels, but the annotations say {size[1]} x {size[0]}"
 
 
 def _exif_transpose(image: Image.Image) -> Image.Transpose | None:
