@@ -17,6 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from cpm_rcnn.data.channels import check_gray_range, check_tiff_channels
 from cpm_rcnn.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -265,6 +266,7 @@ def _decode(raw: bytes, size: tuple[int, int] | None) -> tuple[Tensor, float | N
 
 
 def _opened(file: IO[bytes]) -> Image.Image:
+    check_tiff_channels(file)
     return Image.open(file, formats=_FORMATS)
 
 
@@ -413,6 +415,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 1 << 16:
         raise UserError("has 32 bits per channel with an unknown range; save it with 8 or 16")
+    check_gray_range(pixels)
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 

@@ -14,7 +14,7 @@ from cpm_rcnn.errors import UserError
 _SIDE = 12
 FINGERPRINT_BITS = 2 * _SIDE**2
 # Images whose fingerprints differ in at most this many bits look alike. docs/data.md has the measurements behind it.
-SIMILAR_BITS = 43
+SIMILAR_BITS = 52
 # Bounds the memory of comparing all pairs.
 _PAIRS = 1 << 24
 

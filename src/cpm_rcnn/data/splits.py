@@ -176,7 +176,8 @@ class DataSplits:
         names = [str(entry["name"]) for entry in entries if isinstance(entry, dict) and "name" in entry]
         absent = self._classes.absent(names)
         if absent:
-            first = next(old for old, new in self._classes.new_names.items() if new == absent[0])
+            # The old name of a renamed class is after its new one.
+            first = [old for old, new in self._classes.new_names.items() if new == absent[0]][-1]
             close = difflib.get_close_matches(first, names, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             shown_names = ", ".join(names[:20]) + ", ..." * (len(names) > 20)

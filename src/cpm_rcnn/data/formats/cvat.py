@@ -107,7 +107,7 @@ def _add_image(builder: RawBuilder, image: Element, images: Path, labels: set[st
         if shape.tag in _SHAPES:
             _add_object(builder, shape, labels)
         elif shape.tag != "tag":
-            builder.notes.add("shape", "shapes", "without a box not used", f"line {line_of(shape)}: {shape.tag}")
+            builder.notes.add("shape", "shapes", "without a box, ignored", f"line {line_of(shape)}: {shape.tag}")
 
 
 def _add_object(builder: RawBuilder, shape: Element, labels: set[str]) -> None:

@@ -44,4 +44,6 @@ def read_sizes(folder: Path, file_names: Sequence[str], progress: bool) -> list[
             return str(error).removeprefix(f"{source.path}: ")
         return (width, height) if transpose in SWAPS_SIDES else (height, width)
 
+    # A bar for what takes less than a second would only distract.
+    progress = progress and len(file_names) > 1000
     return in_threads(size_or_problem, file_names, f"read the image sizes of {folder.name}", progress)

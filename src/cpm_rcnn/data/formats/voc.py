@@ -103,7 +103,7 @@ def _read(folders: _Folders, path: Path) -> RawAnnotations:
         annotated = set(stems)
         for name in images:
             if PurePosixPath(name).stem not in annotated:
-                builder.notes.add("image", "images", "without an XML file are not used", name)
+                builder.notes.add("image", "images", "without an XML file, ignored", name)
     else:
         # VOC's lists of a single class have a second column.
         stems = [line.split()[0] for _, line in listed_lines(path)]
@@ -117,7 +117,7 @@ def _read(folders: _Folders, path: Path) -> RawAnnotations:
             root = parse_xml(file)
             if root.tag != "annotation":
                 raise XMLFault(f"line {line_of(root)}: the root is <{root.tag}>, not <annotation>")
-            name = image_of.get(stem) or text_of(root, "filename") or f"{stem}.jpg"
+            name = image_of.get(stem) or _other_name(root, stem, folders.images)
             builder.add_image(name, _size(root, folders.images, name), place, place)
         except XMLFault as error:
             builder.faults.add("file", "files", "that cannot be read", f"{place} {error}")
@@ -127,6 +127,12 @@ def _read(folders: _Folders, path: Path) -> RawAnnotations:
             for item in root.findall("object"):
                 _add_object(builder, item, place)
     return builder.build()
+
+
+def _other_name(root: Element, stem: str, images: Path) -> str:
+    """The image of an annotation, if no image has its name: the one that it names, if that exists."""
+    stated = PurePosixPath(text_of(root, "filename"))
+    return stated.name if (images / stated.name).is_file() else f"{stem}{stated.suffix or '.jpg'}"
 
 
 def _size(root: Element, images: Path, name: str) -> tuple[int, int]:

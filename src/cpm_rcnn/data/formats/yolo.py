@@ -250,13 +250,13 @@ class _DataSet:
             if self.keypoints:
                 numbers = numbers[:4]
             if len(numbers) != 4 and (len(numbers) < 6 or len(numbers) % 2):
-                what = "that are neither a class and a box of 4 numbers nor a class and a polygon"
+                what = "without a box of 4 numbers or a polygon after the class"
                 builder.faults.add("label", "labels", what, f"{where}: {len(values)} values")
             elif label not in self.names:
                 what = f"with a class id that {self.path.name} does not name"
                 builder.faults.add("label", "labels", what, f"{where}: {label}")
             elif not all(-_MARGIN <= value <= 1 + _MARGIN for value in numbers):
-                what = "that are not fractions of the image, from 0 to 1"
+                what = "with numbers that are not fractions of the image, from 0 to 1"
                 builder.faults.add("label", "labels", what, f"{where}: {line.strip()[:60]}")
             else:
                 builder.add_object(self.names[label], _to_xywh(numbers, size), number)
