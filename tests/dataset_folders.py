@@ -104,7 +104,7 @@ def write_voc(root: Path, source: Path, contents: Mapping[str, Content], layout:
 
 
 def write_yolo(root: Path, source: Path, contents: Mapping[str, Content], layout: str = "ultralytics") -> Path:
-    """``ultralytics`` has images/train, ``roboflow`` train/images with paths from elsewhere, and ``lists`` text files."""
+    """``ultralytics`` has images/train, ``roboflow`` train/images and paths from elsewhere, ``lists`` text files."""
     stated = {}
     for split, content in contents.items():
         name = {"train": "train", "val": "valid"}[split] if layout == "roboflow" else split

@@ -4,9 +4,10 @@ import json
 import shutil
 
 import pytest
-from dataset_folders import shapes, write_voc
 from runs import last_checkpoint, metrics, refused, same_run
 from small_run import SMALL
+
+from dataset_folders import shapes, write_voc
 
 RUN = [
     *(argument for argument in SMALL if not argument.startswith(("data.train_count", "data.val_count"))),

@@ -2,24 +2,11 @@
 
 import copy
 import itertools
-import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from dataset_folders import (
-    NAMES,
-    cvat_xml,
-    objects_of,
-    shapes,
-    voc_xml,
-    write_coco,
-    write_cvat,
-    write_voc,
-    write_yolo,
-)
 from PIL import Image
 
 from cpm_rcnn.data import CocoDataModule
@@ -28,6 +15,15 @@ from cpm_rcnn.data.settings import DataSettings
 from cpm_rcnn.data.shapes import CLASSES
 from cpm_rcnn.data.splits import DataSplits
 from cpm_rcnn.errors import UserError
+from dataset_folders import (
+    NAMES,
+    cvat_xml,
+    shapes,
+    write_coco,
+    write_cvat,
+    write_voc,
+    write_yolo,
+)
 
 TWIN = {
     "train_json": "annotations/instances_train.json",
@@ -231,12 +227,12 @@ FAULTS = {
         "1 image whose size is neither in the XML nor readable ({file}: image train_000001.jpg not found)",
     ),
     "yolo unknown class": (YOLO, line(YOLO[2], 7, "99 .5 .5 .1 .1"), "data.yaml does not name ({file} line 7: 99)"),
-    "yolo four values": (YOLO, line(YOLO[2], 2, "1 .5 .5 .1"), "or a polygon after the class ({file} line 2: 4 values)"),
+    "yolo four values": (YOLO, line(YOLO[2], 2, "1 .5 .5 .1"), "or a polygon after the class ({file} line 2: 4 v"),
     "yolo with scores": (YOLO, line(YOLO[2], 2, "1 .5 .5 .1 .1 .9"), "({file} line 2: 6 values)"),
     "yolo not a number": (YOLO, line(YOLO[2], 3, "1 .5 .5 x .1"), "not a number ({file} line 3: 1 .5 .5 x .1)"),
     "yolo class name": (YOLO, line(YOLO[2], 3, "cat .5 .5 .1 .1"), "not a number ({file} line 3: cat .5 .5 .1 .1)"),
     "yolo nan": (YOLO, line(YOLO[2], 3, "1 .5 .5 nan .1"), "not fractions of the image, from 0 to 1 ({file} line 3: 1"),
-    "yolo pixels": (YOLO, line(YOLO[2], 1, "1 50 60 20 30"), "not fractions of the image, from 0 to 1 ({file} line 1: 1"),
+    "yolo pixels": (YOLO, line(YOLO[2], 1, "1 50 60 20 30"), "fractions of the image, from 0 to 1 ({file} line 1: 1"),
     "yolo binary labels": (YOLO, rewritten(YOLO[2], b"\xff\xfe\x00"), "/{file}: is not text in UTF-8"),
     "yolo damaged image": (
         YOLO,
@@ -299,7 +295,10 @@ REFUSED = {
     "yolo path not text": (YOLO, rewritten("data.yaml", "names: [a]\ntrain: 3"), "train is neither a path nor a list"),
     "yolo two yamls": (
         YOLO,
-        lambda root: [shutil.copy(root / "data.yaml", root / f"{name}.yaml") for name in "ab"] + [removed("data.yaml")(root)],
+        lambda root: (
+            shutil.copy(root / "data.yaml", root / "a.yaml"),
+            (root / "data.yaml").rename(root / "b.yaml"),
+        ),
         ": a.yaml, b.yaml all name classes; call one data.yaml",
     ),
     "yolo without names": (YOLO, removed("data.yaml"), "has labels/ of YOLO's format, but no data.yaml or classes.txt"),
@@ -316,7 +315,7 @@ REFUSED = {
     ),
     "coco two jsons": (
         (write_coco, "annotations", ""),
-        lambda root: shutil.copy(root / "annotations/instances_train2020.json", root / "annotations/instances_train.json"),
+        lambda root: shutil.copy(*(root / f"annotations/instances_train{year}.json" for year in ("2020", ""))),
         "instances_train.json, instances_train2020.json may all be those of the train split; name one with train_json=",
     ),
     "coco no images": (
@@ -381,7 +380,8 @@ def test_faults_of_several_files_are_reported_together(source, contents, tmp_pat
     with pytest.raises(UserError) as error:
         splits(root).annotations("train")
     first = ", ".join(f"labels/train/00000{number}.txt line 1: 7" for number in (1, 2, 3))
-    assert f"4 labels with a class id that data.yaml does not name ({first}, ...); 1 label without a box" in str(error.value)
+    expected = f"4 labels with a class id that data.yaml does not name ({first}, ...); 1 label without a box"
+    assert expected in str(error.value)
 
 
 # --- unusual but valid ---

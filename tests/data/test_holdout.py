@@ -13,7 +13,6 @@ from cpm_rcnn.data.shapes import render
 from cpm_rcnn.data.splits import DataSplits
 from cpm_rcnn.errors import ArgumentError, UserError
 
-
 # Pictures whose background is not smooth; the fingerprints of smooth ones change with little noise.
 NUMBERS = (0, 3, 4, 6, 8, 10, 11, 12, 14, 17, 18, 21, 22, 23, 7)
 

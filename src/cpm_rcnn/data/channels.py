@@ -30,7 +30,7 @@ def check_tiff_channels(file: IO[bytes]) -> None:
         file.seek(directory.next)
         directory.load(file)
         channels = int(directory.get(_CHANNELS, 1))
-        extra = channels - _COLORS.get(directory.get(_PHOTOMETRIC), channels)
+        extra = channels - _COLORS.get(int(directory[_PHOTOMETRIC]), channels)
         kinds = directory.get(_EXTRA_CHANNELS, ())
     except Exception:  # Pillow's reader raises any type on damaged files; they are reported when they are decoded
         return

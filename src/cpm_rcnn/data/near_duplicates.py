@@ -15,8 +15,8 @@ _SIDE = 12
 FINGERPRINT_BITS = 2 * _SIDE**2
 # Images whose fingerprints differ in at most this many bits look alike. docs/data.md has the measurements behind it.
 SIMILAR_BITS = 52
-# Bounds the memory of comparing all pairs.
-_PAIRS = 1 << 24
+# Pairs that are compared at once, which bounds the memory.
+_PAIRS = 1 << 22
 
 
 def fingerprints(
@@ -70,23 +70,21 @@ def group_similar(bits: np.ndarray, limit: int = SIMILAR_BITS) -> np.ndarray:
     signs = np.where(distinct, np.float32(1), np.float32(-1))
     least = bits.shape[1] - 2 * limit
     chunk = max(1, _PAIRS // max(1, len(signs)))
-    pairs = [np.zeros((0, 2), dtype=np.int64)]
+    groups = np.arange(len(signs))
     for start in range(0, len(signs), chunk):
-        similar = np.argwhere(signs[start : start + chunk] @ signs.T >= least)
-        similar[:, 0] += start
-        pairs.append(similar)
-    groups = _components(len(signs), np.concatenate(pairs))[inverse]
-    _, first, members = np.unique(groups, return_index=True, return_inverse=True)
+        one, other = np.nonzero(signs[start : start + chunk] @ signs.T >= least)
+        groups = _components(len(signs), groups[one + start], groups[other])[groups]
+    _, first, members = np.unique(groups[inverse], return_index=True, return_inverse=True)
     return first[members.reshape(-1)]
 
 
-def _components(count: int, pairs: np.ndarray) -> np.ndarray:
-    """(count,) int64, the smallest node of the connected component of each node; ``pairs`` (P, 2) are its edges."""
+def _components(count: int, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(count,) int64, the smallest node of each node's connected component, in a graph of edges one -> other (P,)."""
     smallest = np.arange(count)
     while True:
         lower = smallest.copy()
-        np.minimum.at(lower, pairs[:, 0], smallest[pairs[:, 1]])
-        np.minimum.at(lower, pairs[:, 1], smallest[pairs[:, 0]])
+        np.minimum.at(lower, one, smallest[other])
+        np.minimum.at(lower, other, smallest[one])
         # The smallest node of the smallest node halves the length of chains.
         lower = lower[lower]
         if np.array_equal(lower, smallest):

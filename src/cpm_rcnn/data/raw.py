@@ -15,7 +15,7 @@ class Findings:
         self._places: dict[tuple[str, str, str], list[str]] = {}
 
     def add(self, singular: str, plural: str, what: str, place: str) -> None:
-        """Record a finding, for example a ``label`` of several ``labels`` ``of an unknown class`` at ``a.txt line 7``."""
+        """Record a finding, for example a ``label`` (one of ``labels``) ``of an unknown class`` at ``a.txt line 7``."""
         self._places.setdefault((singular, plural, what), []).append(place)
 
     def phrases(self) -> list[str]:
