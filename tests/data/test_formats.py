@@ -311,7 +311,7 @@ REFUSED = {
     "cvat subset": (
         CVAT,
         text(CVAT[2], ('subset="Train"', 'subset="batch 7"')),
-        "annotations.xml: subset batch 7: must be named train, validation or test",
+        "annotations.xml: subset 'batch 7': must be named train, validation or test",
     ),
     "coco two jsons": (
         (write_coco, "annotations", ""),

@@ -43,7 +43,7 @@ def find(root: Path) -> Layout | None:
         by_split.setdefault(split_of(subset) or "train", set()).add(subset)
     unknown = sorted(subset for subset in subsets if split_of(subset) is None)
     if unknown and len(unknown) < len(subsets):
-        raise UserError(f"{path}: subset {unknown[0] or 'without a name'}: must be named train, validation or test")
+        raise UserError(f"{path}: subset {unknown[0]!r}: must be named train, validation or test")
     return Layout("cvat", _FILE, {split: _split(path, chosen) for split, chosen in by_split.items()})
 
 
