@@ -88,6 +88,14 @@ def test_a_class_that_the_training_annotations_lack_is_refused_but_validation_ma
     assert found.listed.tolist() == [False, True]
 
 
+def test_classes_that_a_model_does_not_have_are_refused(splits):
+    with pytest.raises(ArgumentError, match=r"^classes: bus is not a class of the model; it has car, truck, person"):
+        splits(CATEGORIES, classes=["car", {"bus": "truck"}])
+    found = splits(CATEGORIES, classes=[{"truck": "car"}]).annotations("val")
+    assert found.category_names == ["car", "truck", "person"]
+    assert found.labels.tolist() == [2, 2, 2]
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

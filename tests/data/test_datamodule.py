@@ -484,6 +484,18 @@ def test_negatives_are_checked_before_the_first_step(module, held_out, copy):
         data.setup("fit")
 
 
+def test_negatives_in_another_orientation_than_all_other_images_are_refused(root, module, tmp_path):
+    content = json.loads((root / FILES["train_json"]).read_text())
+    landscape = {image["id"] for image in content["images"] if image["height"] <= image["width"]}
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in landscape]
+    filled = {entry["image_id"] for entry in content["annotations"]}
+    content["images"] = [image for image in content["images"] if image["id"] in filled]
+    content["images"].append({"id": 99, "file_name": "000001.jpg", "height": 20, "width": 10})
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    with pytest.raises(ArgumentError, match=r"^negatives=0\.2: .*do not have the orientation of the others"):
+        module(negatives=0.2, train_json=str(tmp_path / "train.json")).train_dataloader()
+
+
 def test_shapes_can_be_a_subset_of_their_classes(root):
     data = ShapesDataModule(root=str(root), train_count=12, val_count=5, classes=["star", "circle"], **OPTIONS)
     data.prepare_data()

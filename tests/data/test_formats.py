@@ -407,9 +407,18 @@ def yolo_folder(root, label, description="names: [a, b]", size=(200, 100), **fil
         ("0 .1 .1 .2 .1 .2 .5 .15 .6", "names: [a, b]", [[20, 10, 20, 50]]),
         ("0 .5 .5 .1 .2 .1 .1 2 .3 .3 1", "names: [a, b]\nkpt_shape: [2, 3]", [[90, 40, 20, 20]]),
         ("0 0.5 0.5 1.002 1.002", "names: [a, b]", [[-0.2, -0.1, 200.4, 100.2]]),
+        ("1.0 0.5 0.5 0.1 0.2", "names: [a, b]", [[90, 40, 20, 20]]),
         ("0 0.1 0.1 0.0 0.1\n1 .5 .5 .5 .5", "names: [3, true]\nnc: 2", [[20, 5, 0, 10], [50, 25, 100, 50]]),
     ],
-    ids=["crlf and mapping", "byte order mark", "polygon", "keypoints", "slightly outside", "without area"],
+    ids=[
+        "crlf and mapping",
+        "byte order mark",
+        "polygon",
+        "keypoints",
+        "slightly outside",
+        "class as a fraction",
+        "without area",
+    ],
 )
 def test_unusual_yolo_labels_are_read(tmp_path, label, description, expected):
     assert boxes(splits(yolo_folder(tmp_path, label, description)).annotations("train")) == expected

@@ -50,12 +50,8 @@ def check_required(config: DictConfig) -> None:
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        examples = " ".join(f"{key}={_EXAMPLES.get(key, _example(key))}" for key in missing)
+        examples = " ".join(f"{key}={_EXAMPLES.get(key, 'VALUE')}" for key in missing)
         raise UserError(f"{', '.join(missing)}: must be given, for example {examples}")
-
-
-def _example(key: str) -> str:
-    return "FOLDER_OR_ZIP" if key.endswith("_images") else "FILE.json" if key.endswith("_json") else "VALUE"
 
 
 def check_added_keys(config: DictConfig) -> None:

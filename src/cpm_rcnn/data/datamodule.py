@@ -219,6 +219,9 @@ class CocoDataModule(pl.LightningDataModule):
         negatives = None
         if self.settings.negatives:
             empty = self._negative_rows()
+            if not np.isin(portrait[empty], portrait[rows]).any():
+                reason = "the images without objects do not have the orientation of the others"
+                raise ArgumentError("negatives", f"={self.settings.negatives}: {annotations.path}: {reason}")
             negatives = Negatives(empty, portrait[empty], self.settings.negatives)
         order = TrainOrder(rows, portrait[rows], self.seed, self.batch_size, world_size, per_process, negatives)
         sampler = TrainBatchSampler(order, rank, self.start_step, self.max_steps)

@@ -72,7 +72,7 @@ def hold_out(
         raise ArgumentError("val_fraction", f"={fraction}: nothing can be held out of {annotations.path}; {reason}")
     if divided:
         _log.warning(
-            "%s: %d of %s look alike, so that some are in both splits; the validation metrics may be too good",
+            "%s: %d of %s look alike, so that some may be in both splits and the validation metrics too good",
             annotations.path,
             divided,
             counted(len(names), "image", "images"),

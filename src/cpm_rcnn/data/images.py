@@ -389,7 +389,7 @@ def rgb_tensor(image: Image.Image) -> Tensor:
     Raises:
         UserError: the range of its pixel values is unknown; the message continues a sentence that starts with its name.
     """
-    return pil_to_tensor(_eight_bits(image).convert("RGB"))
+    return pil_to_tensor(eight_bits(image).convert("RGB"))
 
 
 def _wrong_size(found: tuple[int, int], size: tuple[int, int]) -> str:
@@ -404,7 +404,7 @@ def _exif_transpose(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def eight_bits(image: Image.Image) -> Image.Image:
     """The image with 8 bits per channel. Pillow's own conversion would clip 16-bit gray instead of scaling it.
 
     Raises:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from cpm_rcnn.data.images import ImageSource
+from cpm_rcnn.data.images import ImageSource, eight_bits
 from cpm_rcnn.data.threads import in_threads
 from cpm_rcnn.errors import UserError
 
@@ -39,7 +39,7 @@ def fingerprints(
             with images.opened(file_name) as (image, transpose):
                 # JPEGs are decoded at a fraction of their size.
                 image.draft("L", (8 * _SIDE, 8 * _SIDE))
-                small = image.convert("L").resize((_SIDE + 1, _SIDE + 1), Image.Resampling.BOX)
+                small = eight_bits(image).convert("L").resize((_SIDE + 1, _SIDE + 1), Image.Resampling.BOX)
                 gray = np.asarray(small if transpose is None else small.transpose(transpose))
         except UserError as error:
             return str(error)

@@ -41,7 +41,7 @@ class DataSplits:
         root: ``settings.root`` as a path, with ``~`` expanded.
 
     Raises:
-        ArgumentError: ``categories`` are invalid.
+        ArgumentError: ``categories`` are invalid, or lack one of ``settings.classes``.
     """
 
     def __init__(self, settings: DataSettings, categories: Sequence[dict[str, Any]] | None = None) -> None:
@@ -51,6 +51,10 @@ class DataSplits:
         self._settings = settings
         self._classes = None if settings.classes is None else ClassSelection.from_setting(settings.classes)
         self._given_categories = categories
+        if categories is not None and self._classes is not None:
+            names = [category["name"] for category in categories]
+            if unknown := [name for name in self._classes.names if name not in names]:
+                raise ArgumentError("classes", f": {unknown[0]} is not a class of the model; it has {_first(names)}")
         self._layout: Layout | None = None
         self._annotations: dict[Split, CocoAnnotations] = {}
         self._sources: dict[Split, ImageSource] = {}
@@ -180,8 +184,7 @@ class DataSplits:
             first = [old for old, new in self._classes.new_names.items() if new == absent[0]][-1]
             close = difflib.get_close_matches(first, names, n=1)
             hint = f" (did you mean {close[0]}?)" if close else ""
-            shown_names = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
-            raise ArgumentError("classes", f": {raw.path} has no class {first}{hint}; it has {shown_names or 'none'}")
+            raise ArgumentError("classes", f": {raw.path} has no class {first}{hint}; it has {_first(names) or 'none'}")
 
     def _hold_out(self, progress: bool) -> None:
         """Divide the training images into both splits.
@@ -238,3 +241,8 @@ class DataSplits:
             if images:
                 names.append(images if images.endswith(".zip") else f"{images}/ or {images}.zip")
         return f"expected in {self.root.absolute()}: {', '.join(names)}"
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first names, for messages."""
+    return ", ".join(names[:20]) + ", ..." * (len(names) > 20)

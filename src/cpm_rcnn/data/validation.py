@@ -166,7 +166,8 @@ def check_json(
         unused = matching.foreign & ~np.isin(np.arange(len(matching.foreign)), category_rows[accepted])
         notes += _unused_categories(categories, unused)
         categories.fault("that the model does not know by its name", matching.foreign & ~unused, "name")
-        notes += _renumbered_categories(categories, matching)
+        if object_name is None:  # other formats have no ids
+            notes += _renumbered_categories(categories, matching)
 
     values, boxed = objects.column("bbox", _is_box, "bbox is not four finite numbers", [0, 0, 0, 0])
     boxes = np.fromiter(chain.from_iterable(values), np.float64, 4 * len(values)).reshape(-1, 4)

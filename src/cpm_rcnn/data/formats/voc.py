@@ -106,7 +106,7 @@ def _read(folders: _Folders, path: Path) -> RawAnnotations:
                 builder.notes.add("image", "images", "without an XML file, ignored", name)
     else:
         # VOC's lists of a single class have a second column.
-        stems = [line.split()[0] for _, line in listed_lines(path)]
+        stems = list(dict.fromkeys(line.split()[0] for _, line in listed_lines(path)))
     for stem in stems:
         file = folders.xml / f"{stem}.xml"
         place = shown_path(file, folders.root)

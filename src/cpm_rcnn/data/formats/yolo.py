@@ -57,8 +57,8 @@ def find(root: Path) -> Layout | None:
         return _described_layout(preferred[0], described[preferred[0]])
     file = next((root / name for name in _CLASS_FILES if (root / name).is_file()), None)
     if file is None:
-        labels = subfolders(root).get("labels", root)
-        if labels != root and any(True for _ in labels.rglob("*.txt")):
+        labels = subfolders(root).get("labels")
+        if labels is not None and any(labels.rglob("*.txt")):
             raise UserError(f"{root}: has labels/ of YOLO's format, but no data.yaml or classes.txt with class names")
         return None
     data = _DataSet(file, root, dict(enumerate(name for _, name in listed_lines(file))))
@@ -242,7 +242,7 @@ class _DataSet:
                 continue
             where = f"{place} line {number}"
             try:
-                label, numbers = int(values[0]), list(map(float, values[1:]))
+                label, *numbers = map(float, values)
             except ValueError:
                 builder.faults.add(
                     "label", "labels", "with a value that is not a number", f"{where}: {line.strip()[:60]}"
@@ -255,12 +255,12 @@ class _DataSet:
                 builder.faults.add("label", "labels", what, f"{where}: {len(values)} values")
             elif label not in self.names:
                 what = f"with a class id that {self.path.name} does not name"
-                builder.faults.add("label", "labels", what, f"{where}: {label}")
+                builder.faults.add("label", "labels", what, f"{where}: {values[0]}")
             elif not all(-_MARGIN <= value <= 1 + _MARGIN for value in numbers):
                 what = "with numbers that are not fractions of the image, from 0 to 1"
                 builder.faults.add("label", "labels", what, f"{where}: {line.strip()[:60]}")
             else:
-                builder.add_object(self.names[label], _to_xywh(numbers, size), number)
+                builder.add_object(self.names[int(label)], _to_xywh(numbers, size), number)
 
 
 def _listed_images(path: Path) -> dict[Path, str]:
