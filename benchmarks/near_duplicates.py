@@ -53,7 +53,7 @@ def _covered(image: Image.Image) -> Image.Image:
 
 def bits_of(folder: Path, images: list[Image.Image]) -> np.ndarray:
     """The fingerprints (N, bits) of images that are saved without loss."""
-    names = [f"{number:04d}.png" for number in range(len(images))]
+    names = [f"{number:04d}.bmp" for number in range(len(images))]
     for name, image in zip(names, images):
         image.save(folder / name)
     return fingerprints(ImageSource(folder), names)[0]

@@ -509,6 +509,16 @@ def test_voc_without_sizes_and_with_fractions_of_pixels(source, contents, tmp_pa
     assert f"1 box from pixel 0, although VOC counts pixels from 1 ({name} line 14)" in caplog.text
 
 
+def test_a_single_coco_json_is_of_the_training_split_and_its_images_may_be_zipped(source, contents, tmp_path):
+    (tmp_path / "annotations").mkdir()
+    shutil.copy(source / TWIN["train_json"], tmp_path / "annotations/labels.json")
+    (tmp_path / "annotations/other.json").write_text("[]")
+    shutil.make_archive(str(tmp_path / "train"), "zip", source / "train")
+    found = splits(tmp_path, val_fraction=0.25)
+    assert (len(found.annotations("train")), len(found.annotations("val"))) == (9, 3)
+    assert found.images("val").path == tmp_path / "train.zip"
+
+
 def test_a_format_can_be_chosen_where_there_are_several(source, contents, tmp_path):
     write_voc(tmp_path, source, contents)
     write_cvat(tmp_path, source, contents)
