@@ -24,7 +24,7 @@ from unittest import mock
 import numpy as np
 from PIL import Image
 
-from cpm_rcnn.data import ImageSource, annotations
+from cpm_rcnn.data import ImageSource, annotations, raw
 from cpm_rcnn.data.file_check import check_image_files
 from cpm_rcnn.data.settings import OnError
 
@@ -77,7 +77,7 @@ def measure(path: Path, on_error: OnError) -> None:
         return run
 
     with (
-        mock.patch.object(annotations, "read_json", timed("parsing", annotations.read_json)),
+        mock.patch.object(raw, "read_json", timed("parsing", raw.read_json)),
         mock.patch.object(annotations, "check_json", timed("checking", annotations.check_json)),
     ):
         loaded = timed("all", annotations.CocoAnnotations.load)(path, None, on_error)

@@ -313,7 +313,7 @@ def test_a_checkpoint_stores_its_model_classes_and_convention(checkpoint):
         (["backbone=r18", "backbone.weights=nowhere.pth"], ["backbone.weights=nowhere.pth"]),
         (["trainer.precision=7"], ["trainer.precision=7", "32-true", "bf16-mixed"]),
         (["data=coco", "data.root=nowhere"], ["nowhere", "annotations/instances_train2017.json", "cocodataset.org"]),
-        (["data=custom"], ["data.train_json"]),
+        (["data=custom"], ["data.root=FOLDER", "data.train_json="]),
         (["schedule.milestones=5"], ["schedule.milestones=5", "list"]),
         (["schedule.short_sides=128"], ["schedule.short_sides=128", "list"]),
         (["detector.anchor_sizes=32"], ["detector.anchor_sizes=32", "list"]),

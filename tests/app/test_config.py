@@ -240,12 +240,15 @@ def test_the_other_nodes_mirror_their_dataclass():
     assert schedule == Schedule().to_dict()
     assert sizes == {key: DataSettings().to_dict()[key] for key in sizes}
     assert set(config.backbone) == set(BackboneSettings.names())
-    data = to_dict(config.data)
-    assert data.pop("_target_") == "cpm_rcnn.data.CocoDataModule"
-    assert set(data) == set(DataSettings.names())
+    # How the splits of a data set are found is fixed for COCO and the shapes.
+    found = {"format", "val_fraction", "split_seed"}
+    for name, names in (("coco", set(DataSettings.names()) - found), ("custom", set(DataSettings.names()))):
+        data = to_dict(composed(f"data={name}").data)
+        assert data.pop("_target_") == "cpm_rcnn.data.CocoDataModule"
+        assert set(data) == names
     shapes = set(to_dict(composed("data=shapes").data)) - {"_target_"}
     paths = {f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("json", "images")}
-    assert shapes == set(ShapesSettings.names()) - paths
+    assert shapes == set(ShapesSettings.names()) - paths - found
     trainer = to_dict(config.trainer)
     assert trainer.pop("_target_") == "pytorch_lightning.Trainer"
     assert trainer == TrainerOptions().to_dict()

@@ -65,7 +65,6 @@ def test_eval_checks_the_options_of_its_trainer(command, checkpoint, argument):
         ("predict", [], "ckpt, source: must be given"),
         ("convert", ["dst=x"], "src: must be given, for example src=RELEASED.pth"),
         ("convert", ["src=x"], "dst: must be given, for example dst=NEW.ckpt"),
-        ("train", ["data=custom", "data.train_images=x", "data.val_images=x"], "data.train_json, data.val_json: must"),
     ],
 )
 def test_all_keys_that_must_be_given_are_named_with_an_example(command, name, arguments, line):

@@ -60,7 +60,8 @@ def test_an_unknown_option_is_refused_without_imports_that_take_seconds(ended, c
     ("arguments", "message"),
     [
         (["train", "head=nosuch"], "head=nosuch: there is no conf/head/nosuch.yaml"),
-        (["train", "data=custom"], "data.train_images, data.train_json, data.val_images, data.val_json: must be given"),
+        (["train", "data=custom"], "data.root=null: give the folder of the data"),
+        (["train", "data=custom", "data.root=."], "data.root=.: no data set in a known format"),
         (["train", "seed"], "seed: not an override that Hydra can read"),
         (["train", "seed=x"], "seed=x: must be an integer"),
         (["train", "schedule.max_steps=x"], "schedule.max_steps=x: must be an integer"),

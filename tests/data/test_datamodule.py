@@ -15,7 +15,7 @@ from PIL import Image
 from cpm_rcnn.boxes import INCLUSIVE
 from cpm_rcnn.data import CocoDataModule, DataSettings, ShapesDataModule
 from cpm_rcnn.data.settings import ShapesSettings
-from cpm_rcnn.data.shapes import CATEGORIES, write_shapes
+from cpm_rcnn.data.shapes import CATEGORIES, CLASSES, write_shapes
 from cpm_rcnn.errors import ArgumentError, UserError
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -333,13 +333,16 @@ def test_config_builds_its_data_module(name):
 
 def test_configs_have_exactly_the_settings_and_the_same_defaults():
     paths = {f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("json", "images")}
-    for name in ("coco", "custom"):
-        assert set(composed(name).data) - {"_target_"} == set(DataSettings.names())
-    assert set(composed("shapes").data) - {"_target_"} == set(ShapesSettings.names()) - paths
+    found = {"format", "val_fraction", "split_seed"}
+    assert set(composed("custom").data) - {"_target_"} == set(DataSettings.names())
+    assert set(composed("coco").data) - {"_target_"} == set(DataSettings.names()) - found
+    assert set(composed("shapes").data) - {"_target_"} == set(ShapesSettings.names()) - paths - found
     shared = OmegaConf.to_container(OmegaConf.load(CONF / "data/shared/options.yaml"))
     assert shared["on_error"] == DataSettings().on_error
     assert shared["check_images"] == DataSettings().check_images
     assert shared["flip_probability"] == DataSettings().flip_probability
+    assert (shared["classes"], shared["negatives"]) == (DataSettings().classes, DataSettings().negatives)
+    assert all(composed("custom").data[name] == getattr(DataSettings(), name) for name in paths | found)
     shapes, defaults = composed("shapes").data, ShapesSettings()
     assert (shapes.root, shapes.train_count, shapes.val_count) == (
         defaults.root,
@@ -411,6 +414,93 @@ def test_augmentations_can_be_added(module):
     darkened = list(data.train_dataloader())
     assert all(torch.equal(image // 2, other) for image, other in zip(plain[0][0], darkened[0][0]))
     assert len({target["drawn"][0].item() for _, targets in darkened for target in targets}) == 24
+
+
+# --- a held-out validation split, negatives, classes ---
+
+
+@pytest.fixture
+def held_out(module, monkeypatch):
+    """A module of the training images only, of which a third are held out, with every seventh image empty."""
+
+    def held_out(**changes):
+        changes = {"val_json": None, "val_images": None, "val_fraction": 0.34, "negatives": 0.3, **changes}
+        return module(train_json=str(tmp_json), classes=["star", {"box": ["square", "cross"]}], **changes)
+
+    content = json.loads((module().root / FILES["train_json"]).read_text())
+    empty = {image["id"] for image in content["images"][::4]}
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] not in empty]
+    tmp_json = module().root / "annotations" / "some_empty.json"
+    tmp_json.write_text(json.dumps(content))
+    return held_out
+
+
+def test_a_held_out_split_with_negatives_and_classes_is_independent_of_workers_and_resumes_exactly(held_out):
+    data = held_out()
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    ids = {target["image_id"] for _, targets in batches for target in targets}
+    validation = {target["image_id"] for _, (target,) in data.val_dataloader()}
+    assert len(validation) == 4
+    assert ids.isdisjoint(validation)
+    sizes = [len(target["boxes"]) for _, targets in batches for target in targets]
+    assert 6 <= sizes.count(0) <= 9  # 30% of 24
+    assert {label for _, targets in batches for t in targets for label in t["labels"].tolist()} == {1, 2}
+    for batch, other in zip(batches, held_out(num_workers=2).train_dataloader(), strict=True):
+        assert same(batch, other)
+    resumed = held_out()
+    resumed.start_step = 5
+    assert all(same(*pair) for pair in zip(batches[5:], resumed.train_dataloader(), strict=True))
+
+
+def test_evaluation_arguments_find_the_held_out_images_again(held_out):
+    trained = held_out(split_seed=3)
+    again = CocoDataModule(**trained.evaluation_arguments, categories=trained.categories)
+    again.setup("validate")
+    assert all(same(*pair) for pair in zip(again.val_dataloader(), trained.val_dataloader(), strict=True))
+    other = held_out(split_seed=4)
+    assert set(other.annotations("val").image_ids) != set(trained.annotations("val").image_ids)
+
+
+def test_held_out_images_are_not_reported_as_shared_with_training(held_out, caplog):
+    held_out().setup("fit")
+    assert caplog.messages == []
+
+
+def test_small_boxes_count_in_the_validation_part_only(held_out):
+    data = held_out(min_box_size=9999, negatives=0.0)
+    assert not data.annotations("train").usable.any()
+    assert data.annotations("val").usable.all()
+
+
+def test_negatives_are_checked_before_the_first_step(module, held_out, copy):
+    with pytest.raises(ArgumentError, match=r"^negatives=0\.2: .*instances_train\.json has no image without objects"):
+        module(negatives=0.2, train_json=FILES["train_json"], classes=list(CLASSES)).train_dataloader()
+    data = held_out(root=str(copy))
+    empty = data.annotations("train").images_without_objects()
+    missing = str(data.annotations("train").file_names[empty[0]])
+    (copy / "train" / missing).unlink()
+    with pytest.raises(UserError, match=f"1 of .* images cannot be read .image {missing} not found"):
+        data.setup("fit")
+
+
+def test_negatives_in_another_orientation_than_all_other_images_are_refused(root, module, tmp_path):
+    content = json.loads((root / FILES["train_json"]).read_text())
+    landscape = {image["id"] for image in content["images"] if image["height"] <= image["width"]}
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] in landscape]
+    filled = {entry["image_id"] for entry in content["annotations"]}
+    content["images"] = [image for image in content["images"] if image["id"] in filled]
+    content["images"].append({"id": 99, "file_name": "000001.jpg", "height": 20, "width": 10})
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    with pytest.raises(ArgumentError, match=r"^negatives=0\.2: .*do not have the orientation of the others"):
+        module(negatives=0.2, train_json=str(tmp_path / "train.json")).train_dataloader()
+
+
+def test_shapes_can_be_a_subset_of_their_classes(root):
+    data = ShapesDataModule(root=str(root), train_count=12, val_count=5, classes=["star", "circle"], **OPTIONS)
+    data.prepare_data()
+    assert data.categories == [{"id": 1, "name": "star"}, {"id": 2, "name": "circle"}]
+    assert set(data.annotations("train").labels) <= {1, 2}
 
 
 # --- what is checked before the first step ---
@@ -487,7 +577,7 @@ def test_check_images_finds_wrong_sizes_formats_and_ends_before_the_first_step(m
         assert "000004.jpg ends early" in caplog.messages[1]
         list(data.val_dataloader())
         assert len(caplog.messages) == 2, "each file is reported once per run"
-    assert "3 of 5 images cannot be read (000001.jpg is 8 x 8 pixels, but the json says " in message
+    assert "3 of 5 images cannot be read (000001.jpg is 8 x 8 pixels, but the annotations say " in message
     assert "000003.jpg ends early" in message
     assert "check images of instances_val.json" in capfd.readouterr().err
 

@@ -65,7 +65,7 @@ def test_every_target_has_an_area(content, dataset, convention):
 def test_image_with_another_size_than_in_the_json_is_refused(dataset, tmp_path):
     Image.new("RGB", (41, 20)).save(tmp_path / "c.png")
     with pytest.raises(
-        UserError, match=r"c\.png is 41 x 20 pixels, but .* json says 40 x 20 \(image 30 of .*instances\.json\)"
+        UserError, match=r"c\.png is 41 x 20 pixels, but the annotations say 40 x 20 \(image 30 of .*instances\.json\)"
     ):
         dataset()[0]
 

@@ -351,8 +351,8 @@ def test_headers_show_other_sizes_and_formats(folder, as_zip):
     (folder / "text.png").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     source = ImageSource(zipped(folder, "") if as_zip else folder)
     assert [source.header_problem(name, (20, 30)) for name in ("a.jpg", "b.png")] == [None, None]
-    assert source.header_problem("a.jpg", (20, 31)) == "a.jpg is 30 x 20 pixels, but the json says 31 x 20"
-    assert source.header_problem("a.jpg", (30, 20)) == "a.jpg is 30 x 20 pixels, but the json says 20 x 30"
+    assert source.header_problem("a.jpg", (20, 31)) == "a.jpg is 30 x 20 pixels, but the annotations say 31 x 20"
+    assert source.header_problem("a.jpg", (30, 20)) == "a.jpg is 30 x 20 pixels, but the annotations say 20 x 30"
     assert source.header_problem("empty.png", (20, 30)) == "empty.png is empty, a file of 0 bytes"
     assert source.header_problem("text.png", (20, 30)).startswith("text.png is damaged or not an image")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpm_rcnn.data.samplers import EvalSampler, TrainBatchSampler, TrainOrder, collate
+from cpm_rcnn.data.samplers import EvalSampler, Negatives, TrainBatchSampler, TrainOrder, collate
 
 
 def order(n_landscape=37, n_portrait=11, seed=5, batch_size=4, world_size=2, per_rank=False):
@@ -92,6 +92,77 @@ def test_resumed_sampler_continues_where_the_run_stopped_and_keeps_its_length():
     resumed = TrainBatchSampler(order(), 1, 12, 30)
     assert list(resumed) == whole[12:]
     assert len(resumed) == 30
+
+
+# --- negatives, whose rows start at 1000, those of portrait images at 1500 ---
+
+
+def with_negatives(share, n_landscape=7, n_portrait=3, **options):
+    rows = np.concatenate([np.arange(37), 100 + np.arange(11)])
+    empty = np.concatenate([1000 + np.arange(n_landscape), 1500 + np.arange(n_portrait)])
+    options = {"seed": 5, "batch_size": 4, "world_size": 2, **options}
+    return TrainOrder(rows, rows >= 100, negatives=Negatives(empty, empty >= 1500, share), **options)
+
+
+def is_portrait(sample):
+    return 100 <= sample.image < 1000 or sample.image >= 1500
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.25, 1 / 3, 0.5, 0.95])
+def test_negatives_make_their_share_of_each_stream(share):
+    it = with_negatives(share)
+    samples = [sample for step in range(1000) for sample in it.global_batch(step)]
+    for portrait in (False, True):
+        stream = [sample.image >= 1000 for sample in samples if is_portrait(sample) == portrait]
+        assert abs(np.mean(stream) - share) <= 1 / len(stream) + 1e-3
+    assert all(len({is_portrait(sample) for sample in it.global_batch(step)}) == 1 for step in range(300))
+
+
+def test_negatives_do_not_change_the_order_of_the_other_images():
+    it, plain = with_negatives(0.25), order()
+
+    def streams(it, steps):
+        samples = [sample for step in range(steps) for sample in it.global_batch(step)]
+        others = [sample for sample in samples if sample.image < 1000]
+        return [[s.image for s in others if is_portrait(s) == portrait] for portrait in (False, True)]
+
+    for mixed, alone in zip(streams(it, 400), streams(plain, 400)):
+        assert mixed == alone[: len(mixed)]
+
+
+def test_negatives_occur_equally_often_and_at_random_positions():
+    it = with_negatives(0.25, n_landscape=7, n_portrait=0)
+    steps = [it.global_batch(step) for step in range(700)]
+    counts = Counter(sample.image for batch in steps for sample in batch if sample.image >= 1000)
+    assert len(counts) == 7
+    assert max(counts.values()) - min(counts.values()) <= 1
+    positions = Counter(position for batch in steps for position, sample in enumerate(batch) if sample.image >= 1000)
+    assert len(positions) == 8
+    assert min(positions.values()) > 0.5 * max(positions.values())
+
+
+def test_a_stream_without_negatives_of_its_orientation_stays_as_it_is():
+    it = with_negatives(0.5, n_portrait=0)
+    portrait = [s.image for step in range(300) for s in it.global_batch(step) if is_portrait(s)]
+    alone = [s.image for step in range(300) for s in order().global_batch(step) if is_portrait(s)]
+    assert portrait == alone
+
+
+@pytest.mark.parametrize("per_rank", [False, True])
+def test_a_step_with_negatives_depends_on_nothing_but_seed_and_step(per_rank):
+    forward = [with_negatives(0.3, per_rank=per_rank).global_batch(step) for step in range(60)]
+    shared = with_negatives(0.3, per_rank=per_rank)
+    for step in np.random.default_rng(0).permutation(60):
+        assert shared.global_batch(int(step)) == forward[step]
+    assert [sample.number for batch in forward for sample in batch] == list(range(60 * 8))
+    assert len(shared.global_batch(10**12)) == 8
+    if not per_rank:
+        one = with_negatives(0.3, batch_size=8, world_size=1)
+        assert all(one.global_batch(step) == forward[step] for step in range(60))
+
+
+def test_order_with_negatives_is_the_same_on_every_machine():
+    assert [sample.image for sample in with_negatives(0.25).global_batch(3)] == [8, 1004, 1, 15, 20, 7, 1002, 12]
 
 
 @pytest.mark.parametrize(("count", "world_size"), [(10, 1), (10, 4), (3, 5), (0, 2)])

@@ -392,9 +392,9 @@ BAD_IMAGES = {
     "truncated TIFF": (encoded(picture(), "TIFF")[:900], "2.png is damaged or not an image"),
     "truncated BMP": (encoded(picture(), "BMP")[:900], "2.png is damaged or not an image"),
     "gigapixel PNG": (png_of_size(50_000, 50_000), "2.png is too large to read (Image size (2500000000 pixels)"),
-    "other size": (encoded(picture(101, 80), "PNG"), "2.png is 101 x 80 pixels, but the json says 100 x 80"),
-    "other way round": (encoded(picture(80, 100), "PNG"), "2.png is 80 x 100 pixels, but the json says 100 x 80"),
-    "other size and large": (png_of_size(13_000, 13_000), "2.png is 13000 x 13000 pixels, but the json says"),
+    "other size": (encoded(picture(101, 80), "PNG"), "2.png is 101 x 80 pixels, but the annotations say 100 x 80"),
+    "other way round": (encoded(picture(80, 100), "PNG"), "2.png is 80 x 100 pixels, but the annotations say 100 x 80"),
+    "other size and large": (png_of_size(13_000, 13_000), "2.png is 13000 x 13000 pixels, but the annotations say"),
     "fractions": (encoded(picture(mode="F"), "TIFF"), "2.png has 32 bits per channel with an unknown range"),
     "32-bit": (
         encoded(Image.fromarray(np.full((80, 100), 1 << 20, np.int32)), "TIFF"),

@@ -44,6 +44,8 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
         datamodule.prepare_data()
         # So does this, but faulty files are better reported before a model is built and loggers start.
         datamodule.setup("fit")
+        # Refuses data without a validation split, which setup allows.
+        datamodule.annotations("val")
     return datamodule
 
 

@@ -50,12 +50,8 @@ def check_required(config: DictConfig) -> None:
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
-        examples = " ".join(f"{key}={_EXAMPLES.get(key, _example(key))}" for key in missing)
+        examples = " ".join(f"{key}={_EXAMPLES.get(key, 'VALUE')}" for key in missing)
         raise UserError(f"{', '.join(missing)}: must be given, for example {examples}")
-
-
-def _example(key: str) -> str:
-    return "FOLDER_OR_ZIP" if key.endswith("_images") else "FILE.json" if key.endswith("_json") else "VALUE"
 
 
 def check_added_keys(config: DictConfig) -> None:
@@ -114,14 +110,18 @@ def config_keys(config: DictConfig, node: str, renamed: Mapping[str, str] | None
         node: name of the node.
         renamed: config keys of arguments that do not come from an option of the same name.
     """
+
+    def with_keys(text: str) -> str:
+        names = "|".join(map(re.escape, map(str, config[node])))
+        return re.sub(rf"(?<![\w./])({names})(?==)", lambda match: config_key(config, node, match[1]), text)
+
     try:
         yield
     except ArgumentError as error:
         key = (renamed or {}).get(error.argument) or config_key(config, node, error.argument)
-        raise UserError(f"{key}{error.problem}") from error
+        raise UserError(f"{key}{with_keys(error.problem)}") from error
     except UserError as error:
-        names = "|".join(map(re.escape, map(str, config[node])))
-        text = re.sub(rf"(?<![\w./])({names})(?==)", lambda match: config_key(config, node, match[1]), str(error))
+        text = with_keys(str(error))
         if text == str(error):
             raise
         raise UserError(text) from error

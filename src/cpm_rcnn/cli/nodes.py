@@ -1,10 +1,13 @@
 """Settings of nodes and options of a config that can be checked without torch."""
 
+from pathlib import Path
+
 from omegaconf import DictConfig, OmegaConf
 
 from cpm_rcnn.cli.config import as_path, config_keys, to_dict
+from cpm_rcnn.data.formats import find_layout
 from cpm_rcnn.data.settings import DataSettings, ShapesSettings
-from cpm_rcnn.errors import UserError, check_keys, check_path
+from cpm_rcnn.errors import ArgumentError, UserError, check_keys, check_path
 from cpm_rcnn.settings import number, optional
 from cpm_rcnn.training.schedule import Schedule
 
@@ -31,13 +34,22 @@ def check_data_settings(config: DictConfig) -> None:
     """Check the values of ``data`` for training; other options in that node are left to the data module.
 
     Raises:
-        UserError: a value is invalid.
+        UserError: a value is invalid, or ``root`` has no data set in a known format.
     """
     values = to_dict(data_with_paths(config.data))
     kind = _DATA.get(str(values.get("_target_")))
-    if kind is not None:
-        with config_keys(config, "data"):
-            kind.from_dict({name: values[name] for name in kind.names() if name in values})
+    if kind is None:
+        return
+    with config_keys(config, "data"):
+        settings = kind.from_dict({name: values[name] for name in kind.names() if name in values})
+        if kind is not DataSettings or settings.train_json is not None:
+            return
+        named = "train_json=FILE.json train_images=FOLDER_OR_ZIP"
+        if settings.val_json is not None:
+            raise ArgumentError("train_json", f"=null: give the training annotations and images, {named}")
+        if settings.root is None:
+            raise ArgumentError("root", f"=null: give the folder of the data, root=FOLDER, or its files, {named}")
+        find_layout(Path(settings.root).expanduser(), settings.format)
 
 
 def data_with_paths(data: DictConfig) -> DictConfig:

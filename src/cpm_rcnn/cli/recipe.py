@@ -7,10 +7,12 @@ from omegaconf import DictConfig
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.training.module import DetectionModule
 
+# Options with the role inference that decide which images are used in training, with which labels.
+_DATA = ("classes", "val_fraction", "split_seed")
 # Options that may change in a run that resumes: how long it is, where things are, and how they are evaluated.
 _MAY_CHANGE = {
     *("schedule.max_steps", "schedule.milestones", "schedule.val_interval"),
-    *("data.train_json", "data.train_images", "data.val_count"),
+    "data.val_count",
     *("backbone.weights", "backbone.check_weights"),
 }
 
@@ -30,7 +32,7 @@ def training_recipe(
     """
     data = datamodule.settings.to_dict()
     values = {f"schedule.{name}": value for name, value in module.schedule.to_dict().items()}
-    values |= {f"data.{name}": data[name] for name in datamodule.settings.names("training")}
+    values |= {f"data.{name}": data[name] for name in (*datamodule.settings.names("training"), *_DATA)}
     values |= module.model.settings.training()
     values |= {"seed": config.seed, "processes": processes}
     trainer = ("accumulate_grad_batches", "precision", "gradient_clip_val", "compile")

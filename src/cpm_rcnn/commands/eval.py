@@ -11,7 +11,7 @@ from cpm_rcnn.cli.lightning import lightning_errors
 from cpm_rcnn.cli.trainer import build_evaluator
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.evaluation.module import EvaluationModule
-from cpm_rcnn.evaluation.records import RECORD, record_evaluation
+from cpm_rcnn.evaluation.records import record_evaluation
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.evaluation_report import report_evaluation
 from cpm_rcnn.reporting.tables import print_metrics, write_metrics
@@ -36,8 +36,7 @@ def evaluate_checkpoint(config: DictConfig) -> None:
         write_metrics(module.operating_points, run_dir / "operating_points.json")
     (run_dir / "detections.json").write_text(json.dumps(module.metric.results(config.details)))
     images = datamodule.images_folder("val" if config.split == "val" else "test")
-    record = record_evaluation(module.metric, images)
-    (run_dir / RECORD).write_text(json.dumps(record))
+    record_evaluation(module.metric, run_dir, images)
     model, settings = str(config.ckpt), detector.model.settings
     report_evaluation(module.metric, module.operating_points, model, settings, images, run_dir)
     print_metrics(module.metrics)

@@ -9,14 +9,24 @@ if TYPE_CHECKING:
     from cpm_rcnn.data.dataset import CocoDataset
     from cpm_rcnn.data.images import ImageSource
     from cpm_rcnn.data.settings import DataSettings
+    from cpm_rcnn.data.splits import DataSplits
 
-__all__ = ["CocoAnnotations", "CocoDataModule", "CocoDataset", "DataSettings", "ImageSource", "ShapesDataModule"]
+__all__ = [
+    "CocoAnnotations",
+    "CocoDataModule",
+    "CocoDataset",
+    "DataSettings",
+    "DataSplits",
+    "ImageSource",
+    "ShapesDataModule",
+]
 
 _MODULES = {
     "CocoAnnotations": "annotations",
     "CocoDataModule": "datamodule",
     "CocoDataset": "dataset",
     "DataSettings": "settings",
+    "DataSplits": "splits",
     "ImageSource": "images",
     "ShapesDataModule": "datamodule",
 }

@@ -1,15 +1,17 @@
-"""COCO-style annotations: a json file is read and checked once, and its content is stored in arrays."""
+"""COCO-style annotations: files are read and checked once, and their content is stored in arrays."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cpm_rcnn.data.classes import ClassSelection
+from cpm_rcnn.data.raw import RawAnnotations
 from cpm_rcnn.data.settings import OnError
-from cpm_rcnn.data.validation import check_categories, check_json, counted, read_json
+from cpm_rcnn.data.validation import check_categories, check_json, counted
 from cpm_rcnn.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -26,7 +28,8 @@ class CocoAnnotations:
     which forked DataLoader workers share instead of copying.
 
     Attributes:
-        path: the json file.
+        path: the json file, or the file or folder of another format that states which images the split has.
+        is_json: whether ``path`` is a COCO-style json with exactly these images, objects and classes.
         image_ids: (I,) int64, COCO ids. The row of an image in this array is its index everywhere else.
         file_names: (I,) str.
         heights: (I,) int64 pixels.
@@ -46,6 +49,7 @@ class CocoAnnotations:
     """
 
     path: Path
+    is_json: bool
     image_ids: np.ndarray
     file_names: np.ndarray
     heights: np.ndarray
@@ -88,6 +92,61 @@ class CocoAnnotations:
         """Rows (int64) of the images with at least one usable object."""
         return np.unique(self.image_rows[self.usable])
 
+    def images_without_objects(self) -> np.ndarray:
+        """Rows (int64) of the images without any object, also none that training ignores."""
+        return np.flatnonzero(np.diff(self.offsets) == 0)
+
+    def select(self, rows: np.ndarray, min_box_size: float = 0.0) -> "CocoAnnotations":
+        """The annotations of some of the images.
+
+        Args:
+            rows: rows (int64) of the images, in the new order.
+            min_box_size: as in :meth:`load`.
+        """
+        counts = np.diff(self.offsets)[rows]
+        starts = np.repeat(self.offsets[rows] - np.cumsum(counts) + counts, counts)
+        objects = starts + np.arange(counts.sum())
+        heights, widths, xywh, crowds = self.heights[rows], self.widths[rows], self.xywh[objects], self.crowds[objects]
+        limits = np.repeat(np.stack([widths, heights], axis=1), counts, axis=0)
+        return replace(
+            self,
+            is_json=False,
+            image_ids=self.image_ids[rows],
+            file_names=self.file_names[rows],
+            heights=heights,
+            widths=widths,
+            offsets=np.append(0, np.cumsum(counts)),
+            labels=self.labels[objects],
+            xywh=xywh,
+            areas=self.areas[objects],
+            crowds=crowds,
+            usable=_usable(xywh, limits, crowds, min_box_size),
+        )
+
+    def to_coco(self) -> dict[str, Any]:
+        """The content of a COCO-style json with these images, objects and listed categories."""
+        images = zip(
+            self.image_ids.tolist(), self.file_names.tolist(), self.heights.tolist(), self.widths.tolist(), strict=True
+        )
+        objects = zip(
+            self.image_ids[self.image_rows].tolist(),
+            (self.category_ids[label - 1] for label in self.labels.tolist()),
+            self.xywh.tolist(),
+            self.areas.tolist(),
+            self.crowds.astype(int).tolist(),
+            strict=True,
+        )
+        content: dict[str, Any] = {
+            "images": [dict(zip(("id", "file_name", "height", "width"), values)) for values in images],
+            "categories": [category for category, listed in zip(self.categories, self.listed) if listed],
+        }
+        if self.has_annotations:
+            keys = ("image_id", "category_id", "bbox", "area", "iscrowd")
+            content["annotations"] = [
+                {"id": number, **dict(zip(keys, values))} for number, values in enumerate(objects, start=1)
+            ]
+        return content
+
     @classmethod
     def load(
         cls,
@@ -99,46 +158,74 @@ class CocoAnnotations:
     ) -> "CocoAnnotations":
         """Read and check a COCO-style json file.
 
+        Args:
+            path: the json file.
+            categories: as in :meth:`check`.
+            on_error: as in :meth:`check`.
+            folder: as in :meth:`check`.
+            min_box_size: as in :meth:`check`.
+
+        Raises:
+            UserError: the file cannot be read or is not in COCO's format, or :meth:`check` refuses it.
+        """
+        return cls.check(RawAnnotations.from_json(Path(path)), categories, on_error, folder, min_box_size)
+
+    @classmethod
+    def check(
+        cls,
+        raw: RawAnnotations,
+        categories: Sequence[dict[str, Any]] | None = None,
+        on_error: OnError = "raise",
+        folder: str | Path | None = None,
+        min_box_size: float = 0.0,
+        classes: ClassSelection | None = None,
+    ) -> "CocoAnnotations":
+        """Check annotations that were read from files.
+
         Boxes of zero width or height (COCO's own ``instances_train2017.json`` has two) and boxes that only touch their
         image from outside are kept, but are not usable in training; a warning in the log names them.
 
         Args:
-            path: the json file.
+            raw: the annotations.
             categories: the categories that a model already knows, each with ``id`` and ``name``. They decide the
-                labels, and no annotation may have another one. None takes the categories of the file.
+                labels, and no annotation may have another one. Those of the file are found among them by name
+                (:func:`~cpm_rcnn.data.classes.match_categories`). None takes the categories of the file.
             on_error: ``raise``, or ``skip``: skip invalid images and annotations and log a warning with their number.
                 Of several entries with the same id, the first is kept.
             folder: where the images are. Absolute file names inside it become relative to it, all others are invalid.
             min_box_size: objects whose width or height inside their image is at most this many pixels are not usable.
+            classes: the classes to keep, with the names that they have in the file; needs ``categories``. None keeps
+                all.
 
         Raises:
-            UserError: the file cannot be read or is not in COCO's format; its categories are invalid or not in
-                ``categories``; its boxes look like x1, y1, x2, y2 or like fractions of the image; no image is valid;
-                or, with ``raise``, any image or annotation is invalid. One line lists all kinds of errors, each with
-                its count and first ids.
+            UserError: categories are invalid or not in ``categories``; boxes look like x1, y1, x2, y2 or like fractions
+                of the image; no image is valid; or, with ``raise``, any image or annotation is invalid. One line lists
+                all kinds of errors, each with its count and first ids or lines.
         """
-        path = Path(path)
         if categories is not None:
             check_categories("categories", categories)
-        content = read_json(path)
-        found = check_json(content, categories, None if folder is None else Path(folder))
-        if found.fatal or (found.faults and on_error == "raise"):
+        path, content = raw.path, raw.content
+        found = check_json(
+            content, categories, None if folder is None else Path(folder), classes, raw.image_name, raw.object_name
+        )
+        faults = raw.faults + found.faults
+        if found.fatal or (faults and on_error == "raise"):
             advice = [] if found.fatal else ["correct the file, or skip these with on_error=skip"]
-            raise UserError(f"{path}: {'; '.join(found.fatal + found.faults + advice)}")
+            raise UserError(f"{path}: {'; '.join(found.fatal + faults + advice)}")
         if not found.good_images.any():
-            raise UserError(f"{path}: no image is valid; {'; '.join(found.faults)}")
-        kept = found.good_objects & found.good_images[found.image_rows]
-        notes = list(found.notes)
-        if found.faults:
-            notes.append(f"on_error=skip: skipped {'; '.join(found.faults)}")
-        if valid := (found.good_objects & ~kept).sum():
+            raise UserError(f"{path}: no image is valid; {'; '.join(faults)}")
+        kept = found.good_objects & found.good_images[found.image_rows] & ~found.left_out
+        notes = raw.notes + found.notes
+        if faults:
+            notes.append(f"on_error=skip: skipped {'; '.join(faults)}")
+        if valid := (found.good_objects & ~found.good_images[found.image_rows]).sum():
             notes.append(f"skipped {counted(valid, 'valid annotation', 'valid annotations')} of skipped images")
         if notes:
             _log.warning("%s: %s", path, "; ".join(notes))
 
         known = sorted(content.get("categories", []) if categories is None else categories, key=lambda c: c["id"])
         category_ids = [int(category["id"]) for category in known]
-        listed = np.isin(category_ids, [category["id"] for category in content.get("categories", [])])
+        listed = np.isin(category_ids, found.listed_ids)
         images, objects = np.flatnonzero(found.good_images), np.flatnonzero(kept)
         heights, widths = found.heights[images], found.widths[images]
         image_rows = np.searchsorted(images, found.image_rows[objects])
@@ -146,9 +233,9 @@ class CocoAnnotations:
         objects, image_rows = objects[order], image_rows[order]
         boxes, crowds = found.boxes[objects], found.crowds[objects]
         limits = np.stack([widths, heights], axis=1)[image_rows]
-        inside = np.minimum(boxes[:, :2] + boxes[:, 2:], limits) - np.maximum(boxes[:, :2], 0)
         return cls(
             path=path,
+            is_json=raw.object_name is None and classes is None,
             image_ids=found.image_ids[images],
             file_names=np.array(found.file_names, dtype=str)[images],
             heights=heights,
@@ -162,5 +249,11 @@ class CocoAnnotations:
             xywh=boxes,
             areas=found.areas[objects],
             crowds=crowds,
-            usable=(inside > min_box_size).all(axis=1) & ~crowds,
+            usable=_usable(boxes, limits, crowds, min_box_size),
         )
+
+
+def _usable(xywh: np.ndarray, limits: np.ndarray, crowds: np.ndarray, min_box_size: float) -> np.ndarray:
+    """(A,) bool, the objects used in training, from their boxes, the (width, height) of their images, and crowds."""
+    inside = np.minimum(xywh[:, :2] + xywh[:, 2:], limits) - np.maximum(xywh[:, :2], 0)
+    return (inside > min_box_size).all(axis=1) & ~crowds

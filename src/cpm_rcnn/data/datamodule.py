@@ -4,7 +4,7 @@ import logging
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -16,24 +16,15 @@ from cpm_rcnn.boxes import CONVENTIONS
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.dataset import CocoDataset, ImageFaults
 from cpm_rcnn.data.file_check import check_image_files, describe_problems, shared_images
-from cpm_rcnn.data.images import ImageSource
-from cpm_rcnn.data.samplers import EvalSampler, TrainBatchSampler, TrainOrder, collate
-from cpm_rcnn.data.settings import DataSettings, ShapesSettings
+from cpm_rcnn.data.samplers import EvalSampler, Negatives, TrainBatchSampler, TrainOrder, collate
+from cpm_rcnn.data.settings import DataSettings, ShapesSettings, Split
 from cpm_rcnn.data.shapes import CATEGORIES, write_shapes
+from cpm_rcnn.data.splits import DataSplits
 from cpm_rcnn.data.transforms import Augmentation, RandomFlip, RandomResize, Resize
-from cpm_rcnn.data.validation import check_categories, counted
+from cpm_rcnn.data.validation import counted
 from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
 
-Split = Literal["train", "val", "test"]
-
 _log = logging.getLogger(__name__)
-
-# COCO's own names, and where its files are.
-_COCO_FILES = {
-    *(f"annotations/{name}.json" for name in ("instances_train2017", "instances_val2017", "image_info_test-dev2017")),
-    *("train2017", "val2017", "test2017"),
-}
-_COCO_SOURCE = " (COCO 2017: Train/Val images and annotations from https://cocodataset.org/#download)"
 
 
 def _is_first_rank() -> bool:
@@ -42,15 +33,15 @@ def _is_first_rank() -> bool:
 
 
 class CocoDataModule(pl.LightningDataModule):
-    """A COCO-style data set on disk.
+    """A data set on disk, in COCO's or another format (:mod:`cpm_rcnn.data.formats`).
 
     Its loaders shard by rank themselves, so the Trainer needs ``use_distributed_sampler=False``. They yield batches of
     :class:`~cpm_rcnn.data.CocoDataset` as :func:`~cpm_rcnn.data.samplers.collate` builds them. No file is read before
     it is needed. Before a Trainer's first step, :meth:`setup` checks that all images exist.
 
     Args:
-        categories: the categories of the labels, each with ``id`` and ``name``. None takes them from ``train_json``, or
-            from ``val_json`` if there is no ``train_json``.
+        categories: the categories of the labels, each with ``id`` and ``name``. None takes them from the settings or
+            the annotations (:class:`~cpm_rcnn.data.splits.DataSplits`).
         batch_size: training images per step and process.
         max_steps: number of batches of the whole run; only training needs it.
         seed: random seed of the order and the augmentations, 0 to 2**32 - 1.
@@ -59,7 +50,7 @@ class CocoDataModule(pl.LightningDataModule):
 
     Attributes:
         settings: the settings.
-        root: ``settings.root`` as a path, with ``~`` expanded.
+        splits: the annotations and images of the splits.
         train_augmentations: augmentations that are applied in training. To add your own, change this list before the
             loader is built.
         eval_augmentations: augmentations that are applied in validation and test; they may only resize.
@@ -88,7 +79,7 @@ class CocoDataModule(pl.LightningDataModule):
         check_range("seed", seed, 0, 2**32 - 1)
         check_choice("convention", convention, CONVENTIONS)
         self.settings = self.settings_class.from_dict(settings)
-        self.root = Path(self.settings.root or "").expanduser()
+        self.splits = DataSplits(self.settings, categories)
         self.batch_size = batch_size
         self.max_steps = max_steps
         self.seed = seed
@@ -101,11 +92,6 @@ class CocoDataModule(pl.LightningDataModule):
         self.eval_augmentations: list[Augmentation] = [
             Resize(self.settings.test_short_side, self.settings.test_max_size)
         ]
-        if categories is not None:
-            check_categories("categories", categories)
-        self._given_categories = categories
-        self._annotations: dict[str, CocoAnnotations] = {}
-        self._sources: dict[str, ImageSource] = {}
         self._faults: dict[str, ImageFaults] = {}
         self._checked: set[str] = set()
 
@@ -120,43 +106,35 @@ class CocoDataModule(pl.LightningDataModule):
         return {name: values[name] for name in DataSettings.names("inference")} | {"root": str(self.root.absolute())}
 
     @property
+    def root(self) -> Path:
+        """``settings.root`` as a path, with ``~`` expanded."""
+        return self.splits.root
+
+    @property
     def categories(self) -> list[dict[str, Any]]:
         """``{"id": .., "name": ..}`` by ascending id; label ``k + 1`` stands for item k.
 
         Raises:
-            UserError: the json that defines them is missing or invalid.
+            UserError: the annotations that define them are missing or invalid.
         """
-        if self._given_categories is not None:
-            return sorted(self._given_categories, key=lambda category: category["id"])
-        annotations = self.annotations(self._category_split)
-        if not annotations.categories:
-            raise UserError(f"{annotations.path}: 'categories' is empty, so there is nothing to detect")
-        return annotations.categories
+        return self.splits.categories
 
     def annotations(self, split: Split) -> CocoAnnotations:
-        """The annotations of a split; its file is read at the first call.
+        """The annotations of a split; its files are read at the first call.
 
         Raises:
-            UserError: there is no such file, or it is invalid (:meth:`CocoAnnotations.load`).
+            UserError: there is no such split, or a file is missing or invalid.
         """
-        if split not in self._annotations:
-            path = self._path(split, "json")
-            # The json that defines the categories cannot be checked against them.
-            known = self._given_categories if split == self._category_split else self.categories
-            folder = self.images_folder(split)
-            min_box_size = self.settings.min_box_size if split == "train" else 0.0
-            self._annotations[split] = CocoAnnotations.load(path, known, self.settings.on_error, folder, min_box_size)
-        return self._annotations[split]
+        return self.splits.annotations(split, progress=_is_first_rank())
 
     def images_folder(self, split: Split) -> Path | None:
         """The folder of a split's images, which may be a zip file of that name; None if none is given."""
-        images = getattr(self.settings, f"{split}_images")
-        return None if images is None else self.root / images.removesuffix(".zip")
+        return self.splits.images_folder(split)
 
     def setup(self, stage: str) -> None:
         """Check that the images of all splits of a stage exist, and with ``check_images`` their headers.
 
-        Images without a usable object are not read in training and not checked. A Trainer calls this in every process.
+        Only the images that training uses are checked in the training split. A Trainer calls this in every process.
 
         Args:
             stage: Lightning's name of what follows: ``fit`` (the training and validation splits), ``validate`` or
@@ -169,7 +147,7 @@ class CocoDataModule(pl.LightningDataModule):
         splits = stages.get(stage, [])
         if stage == "fit":
             # From Python, a run may do without one of the splits.
-            splits = [split for split in splits if getattr(self.settings, f"{split}_json") is not None]
+            splits = [split for split in splits if self.splits.has(split)]
         for split in splits:
             if split not in self._checked:
                 self._check_images(split)
@@ -179,14 +157,16 @@ class CocoDataModule(pl.LightningDataModule):
             self._checked.add("overlap")
 
     def _check_images(self, split: Split) -> None:
-        annotations, images = self.annotations(split), self._images(split)
-        rows = annotations.images_with_objects() if split == "train" else np.arange(len(annotations))
+        annotations, images = self.annotations(split), self.splits.images(split)
+        rows = self._training_rows() if split == "train" else np.arange(len(annotations))
         first_rank = _is_first_rank()
         problems = check_image_files(annotations, rows, images, self.settings.check_images, progress=first_rank)
         if not problems:
             return
         described = f"{images.path}: {describe_problems(problems, len(rows))}, which {annotations.path} lists"
         if len(problems) == len(rows):
+            if getattr(self.settings, f"{split}_images") is None:
+                raise UserError(described)
             raise ArgumentError(
                 f"{split}_images", f"={described}; must be the folder or .zip that its file names start from"
             )
@@ -200,21 +180,17 @@ class CocoDataModule(pl.LightningDataModule):
     def _warn_of_overlap(self) -> None:
         if not _is_first_rank():
             return
+        if self.settings.val_fraction is not None:
+            return
         train, val = self.annotations("train"), self.annotations("val")
         reason = "the validation metrics will not show how well the model generalizes"
-        if train.path.resolve() == val.path.resolve():
+        if train.path.resolve() == val.path.resolve() and np.array_equal(train.file_names, val.file_names):
             _log.warning("%s is used for training and for validation; %s", val.path, reason)
             return
-        count, first = shared_images((train, self._images("train")), (val, self._images("val")))
+        count, first = shared_images((train, self.splits.images("train")), (val, self.splits.images("val")))
         if count:
             total = counted(len(val), "validation image", "validation images")
             _log.warning("%d of %s are also training images (%s, ...); %s", count, total, first, reason)
-
-    def _images(self, split: Split) -> ImageSource:
-        # One for all loaders, because reading the directory of a large archive takes seconds.
-        if split not in self._sources:
-            self._sources[split] = ImageSource(self._path(split, "images"))
-        return self._sources[split]
 
     def _faults_of(self, split: Split) -> ImageFaults:
         """The faults that all loaders of a split share, so that each is reported once."""
@@ -223,10 +199,12 @@ class CocoDataModule(pl.LightningDataModule):
         return self._faults[split]
 
     def train_dataloader(self) -> DataLoader:
-        """Training batches from ``start_step`` to ``max_steps``, of the images with at least one usable object.
+        """Training batches from ``start_step`` to ``max_steps``.
+
+        They are of the images with at least one usable object, and with ``negatives`` also of those without any object.
 
         Raises:
-            UserError: a file is missing or invalid, or no image has a usable object.
+            UserError: a file is missing or invalid, no image has a usable object, or with ``negatives``, all have one.
         """
         annotations = self.annotations("train")
         rows = annotations.images_with_objects()
@@ -237,10 +215,37 @@ class CocoDataModule(pl.LightningDataModule):
             raise ArgumentError("max_steps", "=None: training needs the number of steps")
         rank, world_size = self._rank()
         per_process = self.settings.batch_orientation == "process"
-        portrait = (annotations.portrait | annotations.square if per_process else annotations.portrait)[rows]
-        order = TrainOrder(rows, portrait, self.seed, self.batch_size, world_size, per_process)
+        portrait = annotations.portrait | annotations.square if per_process else annotations.portrait
+        negatives = None
+        if self.settings.negatives:
+            empty = self._negative_rows()
+            if not np.isin(portrait[empty], portrait[rows]).any():
+                reason = "the images without objects do not have the orientation of the others"
+                raise ArgumentError("negatives", f"={self.settings.negatives}: {annotations.path}: {reason}")
+            negatives = Negatives(empty, portrait[empty], self.settings.negatives)
+        order = TrainOrder(rows, portrait[rows], self.seed, self.batch_size, world_size, per_process, negatives)
         sampler = TrainBatchSampler(order, rank, self.start_step, self.max_steps)
-        return self._loader("train", self.train_augmentations, replacements=rows, batch_sampler=sampler)
+        used = self._training_rows()
+        return self._loader("train", self.train_augmentations, replacements=used, batch_sampler=sampler)
+
+    def _training_rows(self) -> np.ndarray:
+        """The ascending rows (int64) of all images that are used in training."""
+        with_objects = self.annotations("train").images_with_objects()
+        return np.union1d(with_objects, self._negative_rows()) if self.settings.negatives else with_objects
+
+    def _negative_rows(self) -> np.ndarray:
+        """The rows (int64) of the training images without objects.
+
+        Raises:
+            ArgumentError: there are none.
+        """
+        annotations = self.annotations("train")
+        rows = annotations.images_without_objects()
+        if len(rows) == 0:
+            raise ArgumentError(
+                "negatives", f"={self.settings.negatives}: {annotations.path} has no image without objects"
+            )
+        return rows
 
     def val_dataloader(self) -> DataLoader:
         """All images of the validation split, in the json's order.
@@ -271,7 +276,7 @@ class CocoDataModule(pl.LightningDataModule):
     ) -> DataLoader:
         dataset = CocoDataset(
             self.annotations(split),
-            self._images(split),
+            self.splits.images(split),
             augmentations,
             self.convention,
             self.seed,
@@ -292,38 +297,6 @@ class CocoDataModule(pl.LightningDataModule):
     def _rank(self) -> tuple[int, int]:
         """The rank of this process and the number of ranks."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    @property
-    def _category_split(self) -> Split:
-        """The split whose json defines the categories unless they were given."""
-        return "train" if self.settings.train_json else "val"
-
-    def _path(self, split: Split, kind: Literal["json", "images"]) -> Path:
-        """The existing path that a setting refers to; images may be a folder or its .zip.
-
-        Raises:
-            ArgumentError: the setting is None, or the path does not exist.
-        """
-        argument = f"{split}_{kind}"
-        name = getattr(self.settings, argument)
-        if name is None:
-            raise ArgumentError(argument, f"=null: set it to use the {split} split")
-        path = self.root / name
-        if path.exists() or (kind == "images" and path.with_name(path.name + ".zip").exists()):
-            return path
-        source = _COCO_SOURCE if name in _COCO_FILES else ""
-        raise ArgumentError(argument, f"={path}: no such file or folder; {self._expected_files()}{source}")
-
-    def _expected_files(self) -> str:
-        """The files that should be in ``root``, for messages."""
-        names = []
-        for split in ("train", "val", "test"):
-            json, images = (getattr(self.settings, f"{split}_{kind}") for kind in ("json", "images"))
-            if json:
-                names.append(json)
-            if images:
-                names.append(images if images.endswith(".zip") else f"{images}/ or {images}.zip")
-        return f"expected in {self.root.absolute()}: {', '.join(names)}"
 
 
 def _ignore_signals(worker: int) -> None:
@@ -353,7 +326,8 @@ class ShapesDataModule(CocoDataModule):
             train_images="train",
             val_json="annotations/instances_val.json",
             val_images="val",
-            categories=CATEGORIES,
+            # Known before the data set is rendered.
+            categories=CATEGORIES if arguments.get("classes") is None else None,
             **arguments,
         )
 

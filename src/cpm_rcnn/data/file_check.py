@@ -1,21 +1,14 @@
 """Checks that the images of a split exist, before the first batch is read."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from os.path import normpath
-from typing import TypeVar
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.images import ImageSource
+from cpm_rcnn.data.threads import in_threads
 from cpm_rcnn.data.validation import counted
-
-# Reading headers mostly waits for the file system.
-_THREADS = 16
-_T = TypeVar("_T")
 
 
 def check_image_files(
@@ -42,7 +35,7 @@ def check_image_files(
             size = int(annotations.heights[row]), int(annotations.widths[row])
             return images.header_problem(str(annotations.file_names[row]), size)
 
-        found = _in_threads(problem_of, existing, f"check images of {annotations.path.name}", progress)
+        found = in_threads(problem_of, existing, f"check images of {annotations.path.name}", progress)
         problems |= {row: why for row, why in zip(existing, found) if why is not None}
     return problems
 
@@ -66,12 +59,3 @@ def shared_images(
 
 def _normalized(file_name: str) -> str:
     return normpath(file_name.replace("\\", "/"))
-
-
-def _in_threads(function: Callable[[int], _T], rows: Sequence[int], title: str, progress: bool) -> list[_T]:
-    """``function`` of each row, in order, with a progress bar."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        results: Iterable[_T] = pool.map(function, rows)
-        if progress:
-            results = track(results, title, total=len(rows), console=Console(stderr=True))
-        return list(results)

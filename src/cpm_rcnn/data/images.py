@@ -6,7 +6,8 @@ import os
 import stat
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -16,6 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from cpm_rcnn.data.channels import check_gray_range, check_tiff_channels
 from cpm_rcnn.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -140,6 +142,32 @@ class ImageSource:
             return f"{_short(file_name)} cannot be read ({getattr(error, 'strerror', None) or error})"
         return None
 
+    @contextmanager
+    def opened(self, file_name: str) -> Iterator[tuple[Image.Image, Image.Transpose | None]]:
+        """An image that is not decoded yet, and the transformation that makes it upright; None if it is upright.
+
+        Raises:
+            UserError: the image is missing, damaged, or has an unsupported format, which may show inside the context.
+        """
+        try:
+            if self._members is None:
+                file: IO[bytes] = _first_existing(self.path, file_name).open("rb")
+            else:
+                file = self._open().open(self._member(file_name))
+            with file:
+                image = _opened(file)
+                yield image, _exif_transpose(image)
+        except UserError as error:
+            message = str(error)
+            prefix = f"{self.path}: "
+            raise UserError(
+                message if message.startswith(prefix) else f"{prefix}{_short(file_name)} {message}"
+            ) from error
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: image {_short(file_name)} not found") from None
+        except Exception as error:  # of Pillow's readers, the file system, and any type of a damaged archive
+            raise UserError(f"{self.path}: {_short(file_name)} {_DAMAGED}") from error
+
     def _read_folder(self, file_name: str) -> bytes:
         try:
             return _first_existing(self.path, file_name).read_bytes()
@@ -198,7 +226,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SWAPS_SIDES = {_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8)}
+SWAPS_SIDES = {_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8)}
 
 
 def _decode(raw: bytes, size: tuple[int, int] | None) -> tuple[Tensor, float | None]:
@@ -223,7 +251,7 @@ def _decode(raw: bytes, size: tuple[int, int] | None) -> tuple[Tensor, float | N
                 raise
             image, lost = _complete_jpeg(raw)
         transpose = _exif_transpose(image)
-        upright_size = image.size if transpose in _SWAPS_SIDES else image.size[::-1]
+        upright_size = image.size if transpose in SWAPS_SIDES else image.size[::-1]
         if size not in (None, upright_size, image.size[::-1]):
             raise UserError(_wrong_size(image.size, size))
         if transpose is not None and size in (None, upright_size):
@@ -238,6 +266,7 @@ def _decode(raw: bytes, size: tuple[int, int] | None) -> tuple[Tensor, float | N
 
 
 def _opened(file: IO[bytes]) -> Image.Image:
+    check_tiff_channels(file)
     return Image.open(file, formats=_FORMATS)
 
 
@@ -250,7 +279,7 @@ def _check_header(file: IO[bytes], size: tuple[int, int]) -> None:
     try:
         image = _opened(file)
         # Only EXIF data explain swapped sides; some formats keep them after the pixels.
-        if image.size[::-1] != size and (image.size != size or _exif_transpose(image) not in _SWAPS_SIDES):
+        if image.size[::-1] != size and (image.size != size or _exif_transpose(image) not in SWAPS_SIDES):
             raise UserError(_wrong_size(image.size, size))
     except UserError:
         raise
@@ -360,11 +389,11 @@ def rgb_tensor(image: Image.Image) -> Tensor:
     Raises:
         UserError: the range of its pixel values is unknown; the message continues a sentence that starts with its name.
     """
-    return pil_to_tensor(_eight_bits(image).convert("RGB"))
+    return pil_to_tensor(eight_bits(image).convert("RGB"))
 
 
 def _wrong_size(found: tuple[int, int], size: tuple[int, int]) -> str:
-    return f"is {found[0]} x {found[1]} pixels, but the json says {size[1]} x {size[0]}"
+    return f"is {found[0]} x {found[1]} pixels, but the annotations say {size[1]} x {size[0]}"
 
 
 def _exif_transpose(image: Image.Image) -> Image.Transpose | None:
@@ -375,7 +404,7 @@ def _exif_transpose(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def eight_bits(image: Image.Image) -> Image.Image:
     """The image with 8 bits per channel. Pillow's own conversion would clip 16-bit gray instead of scaling it.
 
     Raises:
@@ -386,6 +415,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image)
     if image.mode == "F" or pixels.min() < 0 or pixels.max() >= 1 << 16:
         raise UserError("has 32 bits per channel with an unknown range; save it with 8 or 16")
+    check_gray_range(pixels)
     return Image.fromarray((pixels >> 8).astype(np.uint8))
 
 

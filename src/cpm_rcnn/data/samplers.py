@@ -5,6 +5,7 @@ directly, so a run that stops and resumes, or changes its number of workers, get
 """
 
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,21 @@ class Sample(NamedTuple):
     number: int
 
 
+class Negatives(NamedTuple):
+    """Images without objects that are mixed into the training images.
+
+    Attributes:
+        images: (K,) int64, their rows.
+        portrait: (K,) bool, which ones are portrait images.
+        share: share of the samples that they make, above 0 and below 1. It is rounded to a fraction whose denominator
+            is at most 1000.
+    """
+
+    images: np.ndarray
+    portrait: np.ndarray
+    share: float
+
+
 class TrainOrder:
     """An endless order of training batches, each with images of one orientation on all ranks.
 
@@ -33,6 +49,10 @@ class TrainOrder:
     in proportion to their numbers of images, as evenly as whole batches allow. No image is dropped or buffered. With
     ``per_rank``, the same holds for the batches of the ranks, one after the other, instead of those of the steps.
 
+    Negatives replace no image: they are inserted into the stream of their orientation at random positions, as many in
+    each block of the denominator of their share as its numerator says. A stream without negatives of its orientation
+    stays as it is. The order of the other images does not change.
+
     Args:
         images: rows of the images to train on.
         portrait: for each of them, whether it is a portrait image.
@@ -40,6 +60,7 @@ class TrainOrder:
         batch_size: images per step and rank.
         world_size: number of ranks.
         per_rank: whether the ranks of a step may get images of different orientations.
+        negatives: images without objects; None for no such images.
     """
 
     def __init__(
@@ -50,6 +71,7 @@ class TrainOrder:
         batch_size: int,
         world_size: int,
         per_rank: bool = False,
+        negatives: Negatives | None = None,
     ) -> None:
         rows = np.asarray(images, dtype=np.int64)
         portrait = np.asarray(portrait, dtype=bool)
@@ -57,7 +79,13 @@ class TrainOrder:
         self.world_size = world_size
         # Number of parts of a step that take their images from one stream each.
         self._parts = world_size if per_rank else 1
-        self._streams = (_Stream(rows[~portrait], seed, 0), _Stream(rows[portrait], seed, 1))
+        streams = (_Stream(rows[~portrait], seed, 0), _Stream(rows[portrait], seed, 1))
+        self._streams: Sequence[_Stream | _MixedStream] = streams
+        if negatives is not None:
+            self._streams = [
+                _mixed(stream, negatives.images[negatives.portrait == group], negatives.share, seed, group)
+                for group, stream in enumerate(streams)
+            ]
         self._images = len(rows)
         self._portraits = int(portrait.sum())
         # The random start position in the alternation of the two streams; integer arithmetic is exact at any step.
@@ -103,12 +131,50 @@ class _Stream:
             taken += self._permutation(epoch)[offset : offset + count - len(taken)].tolist()
         return taken
 
+    def total(self, count: int) -> int:
+        """The sum of the first ``count`` items."""
+        epochs, offset = divmod(count, len(self._images))
+        return epochs * int(self._images.sum()) + int(self._permutation(epochs)[:offset].sum())
+
     def _permutation(self, epoch: int) -> np.ndarray:
         # Sorts raw output, not Generator.permutation: numpy promises only the former to be the same in all versions.
         if epoch != self._epoch:
             words = Philox(key=self._key, counter=_ORDER + (epoch << 64)).random_raw(len(self._images))
             self._epoch, self._shuffled = epoch, self._images[np.argsort(words, kind="stable")]
         return self._shuffled
+
+
+class _MixedStream:
+    """A stream into which the items of another one are inserted.
+
+    Args:
+        stream: the stream.
+        other: the other stream.
+        flags: an endless sequence of permutations of zeros and ones, which says at which positions the other's items
+            are.
+    """
+
+    def __init__(self, stream: _Stream, other: _Stream, flags: _Stream) -> None:
+        self._both = (stream, other)
+        self._flags = flags
+
+    def take(self, start: int, count: int) -> list[int]:
+        """Items ``start`` to ``start + count`` of the stream."""
+        inserted = self._flags.total(start)
+        taken: list[int] = []
+        for position, flag in enumerate(self._flags.take(start, count), start=start):
+            taken += self._both[flag].take(inserted if flag else position - inserted, 1)
+            inserted += flag
+        return taken
+
+
+def _mixed(stream: _Stream, negatives: np.ndarray, share: float, seed: int, group: int) -> _Stream | _MixedStream:
+    if not len(negatives):
+        return stream
+    exact = min(max(Fraction(share).limit_denominator(1000), Fraction(1, 1000)), Fraction(999, 1000))
+    flags = np.arange(exact.denominator) < exact.numerator
+    # 0 to 2 are the keys of the streams and of their alternation.
+    return _MixedStream(stream, _Stream(negatives, seed, 3 + group), _Stream(flags.astype(np.int64), seed, 5 + group))
 
 
 class TrainBatchSampler(Sampler[list[Sample]]):

@@ -1,20 +1,32 @@
 """Settings of the data modules."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from cpm_rcnn.errors import ArgumentError
+from cpm_rcnn.data.classes import check_classes
+from cpm_rcnn.errors import ArgumentError, shown
 from cpm_rcnn.settings import Settings, choice, flag, inference, integer, list_of, number, optional, text, training
 
 OnError = Literal["raise", "skip"]
+Split = Literal["train", "val", "test"]
+FORMATS = ("coco", "yolo", "voc", "cvat")
+
+
+def _below_one(argument: str, value: Any) -> None:
+    """A number of at least 0 and below 1."""
+    number(0, 1)(argument, value)
+    if value == 1:
+        raise ArgumentError(argument, f"={shown(value)}: must be below 1")
 
 
 @dataclass(frozen=True)
 class DataSettings(Settings):
     """Settings of :class:`~cpm_rcnn.data.CocoDataModule`.
 
-    Relative paths start from ``root``. A split can only be used if its two paths are set.
+    Relative paths start from ``root``. If neither ``train_json`` nor ``val_json`` is set, the annotations and images of
+    all splits are found in ``root`` (:mod:`cpm_rcnn.data.formats`). Otherwise, a split can only be used if its two
+    paths are set.
 
     Attributes:
         root: folder of the data set; None is the current working directory.
@@ -24,6 +36,15 @@ class DataSettings(Settings):
         val_images: folder or .zip file with its images.
         test_json: COCO-style annotations of the test split, or only its list of images (COCO's test-dev).
         test_images: folder or .zip file with its images.
+        format: format of the annotations in ``root``, one of :data:`FORMATS`; ``auto`` recognizes it.
+        classes: the classes to detect, in the order of their labels: a list of names, and of ``{new: old}`` or
+            ``{new: [old, ...]}`` for classes with another name (:class:`~cpm_rcnn.data.classes.ClassSelection`).
+            Objects of other classes are left out. None keeps the classes of the training annotations.
+        val_fraction: part of the training images, above 0 and below 1, that become the validation split of a data set
+            without one. Images that look alike stay together (:mod:`cpm_rcnn.data.holdout`). None holds out nothing.
+        split_seed: random seed of that choice. It does not depend on the seed of the run.
+        negatives: share of the training images, at least 0 and below 1, that are images without objects
+            (:class:`~cpm_rcnn.data.samplers.TrainOrder`). With 0, such images are not used in training.
         eval_batch_size: images per step and process in validation and test.
         num_workers: worker processes of each loader; 0 loads in the main process.
         short_sides: lengths in pixels of the image's shorter side, one of which is drawn for each training sample.
@@ -45,12 +66,18 @@ class DataSettings(Settings):
     """
 
     root: str | None = inference(None, check=optional(text))
-    train_json: str | None = training(None, check=optional(text))
-    train_images: str | None = training(None, check=optional(text))
+    # Those of the training images are needed in an evaluation too, if the validation images are a part of them.
+    train_json: str | None = inference(None, check=optional(text))
+    train_images: str | None = inference(None, check=optional(text))
     val_json: str | None = inference(None, check=optional(text))
     val_images: str | None = inference(None, check=optional(text))
     test_json: str | None = inference(None, check=optional(text))
     test_images: str | None = inference(None, check=optional(text))
+    format: str = inference("auto", check=choice("auto", *FORMATS))
+    classes: Sequence[str | Mapping[str, Any]] | None = inference(None, check=optional(check_classes))
+    val_fraction: float | None = inference(None, check=optional(_below_one))
+    split_seed: int = inference(0, check=integer(0))
+    negatives: float = training(0.0, check=_below_one)
     eval_batch_size: int = inference(1, check=integer())
     num_workers: int = inference(2, check=integer(0))
     short_sides: Sequence[int] = training((800,), check=list_of(integer()))
@@ -66,6 +93,15 @@ class DataSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.val_fraction == 0:
+            raise ArgumentError("val_fraction", "=0: must be above 0; null holds out nothing")
+        if self.val_fraction is not None and self.val_json is not None:
+            raise ArgumentError(
+                "val_fraction", f"={self.val_fraction}: val_json={self.val_json} names a validation split already"
+            )
+        if self.format in FORMATS[1:] and (self.train_json or self.val_json):
+            given = "train_json" if self.train_json else "val_json"
+            raise ArgumentError("format", f"={self.format}: {given} names a COCO-style json; give only one of them")
         if self.max_size < min(self.short_sides):
             raise ArgumentError("max_size", f"={self.max_size}: must be at least short_sides, {list(self.short_sides)}")
         if self.test_short_side is not None and self.test_max_size < self.test_short_side:

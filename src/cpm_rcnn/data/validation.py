@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cpm_rcnn.data.classes import ClassSelection, match_categories
 from cpm_rcnn.errors import ArgumentError, UserError, check_list
 
 # In pixels. No image format allows more, and arithmetic with smaller numbers does not overflow.
@@ -35,11 +36,13 @@ class CheckedJson:
         widths: (I,) int64 pixels.
         good_images: (I,) bool.
         image_rows: (A,) int64, the row of each annotation's image.
-        category_ids: (A,) int64.
+        category_ids: (A,) int64, as the model numbers them.
         boxes: (A, 4) float64, x, y, width, height in pixels; those of valid annotations overlap or touch their image.
         areas: (A,) float64 square pixels; the area of the box if the json has none.
         crowds: (A,) bool.
         good_objects: (A,) bool; their images may be invalid.
+        left_out: (A,) bool, the annotations of classes that are not selected.
+        listed_ids: int64, the ids of the categories that the json lists, as the model numbers them.
         notes: one phrase per kind of valid but unusual entries.
         faults: one phrase per kind of error in images and annotations, with its count and first ids.
         fatal: the same for errors of the whole file, which cannot be corrected by skipping entries.
@@ -56,6 +59,8 @@ class CheckedJson:
     areas: np.ndarray
     crowds: np.ndarray
     good_objects: np.ndarray
+    left_out: np.ndarray
+    listed_ids: np.ndarray
     notes: list[str]
     faults: list[str]
     fatal: list[str]
@@ -106,21 +111,30 @@ def _string_ids(entries: list[Any]) -> list[str]:
 
 
 def check_json(
-    content: dict[str, Any], known: Sequence[dict[str, Any]] | None = None, folder: Path | None = None
+    content: dict[str, Any],
+    known: Sequence[dict[str, Any]] | None = None,
+    folder: Path | None = None,
+    classes: ClassSelection | None = None,
+    image_name: Callable[[int], str] | None = None,
+    object_name: Callable[[int], str] | None = None,
 ) -> CheckedJson:
     """Check every entry of a json.
 
     Args:
         content: from :func:`read_json`.
         known: the only categories that annotations may have, each with ``id`` and ``name``; None allows those of the
-            json.
+            json. Those of the json are found among them by their names
+            (:func:`~cpm_rcnn.data.classes.match_categories`).
         folder: where the images are. Absolute file names inside it become relative to it; without a folder, absolute
             file names are faults.
+        classes: the selected classes; annotations of others are left out. None selects all.
+        image_name: what messages call an image, by its row; None calls it by its id.
+        object_name: the same for an annotation.
     """
     categories = _Entries("categories", "category", content.get("categories", []))
-    own_category_ids, category_ids, foreign = _check_categories(categories, known)
+    matching = _check_categories(categories, known, classes)
 
-    images = _Entries("images", "image", content["images"])
+    images = _Entries("images", "image", content["images"], image_name)
     image_ids, identified = images.ids()
     file_names, named = images.column(
         "file_name", _is_file_name, f"file_name is not a string of 1 to {_LONGEST_NAME} printable characters", ""
@@ -136,19 +150,24 @@ def check_json(
     heights, widths = (np.array(values, dtype=np.int64) for values, _ in sides)
     sized = sides[0][1] & sides[1][1]
 
-    objects = _Entries("annotations", "annotation", content.get("annotations", []))
+    objects = _Entries("annotations", "annotation", content.get("annotations", []), object_name)
     objects.ids(optional=True)
     values, accepted = objects.column("image_id", _is_integer, "image_id is not an integer", 0)
     image_rows = _rows_of(np.array(values, dtype=np.int64), image_ids, np.flatnonzero(identified))
     placed = accepted & (image_rows >= 0)
     objects.fault("of an unknown image", accepted & ~placed, "image_id")
     values, accepted = objects.column("category_id", _is_integer, "category_id is not an integer", 0)
-    object_categories = np.array(values, dtype=np.int64)
-    # Some tools list categories that no annotation has, for example a common parent of all others.
-    unused = foreign & ~np.isin(own_category_ids, object_categories[accepted])
-    unused &= ~np.isin(own_category_ids, category_ids)
-    categories.fault("that the model does not know by this id and name", foreign & ~unused, "name")
-    objects.fault("of an unknown category", accepted & ~np.isin(object_categories, category_ids), "category_id")
+    object_categories, category_rows, categorized = matching.translate(np.array(values, dtype=np.int64))
+    left_out = accepted & ~categorized & (category_rows >= 0) & (classes is not None)
+    objects.fault("of an unknown category", accepted & ~categorized & ~left_out, "category_id")
+    notes = []
+    if classes is None:
+        # Some tools list categories that no annotation has, for example a common parent of all others.
+        unused = matching.foreign & ~np.isin(np.arange(len(matching.foreign)), category_rows[accepted])
+        notes += _unused_categories(categories, unused)
+        categories.fault("that the model does not know by its name", matching.foreign & ~unused, "name")
+        if object_name is None:  # other formats have no ids
+            notes += _renumbered_categories(categories, matching)
 
     values, boxed = objects.column("bbox", _is_box, "bbox is not four finite numbers", [0, 0, 0, 0])
     boxes = np.fromiter(chain.from_iterable(values), np.float64, 4 * len(values)).reshape(-1, 4)
@@ -179,7 +198,9 @@ def check_json(
         areas=np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas),
         crowds=np.array(values, dtype=bool),
         good_objects=objects.good,
-        notes=[*_flat_boxes(objects, flat), *_unused_categories(categories, unused)],
+        left_out=left_out,
+        listed_ids=matching.model_ids[matching.identified & ~matching.foreign],
+        notes=[*_flat_boxes(objects, flat), *notes],
         faults=images.faults + objects.faults,
         fatal=categories.faults
         + _corner_boxes(boxes[comparable], limits[comparable])
@@ -206,25 +227,58 @@ def check_categories(argument: str, categories: Any) -> None:
         raise ArgumentError(argument, ": several have the same id")
 
 
-def _check_categories(
-    categories: "_Entries", known: Sequence[dict[str, Any]] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Record the faults of ``categories``.
+@dataclass(frozen=True, eq=False)
+class _CategoryMatching:
+    """The C categories of a json, and what the model calls them.
 
-    Returns:
-        The ids of ``categories`` (C,) int64; the ids that annotations may have, int64; and (C,) bool, which categories
-        are not among ``known``.
+    Attributes:
+        ids: (C,) int64.
+        identified: (C,) bool, which ids are valid.
+        model_ids: (C,) int64, the ids that the model has for them.
+        foreign: (C,) bool, which ones it does not know.
+        known_ids: int64, all ids that the model knows.
     """
+
+    ids: np.ndarray
+    identified: np.ndarray
+    model_ids: np.ndarray
+    foreign: np.ndarray
+    known_ids: np.ndarray
+
+    @property
+    def renumbered(self) -> np.ndarray:
+        """(C,) bool, the known categories that have another id in the model."""
+        return self.identified & ~self.foreign & (self.ids != self.model_ids)
+
+    def translate(self, object_categories: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """From ids of the json (A,) int64 to ids of the model.
+
+        Returns:
+            (A,) int64, the ids of the model; (A,) int64, the row of each category, or -1 if the json does not list it;
+            and (A,) bool, which ones the model knows.
+        """
+        rows = _rows_of(object_categories, self.ids, np.flatnonzero(self.identified))
+        known = (rows >= 0) & ~np.append(self.foreign, True)[rows]
+        translated = np.where(known, np.append(self.model_ids, 0)[rows], object_categories)
+        if not self.renumbered.any():
+            known |= (rows < 0) & np.isin(object_categories, self.known_ids)
+        return translated, rows, known
+
+
+def _check_categories(
+    categories: "_Entries", known: Sequence[dict[str, Any]] | None, classes: ClassSelection | None
+) -> _CategoryMatching:
+    """Record the faults of ``categories`` and find them among ``known``; None for those of the json itself."""
     ids, identified = categories.ids()
     names, named = categories.column("name", _is_string, "name is not a string", "")
     if known is None:
         first: dict[str, int] = {}
         repeated = [valid and first.setdefault(name, k) != k for k, (name, valid) in enumerate(zip(names, named))]
         categories.fault("with the name of an earlier category", np.array(repeated, dtype=bool), "name")
-        return ids, ids[identified], np.zeros(len(ids), dtype=bool)
-    name_of = {category["id"]: category["name"] for category in known}
-    other = np.array([name_of.get(key) != name for key, name in zip(ids.tolist(), names)], dtype=bool)
-    return ids, np.array(list(name_of), dtype=np.int64), identified & named & other
+        return _CategoryMatching(ids, identified, ids, np.zeros(len(ids), dtype=bool), ids[identified])
+    model_ids, found = match_categories(ids, names, known, classes)
+    known_ids = np.array([category["id"] for category in known], dtype=np.int64)
+    return _CategoryMatching(ids, identified, model_ids, identified & named & ~found, known_ids)
 
 
 def _unused_categories(categories: "_Entries", unused: np.ndarray) -> list[str]:
@@ -233,6 +287,18 @@ def _unused_categories(categories: "_Entries", unused: np.ndarray) -> list[str]:
         return []
     count = counted(unused.sum(), "category", "categories")
     return [f"ignored {count} unknown to the model that no annotation has ({categories.first(unused, 'name')})"]
+
+
+def _renumbered_categories(categories: "_Entries", matching: _CategoryMatching) -> list[str]:
+    """One phrase about the categories that have another id in the model, if there are any."""
+    rows = np.flatnonzero(matching.renumbered)
+    if not len(rows):
+        return []
+    count = counted(len(rows), "category", "categories")
+    return [
+        f"matched {count} with another id by name ({categories.first(matching.renumbered, 'name')}); detections have "
+        f"the model's ids, {', '.join(map(str, matching.model_ids[rows[:3]]))}{', ...' * (len(rows) > 3)}"
+    ]
 
 
 def _flat_boxes(objects: "_Entries", flat: np.ndarray) -> list[str]:
@@ -289,9 +355,12 @@ class _Entries:
         faults: one phrase per kind of fault so far, with its count and first ids.
     """
 
-    def __init__(self, plural: str, singular: str, entries: list[Any]) -> None:
+    def __init__(
+        self, plural: str, singular: str, entries: list[Any], name: Callable[[int], str] | None = None
+    ) -> None:
         self._plural = plural
         self._singular = singular
+        self._name_of = name or self._id_of
         self._is_object = np.array([isinstance(entry, dict) for entry in entries], dtype=bool)
         self._entries = [entry if isinstance(entry, dict) else {} for entry in entries]
         self.good = np.ones(len(entries), dtype=bool)
@@ -346,9 +415,12 @@ class _Entries:
         return ", ".join(self._name(row, key) for row in rows[:3]) + ", ..." * (len(rows) > 3)
 
     def _name(self, row: int, key: str | None) -> str:
+        name = self._name_of(row)
+        return name if key is None else f"{name}: {reprlib.repr(self._entries[row][key])}"
+
+    def _id_of(self, row: int) -> str:
         entry = self._entries[row]
-        name = f"{self._singular} {entry['id']}" if _is_integer(entry.get("id")) else f"{self._plural}[{row}]"
-        return name if key is None else f"{name}: {reprlib.repr(entry[key])}"
+        return f"{self._singular} {entry['id']}" if _is_integer(entry.get("id")) else f"{self._plural}[{row}]"
 
 
 _ABSENT = object()

@@ -1,4 +1,4 @@
-"""What an evaluation was run on: written by ``eval`` as ``evaluated.json``, and read to compare evaluations."""
+"""What an evaluation was run on: written by ``eval``, and read to compare evaluations."""
 
 import hashlib
 import json
@@ -17,6 +17,7 @@ from cpm_rcnn.evaluation.found import FoundDetections
 
 RECORD = "evaluated.json"
 DETECTIONS = "detections.json"
+ANNOTATIONS = "annotations.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,23 +43,32 @@ class Evaluation:
     categories: list[dict[str, Any]] | None = None
 
 
-def record_evaluation(metric: CocoMetric, folder: Path | None = None) -> dict[str, Any]:
-    """The content of ``evaluated.json`` for the last metrics that ``metric`` has computed.
+def record_evaluation(metric: CocoMetric, folder: Path, images: Path | None = None) -> None:
+    """Write ``evaluated.json`` for the last metrics that ``metric`` has computed.
+
+    Annotations that are not in one COCO-style json are written to ``annotations.json`` beside it.
 
     Args:
         metric: the metric.
-        folder: the folder of the images.
+        folder: the folder to write to.
+        images: the folder of the images.
     """
-    path = metric.annotations.path.absolute()
+    annotations = metric.annotations
+    path = annotations.path.absolute()
+    if not annotations.is_json:
+        path = folder / ANNOTATIONS
+        path.write_text(json.dumps(annotations.to_coco()))
     image_ids = metric.evaluated_images().tolist()
-    return {
-        "annotations": str(path),
+    record = {
+        # From the folder, which may be moved.
+        "annotations": str(path) if annotations.is_json else ANNOTATIONS,
         "sha256": _sha256(path),
-        "images_folder": None if folder is None else str(folder.absolute()),
+        "images_folder": None if images is None else str(images.absolute()),
         "images": len(image_ids),
         "image_ids": image_ids,
         "categories": metric.evaluated_categories(),
     }
+    (folder / RECORD).write_text(json.dumps(record))
 
 
 def read_evaluation(source: Path, annotations: Path | None = None) -> Evaluation:
@@ -87,7 +97,7 @@ def read_evaluation(source: Path, annotations: Path | None = None) -> Evaluation
         found = Evaluation(
             source,
             detections,
-            annotations or Path(content["annotations"]),
+            annotations or source / content["annotations"],
             str(content["sha256"]),
             None if content["images_folder"] is None else Path(content["images_folder"]),
             np.unique(np.array(content["image_ids"], dtype=np.int64)),
