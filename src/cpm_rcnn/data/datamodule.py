@@ -22,6 +22,7 @@ from cpm_rcnn.data.settings import DataSettings, ShapesSettings
 from cpm_rcnn.data.shapes import CATEGORIES, write_shapes
 from cpm_rcnn.data.transforms import Augmentation, RandomFlip, RandomResize, Resize
 from cpm_rcnn.data.validation import check_categories, counted
+from cpm_rcnn.data.worker_batches import to_send
 from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
 
 Split = Literal["train", "val", "test"]
@@ -285,7 +286,7 @@ class CocoDataModule(pl.LightningDataModule):
             persistent_workers=self.settings.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_signals,
-            collate_fn=collate,
+            collate_fn=_collate_in_worker if self.settings.num_workers else collate,
             **batching,
         )
 
@@ -324,6 +325,11 @@ class CocoDataModule(pl.LightningDataModule):
             if images:
                 names.append(images if images.endswith(".zip") else f"{images}/ or {images}.zip")
         return f"expected in {self.root.absolute()}: {', '.join(names)}"
+
+
+def _collate_in_worker(samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> Any:
+    """The batch of :func:`collate`, which the main process receives as it is."""
+    return to_send(collate(samples))
 
 
 def _ignore_signals(worker: int) -> None:
