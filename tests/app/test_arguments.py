@@ -70,7 +70,7 @@ def test_a_sweep_has_one_name():
         ("+epochs=10", "epochs: unknown option; the config has"),
         ("+schedule.epochs=3", "schedule.epochs: unknown option; schedule has base_lr"),
         ("+cmm.levels=2", "cmm.levels: unknown option; cmm has stages"),
-        ("+detector.levels=2", "detector.levels: head=cpm has no such option"),
+        ("+detector.levels=2", "detector.levels: the head cpm has no such option"),
         ("+data.levels=2", "data.levels: unknown option"),
         ("schedule.max_size=10", "schedule.max_size=10: must be at least short_sides"),
     ],

@@ -145,7 +145,7 @@ def test_its_test_time_settings_are_overrides_of_load(trained):
         cpm_rcnn.load(path, width=9)
     with pytest.raises(ArgumentError, match=r"^overlap=2: must be a number"):
         cpm_rcnn.load(path, overlap=2)
-    with pytest.raises(UserError, match=r"nms_iou: head=proposals has no such option; it has .*overlap"):
+    with pytest.raises(UserError, match=r"nms_iou: the head proposals has no such option; it has .*overlap"):
         cpm_rcnn.load(path, nms_iou=0.3)
 
 

@@ -68,7 +68,7 @@ def test_the_constructor_reads_no_file(monkeypatch, tmp_path):
     ("change", "message"),
     [
         ({"model": {"backbone": "tiny", "nms_iou": 2}}, "^nms_iou=2: must be a number"),
-        ({"model": {"backbone": "tiny", "color": 1}}, "color: head=cpm has no such option"),
+        ({"model": {"backbone": "tiny", "color": 1}}, "color: the head cpm has no such option"),
         ({"schedule": {"steps": 1}}, "^schedule: unknown key steps"),
         ({"schedule": {"max_steps": 0}}, "^schedule.max_steps=0: must be an integer"),
         ({"data": {"test_short_side": 0}}, "^test_short_side=0: must be an integer"),

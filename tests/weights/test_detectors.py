@@ -143,7 +143,7 @@ def test_a_torchvision_model_with_plain_batch_norm_keeps_its_epsilon(tmp_path):
     assert all(torch.equal(given.state[name], value) for name, value in found.state.items())
     with pytest.raises(ArgumentError, match=r"backbone\.norm_epsilon=-1: must be a number, 0 to 1"):
         converted(state, tmp_path, norm_epsilon=-1)
-    with pytest.raises(ArgumentError, match="norm_epsilon: head=cascade has no such option"):
+    with pytest.raises(ArgumentError, match="norm_epsilon: the head cascade has no such option"):
         converted(small_state("d2_cascade_r50"), tmp_path, norm_epsilon=0)
 
 

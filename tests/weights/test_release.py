@@ -152,7 +152,7 @@ def test_overrides_change_the_model_and_unknown_ones_are_refused_by_name(state):
     settings = detector.head.settings
     assert (settings.score_threshold, settings.nms_iou, settings.test_stages) == (0.4, 0.6, 1)
     assert detector.rpn.settings.proposals_test == 50
-    with pytest.raises(ArgumentError, match=r"score: head=cpm has no such option; it has .*score_threshold"):
+    with pytest.raises(ArgumentError, match=r"score: the head cpm has no such option; it has .*score_threshold"):
         from_release(state, score=0.4)
     with pytest.raises(ArgumentError, match=r"^test_stages=3: the model has 2"):
         from_release(state, test_stages=3)

@@ -67,7 +67,7 @@ class ModelSettings:
         head_class = HEADS[trunk.head].settings_class
         allowed = [*TrunkSettings.names(), *RPNSettings.names(), *head_class.names()]
         if unknown := [name for name in options if name not in allowed]:
-            raise ArgumentError(unknown[0], f": head={trunk.head} has no such option; it has {', '.join(allowed)}")
+            raise ArgumentError(unknown[0], f": the head {trunk.head} has no such option; it has {', '.join(allowed)}")
         rpn = RPNSettings(**_take(options, RPNSettings))
         return cls(_backbone(backbone), trunk, rpn, head_class(**options))
 
