@@ -86,5 +86,5 @@ def test_settings_of_a_registered_head_are_stored_and_compared_like_others(build
 
 
 def test_options_of_another_head_are_refused(build_small):
-    with pytest.raises(ArgumentError, match=r"^ism: the head proposals has no such option; it has .*width, rois_per_image"):
+    with pytest.raises(ArgumentError, match=r"^ism: the head proposals has no such option; .*width, rois_per_image"):
         build_small(ism=True)

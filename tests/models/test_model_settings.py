@@ -99,7 +99,7 @@ def test_unknown_option_is_refused_with_all_allowed_options(head):
     with pytest.raises(ArgumentError) as caught:
         ModelSettings.from_options("tiny", head=head, fpn_channel=16, nms=0.5)
     message = str(caught.value)
-    assert message.startswith(f"fpn_channel: head={head} has no such option; it has ")
+    assert message.startswith(f"fpn_channel: the head {head} has no such option; it has ")
     allowed = message.split("it has ")[1].split(", ")
     parts = (TrunkSettings, RPNSettings, HEADS[head].settings_class)
     assert allowed == [name for part in parts for name in part.names()]
