@@ -20,7 +20,8 @@ def measure(options: argparse.Namespace) -> None:
     """Train in this process and print a row."""
     if options.setting == "kept":
         keep_freed_memory()
-    work = argparse.Namespace(size=options.size, batch=1, objects=64, candidates=300, device="cpu")
+    size = {"size": options.size, "batch": 1, "objects": 64, "candidates": 300}
+    work = argparse.Namespace(**size, device="cpu", optimize=False, compile=False)
     step, _, _ = prepare(options.model, work)
     rows = []
     for _ in range(options.steps + 1):

@@ -97,7 +97,7 @@ def show_times(counts: dict[str, tuple[dict[str, float], float, float]], options
     speed = options.teraflops * 1e12 * options.utilization
     title = (
         f"estimated, ms per step of {PER_DEVICE} images per GPU; {options.teraflops:g} TFLOP/s x "
-        f"{options.utilization:g}, all-reduce {options.within:g} GB/s within and {options.between:g} GB/s between machines"
+        f"{options.utilization:g}, all-reduce {options.within:g} GB/s in and {options.between:g} GB/s between machines"
     )
     table = Table(title=title, title_justify="left")
     for column in (

@@ -15,6 +15,7 @@ Models: ``fused`` is one grid stage with feature fusion (Grid R-CNN), ``cpm`` is
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections import defaultdict
@@ -84,8 +85,8 @@ def set_threshold(model: nn.Module, infer: Callable[[], Any], candidates: int) -
         object.__setattr__(head.settings, "score_threshold", threshold)
 
 
-def prepare(name: str, options: argparse.Namespace) -> tuple[Callable[[], Any], Callable[[], Any], nn.Module]:
-    """The training step and the inference of a model."""
+def prepare(name: str, options: argparse.Namespace) -> tuple[Callable[[], Any], Callable[..., Any], nn.Module]:
+    """The training step of a model, its inference, which takes a dtype for ``--optimize``, and the model."""
     height, width = options.size
     model = build(name, (height, width)).to(options.device)
     generator = torch.Generator().manual_seed(0)
@@ -105,12 +106,20 @@ def prepare(name: str, options: argparse.Namespace) -> tuple[Callable[[], Any], 
         torch.stack(list(model(given, targets).values())).sum().backward()
         model.zero_grad()
 
-    def infer() -> Any:
-        model.eval()
+    testers: dict[torch.dtype | None, nn.Module] = {}
+
+    def infer(dtype: torch.dtype | None = None) -> Any:
+        tester = testers.get(dtype, model).eval()
         with torch.inference_mode():
-            return model(given)
+            return tester(given)
 
     set_threshold(model, infer, options.candidates)
+    if name != PEER and options.optimize:
+        for dtype in (None, torch.bfloat16):
+            testers[dtype] = copy.deepcopy(model)
+            testers[dtype].optimize(dtype or torch.float32, compile=options.compile)  # type: ignore[operator]
+    if name != PEER and options.compile:
+        model.compile_layers("reduce-overhead")  # type: ignore[operator]
     return step, infer, model
 
 
@@ -137,8 +146,8 @@ def compare(options: argparse.Namespace) -> dict[tuple[str, str, str], list[floa
     times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for number in range(options.rounds + 1):
         for name, (step, infer, _) in prepared.items():
-            for work, call in (("training", step), ("inference", infer)):
-                for precision, dtype in precisions.items():
+            for precision, dtype in precisions.items():
+                for work, call in (("training", step), ("inference", partial(infer, dtype))):
                     seconds = timed(call, dtype, options.device)
                     if number:
                         times[name, work, precision].append(seconds)
@@ -202,6 +211,8 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--optimize", action="store_true", help="Detector.optimize for our inference")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for our layers")
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--vary", nargs="+", metavar=("NAME", "VALUE"), help="objects, batch or side, and its values")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
