@@ -16,11 +16,13 @@ from cpm_rcnn.boxes import CONVENTIONS
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.dataset import CocoDataset, ImageFaults
 from cpm_rcnn.data.file_check import check_image_files, describe_problems, shared_images
+from cpm_rcnn.data.mixing import MixingAugmentation
+from cpm_rcnn.data.presets import training_augmentations
 from cpm_rcnn.data.samplers import EvalSampler, Negatives, TrainBatchSampler, TrainOrder, collate
 from cpm_rcnn.data.settings import DataSettings, ShapesSettings, Split
 from cpm_rcnn.data.shapes import CATEGORIES, write_shapes
 from cpm_rcnn.data.splits import DataSplits
-from cpm_rcnn.data.transforms import Augmentation, RandomFlip, RandomResize, Resize
+from cpm_rcnn.data.transforms import Augmentation, Resize
 from cpm_rcnn.data.validation import counted
 from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
 
@@ -85,10 +87,7 @@ class CocoDataModule(pl.LightningDataModule):
         self.seed = seed
         self.convention = CONVENTIONS[convention]
         self.start_step = 0
-        self.train_augmentations: list[Augmentation] = [
-            RandomResize(self.settings.short_sides, self.settings.max_size, self.settings.resize_rounding),
-            RandomFlip(self.settings.flip_probability, self.convention),
-        ]
+        self.train_augmentations = training_augmentations(self.settings, self.convention)
         self.eval_augmentations: list[Augmentation] = [
             Resize(self.settings.test_short_side, self.settings.test_max_size)
         ]
@@ -270,7 +269,7 @@ class CocoDataModule(pl.LightningDataModule):
     def _loader(
         self,
         split: Split,
-        augmentations: list[Augmentation],
+        augmentations: Sequence[Augmentation | MixingAugmentation],
         replacements: np.ndarray | None = None,
         **batching: Any,
     ) -> DataLoader:

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.images import ImageSource
+from cpm_rcnn.data.mixing import MixingAugmentation
 from cpm_rcnn.data.samplers import Sample
 from cpm_rcnn.data.settings import OnError
-from cpm_rcnn.data.transforms import Augmentation, Target, sample_rng, select_objects
+from cpm_rcnn.data.transforms import Augmentation, Target, choose, sample_rng, select_objects
 from cpm_rcnn.data.validation import counted
 from cpm_rcnn.errors import UserError
 
@@ -55,15 +57,16 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     Args:
         annotations: annotations of the split.
         images: reads the image files of the split.
-        augmentations: applied in order, see :class:`~cpm_rcnn.data.transforms.Augmentation`. In evaluation, they may
+        augmentations: applied in order, see :class:`~cpm_rcnn.data.transforms.Augmentation`; those that mix images
+            (:class:`~cpm_rcnn.data.mixing.MixingAugmentation`) get images of ``replacements``. In evaluation, they may
             only resize: detections are scaled back by the ratio of ``original_size`` to the size of the image.
         convention: convention of the boxes.
         seed: random seed of the run; with the sample number, it decides what the augmentations draw.
         on_error: what to do with an image that cannot be read. ``raise`` stops. ``skip`` logs a warning, once per
             file, and in training returns the next readable image of ``replacements``, the same one at every visit; in
             evaluation a black image with ``readable`` False, for which no detection may be counted.
-        replacements: ascending rows of the images that may replace an unreadable one: those used in training. None in
-            evaluation.
+        replacements: ascending rows of the images that may replace an unreadable one or be mixed into others: those
+            used in training. None in evaluation.
         faults: which images were reported already; None starts without.
     """
 
@@ -71,7 +74,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         self,
         annotations: CocoAnnotations,
         images: ImageSource,
-        augmentations: Sequence[Augmentation],
+        augmentations: Sequence[Augmentation | MixingAugmentation],
         convention: BoxConvention,
         seed: int = 0,
         on_error: OnError = "raise",
@@ -118,7 +121,15 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         raise UserError(f"{self.images.path}: none of the training images can be read")
 
     def _load(self, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
-        annotations, row = self.annotations, sample.image
+        image, target = self._augment(*self._stored(sample.image), sample)
+        # In the inclusive convention, scaling can make the size of a box of less than one pixel negative.
+        width, height = self.convention.sizes(target["boxes"])
+        target = select_objects(target, (width > 0) & (height > 0))
+        return image, self._described(target, sample.image, readable=True)
+
+    def _stored(self, row: int) -> tuple[Tensor, Target]:
+        """The image of a row and its usable objects, clipped to the image, as they are stored."""
+        annotations = self.annotations
         size = int(annotations.heights[row]), int(annotations.widths[row])
         try:
             image = self.images.read(str(annotations.file_names[row]), size, partial(self._warn_early_end, row))
@@ -130,11 +141,24 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         xywh = torch.from_numpy(annotations.xywh[objects][usable].astype(np.float32))
         boxes = self.convention.clip(self.convention.from_xywh(xywh), torch.tensor(size))
         labels = torch.from_numpy(annotations.labels[objects][usable])
-        image, target = self._augment(image, {"boxes": boxes, "labels": labels}, sample)
-        # In the inclusive convention, scaling can make the size of a box of less than one pixel negative.
-        width, height = self.convention.sizes(target["boxes"])
-        target = select_objects(target, (width > 0) & (height > 0))
-        return image, self._described(target, row, readable=True)
+        return image, {"boxes": boxes, "labels": labels}
+
+    def _other(self, rng: Generator) -> tuple[Tensor, Target]:
+        """Another image for a :class:`~cpm_rcnn.data.mixing.MixingAugmentation`, as it is stored."""
+        rows = np.arange(len(self)) if self.replacements is None else self.replacements
+        row = int(rows[choose(rng, len(rows))])
+        try:
+            return self._stored(row)
+        except UserError as error:
+            if self.on_error == "raise" or self.replacements is None:
+                raise
+            self._warn(row, f"{error}; replaced by another image")
+        for replacement in self._replacements_of(row):
+            try:
+                return self._stored(replacement)
+            except UserError as error:
+                self._warn(replacement, f"{error}; replaced by another image")
+        raise UserError(f"{self.images.path}: none of the training images can be read")
 
     def _blank(self, sample: Sample) -> tuple[Tensor, dict[str, Any]]:
         """A small black image without objects, which takes the place of an image that cannot be read."""
@@ -146,7 +170,10 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     def _augment(self, image: Tensor, target: Target, sample: Sample) -> tuple[Tensor, Target]:
         rng = sample_rng(self.seed, sample.number)
         for augmentation in self.augmentations:
-            image, target = augmentation(image, target, rng)
+            if isinstance(augmentation, MixingAugmentation):
+                image, target = augmentation(image, target, rng, self._other)
+            else:
+                image, target = augmentation(image, target, rng)
         return image, target
 
     def _described(self, target: Target, row: int, readable: bool) -> dict[str, Any]:

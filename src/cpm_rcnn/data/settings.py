@@ -11,6 +11,7 @@ from cpm_rcnn.settings import Settings, choice, flag, inference, integer, list_o
 OnError = Literal["raise", "skip"]
 Split = Literal["train", "val", "test"]
 FORMATS = ("coco", "yolo", "voc", "cvat")
+AUGMENT = ("flip", "standard", "strong")
 
 
 def _below_one(argument: str, value: Any) -> None:
@@ -54,6 +55,9 @@ class DataSettings(Settings):
         resize_rounding: whether the sides of a resized training image are rounded to the ``nearest`` whole pixel or
             ``down``. Validation and test round to the nearest.
         flip_probability: probability of a horizontal flip in training.
+        augment: the other training augmentations, one of :data:`AUGMENT`
+            (:func:`~cpm_rcnn.data.presets.training_augmentations`).
+        quarter_turns: turn training images by random multiples of 90 degrees; for images without an upright direction.
         min_box_size: objects whose width or height inside the image is at most this many pixels are not used in
             training, as are images without other objects.
         batch_orientation: which images have the same orientation: those of a ``step``, over all processes, or those of
@@ -86,6 +90,8 @@ class DataSettings(Settings):
     test_max_size: int = inference(1333, check=integer())
     resize_rounding: str = training("nearest", check=choice("nearest", "down"))
     flip_probability: float = training(0.5, check=number(0, 1))
+    augment: str = training("flip", check=choice(*AUGMENT))
+    quarter_turns: bool = training(False, check=flag)
     min_box_size: float = training(0.0, check=number(0))
     batch_orientation: str = training("step", check=choice("step", "process"))
     on_error: OnError = inference("raise", check=choice("raise", "skip"))

@@ -52,6 +52,21 @@ def sample_rng(seed: int, sample_number: int) -> Generator:
     return Generator(Philox(key=[seed, sample_number]))
 
 
+def uniform(rng: Generator, low: float = 0.0, high: float = 1.0) -> float:
+    """A random number from ``low`` to ``high``, both inclusive.
+
+    Drawn from the raw output of the bit generator: numpy does not promise that the methods of ``Generator`` return the
+    same numbers in all versions.
+    """
+    return low + (high - low) * (rng.bit_generator.random_raw() / 2**64)
+
+
+def choose(rng: Generator, count: int) -> int:
+    """A random number of 0, ..., ``count - 1``."""
+    # uniform() can return 1.0, which would be one past the end.
+    return min(int(uniform(rng) * count), count - 1)
+
+
 def select_objects(target: Target, keep: Tensor) -> Target:
     """The entries of the objects where ``keep`` (N,) bool is True."""
     return {name: value[keep] for name, value in target.items()}
@@ -73,9 +88,7 @@ class RandomResize:
 
     def draw(self, rng: Generator) -> int:
         """A random length of the shorter side in pixels."""
-        # _uniform can return 1.0, which would be one past the end.
-        index = min(int(_uniform(rng) * len(self.short_sides)), len(self.short_sides) - 1)
-        return self.short_sides[index]
+        return self.short_sides[choose(rng, len(self.short_sides))]
 
     def __call__(self, image: Tensor, target: Target, rng: Generator) -> tuple[Tensor, Target]:
         """See :class:`Augmentation`."""
@@ -96,7 +109,7 @@ class RandomFlip:
 
     def draw(self, rng: Generator) -> bool:
         """A random decision whether to flip."""
-        return _uniform(rng) < self.probability
+        return uniform(rng) < self.probability
 
     def __call__(self, image: Tensor, target: Target, rng: Generator) -> tuple[Tensor, Target]:
         """See :class:`Augmentation`."""
@@ -171,12 +184,3 @@ def _resize(
     size = network_size((image.shape[-2], image.shape[-1]), short_side, max_size, rounding)
     image, boxes = resize(image, target["boxes"], size)
     return image, target | {"boxes": boxes}
-
-
-def _uniform(rng: Generator) -> float:
-    """A random number from 0 to 1, both inclusive.
-
-    Drawn from the raw output of the bit generator: numpy does not promise that the methods of ``Generator`` return the
-    same numbers in all versions.
-    """
-    return rng.bit_generator.random_raw() / 2**64
