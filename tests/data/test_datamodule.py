@@ -14,6 +14,8 @@ from PIL import Image
 
 from cpm_rcnn.boxes import INCLUSIVE
 from cpm_rcnn.data import CocoDataModule, DataSettings, ShapesDataModule
+from cpm_rcnn.data.mixing import Mosaic
+from cpm_rcnn.data.samplers import Sample
 from cpm_rcnn.data.settings import ShapesSettings
 from cpm_rcnn.data.shapes import CATEGORIES, CLASSES, write_shapes
 from cpm_rcnn.errors import ArgumentError, UserError
@@ -414,6 +416,38 @@ def test_augmentations_can_be_added(module):
     darkened = list(data.train_dataloader())
     assert all(torch.equal(image // 2, other) for image, other in zip(plain[0][0], darkened[0][0]))
     assert len({target["drawn"][0].item() for _, targets in darkened for target in targets}) == 24
+
+
+STRONG = {"augment": "strong", "quarter_turns": True}
+
+
+def test_with_all_augmentations_batches_do_not_depend_on_the_number_of_workers_and_resume_exactly(module):
+    batches = list(module(**STRONG).train_dataloader())
+    for batch, other in zip(batches, module(**STRONG, num_workers=2).train_dataloader(), strict=True):
+        assert same(batch, other)
+    resumed = module(**STRONG)
+    resumed.start_step = 5
+    rest = list(resumed.train_dataloader())
+    assert len(rest) == 3
+    assert all(same(*pair) for pair in zip(batches[5:], rest))
+    assert not any(same(*pair) for pair in zip(batches, module(augment="standard").train_dataloader()))
+
+
+def test_a_mixed_in_image_that_cannot_be_read_is_named_or_replaced(root, module, tmp_path, caplog):
+    shutil.copytree(root / "train", tmp_path / "train")
+    (tmp_path / "train" / "000001.jpg").write_bytes(b"")
+    changes = {**STRONG, "train_images": str(tmp_path / "train")}
+    data = module(**changes, on_error="skip")
+    data.train_augmentations = [Mosaic(1.0, data.convention)]
+    dataset = data.train_dataloader().dataset
+    mosaics = [dataset[Sample(4, number)] for number in range(20)]
+    assert len({image.float().mean().item() for image, _ in mosaics}) > 15
+    assert len([line for line in caplog.messages if "000001.jpg is empty" in line]) == 1
+    data = module(**changes, on_error="raise")
+    data.train_augmentations = [Mosaic(1.0, data.convention)]
+    dataset = data.train_dataloader().dataset
+    with pytest.raises(UserError, match=r"000001\.jpg is empty.*image 1 of"):
+        [dataset[Sample(4, number)] for number in range(20)]
 
 
 # --- a held-out validation split, negatives, classes ---
