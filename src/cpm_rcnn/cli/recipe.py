@@ -34,7 +34,7 @@ def training_recipe(
     values = {f"schedule.{name}": value for name, value in module.schedule.to_dict().items()}
     values |= {f"data.{name}": data[name] for name in (*datamodule.settings.names("training"), *_DATA)}
     values |= module.model.settings.training()
-    values |= {"seed": config.seed, "processes": processes}
+    values |= {"seed": config.seed, "processes": processes, "ema": config.ema}
     trainer = ("accumulate_grad_batches", "precision", "gradient_clip_val", "compile")
     values |= {f"trainer.{name}": config.trainer[name] for name in trainer}
     return {name: value for name, value in values.items() if name not in _MAY_CHANGE}

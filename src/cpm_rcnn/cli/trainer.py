@@ -8,12 +8,13 @@ from typing import Any
 import pytorch_lightning as pl
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, Timer
+from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
 
 from cpm_rcnn.cli.config import config_keys
 from cpm_rcnn.cli.instantiate import instantiate_allowed
 from cpm_rcnn.cli.lightning import check_trainer, lightning_errors
 from cpm_rcnn.errors import ArgumentError, UserError, check_count, check_range, shown
+from cpm_rcnn.training.averaging import MovingAverage
 from cpm_rcnn.training.checkpoint_io import AtomicCheckpointIO
 from cpm_rcnn.training.interruption import EvaluationSignals, Interruption
 from cpm_rcnn.training.module import DetectionModule
@@ -55,6 +56,9 @@ def build_trainer(
         RunLog(),
         Timer(),  # its time is stored in checkpoints
     ]
+    if config.early_stopping is not None:
+        check_count("early_stopping", config.early_stopping)
+        callbacks.append(EarlyStopping("val/AP", mode="max", patience=config.early_stopping))
     if not config.trainer.fast_dev_run:
         folder = run_dir / "checkpoints"
         check_count("checkpoint_interval", config.checkpoint_interval)
@@ -69,8 +73,12 @@ def build_trainer(
         ]
         if config.logger:
             callbacks.append(LearningRateMonitor("step"))
-        # It must come first.
+        # Before all that can fail.
         callbacks.insert(0, Interruption(folder / "last.ckpt", reserve=checkpoint_size))
+    if config.ema is not None:
+        check_range("ema", config.ema, 0, 1)
+        # Before the interruption, which saves the average of the last step.
+        callbacks.insert(0, MovingAverage(config.ema))
     loggers = [TolerantLogger(logger) for logger in _loggers(config, run_dir)]
     with config_keys(config, "trainer"), lightning_errors(config):
         trainer = instantiate_allowed(
@@ -140,11 +148,11 @@ def build_evaluator(config: DictConfig, run_dir: Path) -> pl.Trainer:
         )
 
 
-def checkpoint_size(module: DetectionModule) -> int:
-    """Bytes of a checkpoint of a run, approximately, and not less."""
+def checkpoint_size(module: DetectionModule, averaged: bool = False) -> int:
+    """Bytes of a checkpoint of a run, approximately, and not less; ``averaged``: with an average of the weights."""
     weights = sum(value.numel() * value.element_size() for value in module.state_dict().values())
     per_weight = 3 if module.schedule.optimizer == "adamw" else 2  # the weight and the optimizer's state of it
-    return int(1.02 * per_weight * weights) + 2**20
+    return int(1.02 * (per_weight + averaged) * weights) + 2**20
 
 
 def check_disk_space(run_dir: Path, size: int) -> None:

@@ -56,7 +56,7 @@ def train_model(config: DictConfig) -> None:
         datamodule.start_step = resume_point.step * config.trainer.accumulate_grad_batches
     if config.trainer.compile != "off":
         module.model.compile_layers(config.trainer.compile)
-    size = checkpoint_size(module)
+    size = checkpoint_size(module, averaged=config.ema is not None)
     check_disk_space(run_dir, size)
     trainer = build_trainer(config, run_dir, resume_point, size)
     module.hparams["recipe"] = training_recipe(config, module, datamodule, trainer.world_size)

@@ -78,7 +78,8 @@ class Interruption(Callback):
     second Ctrl-C stops it immediately. After an exception, the first process saves the state after the last optimizer
     step.
 
-    It must be the first callback, so that no other one fails between an optimizer step and its record here.
+    It must come before all callbacks that can fail between an optimizer step and its record here, and after a moving
+    average of the weights.
 
     Args:
         path: the checkpoint to write.
