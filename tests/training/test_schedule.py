@@ -117,5 +117,5 @@ def test_plain_values_give_the_same_schedule_again():
     again = Schedule.from_dict(schedule.to_dict())
     assert [again.rate_factor(step) for step in range(7)] == [schedule.rate_factor(step) for step in range(7)]
     assert again.to_dict() == schedule.to_dict()
-    with pytest.raises(ArgumentError, match=r"^schedule: unknown key steps; allowed: max_steps"):
+    with pytest.raises(ArgumentError, match=r"^schedule: unknown key steps; allowed: epochs, max_steps"):
         Schedule.from_dict({"steps": 7}, "schedule")

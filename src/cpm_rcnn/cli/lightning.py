@@ -42,6 +42,25 @@ def check_trainer(config: DictConfig) -> None:
         raise UserError(f"trainer.accelerator={accelerator}: this machine has no such device; trainer=cpu uses the CPU")
 
 
+def process_count(config: DictConfig) -> int:
+    """The number of processes of a training, one for each device.
+
+    Raises:
+        UserError: as :func:`check_trainer`.
+    """
+    check_trainer(config)
+    options = check_trainer_options(config)
+    devices = options.devices
+    if devices in ("auto", -1):
+        count = 1 if options.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    elif isinstance(devices, str):
+        # "0,1" are two GPUs by their numbers, and "2" is a number of devices.
+        count = len(devices.split(",")) if "," in devices else int(devices)
+    else:
+        count = devices if isinstance(devices, int) else len(devices)
+    return count * options.num_nodes
+
+
 @contextmanager
 def lightning_errors(config: DictConfig) -> Iterator[None]:
     """Name the config key in Lightning's errors about the arguments of its Trainer.

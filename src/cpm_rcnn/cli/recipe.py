@@ -11,7 +11,7 @@ from cpm_rcnn.training.module import DetectionModule
 _DATA = ("classes", "val_fraction", "split_seed")
 # Options that may change in a run that resumes: how long it is, where things are, and how they are evaluated.
 _MAY_CHANGE = {
-    *("schedule.max_steps", "schedule.milestones", "schedule.val_interval"),
+    *("schedule.epochs", "schedule.max_steps", "schedule.milestones", "schedule.val_interval"),
     "data.val_count",
     *("backbone.weights", "backbone.check_weights"),
 }

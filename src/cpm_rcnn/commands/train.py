@@ -9,6 +9,7 @@ from pytorch_lightning.callbacks import Timer
 
 from cpm_rcnn.cli.assembly import build_datamodule, build_module
 from cpm_rcnn.cli.config import as_path, config_keys
+from cpm_rcnn.cli.epochs import resolve_epochs
 from cpm_rcnn.cli.lightning import lightning_errors
 from cpm_rcnn.cli.recipe import training_recipe
 from cpm_rcnn.cli.run_folder import refuse_earlier_run, remove_checkpoints
@@ -39,6 +40,7 @@ def train_model(config: DictConfig) -> None:
     resume_point = find_resume_point(as_path(config.resume), run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
     datamodule = build_datamodule(config)
+    config = resolve_epochs(config, datamodule)
     start = None
     if resume_point is not None:
         input_format = resume_point.settings.backbone.resolved_format

@@ -126,6 +126,15 @@ class CocoDataModule(pl.LightningDataModule):
         """
         return self.splits.annotations(split, progress=_is_first_rank())
 
+    @property
+    def num_training_images(self) -> int:
+        """Number of images with an object to train on.
+
+        Raises:
+            UserError: the annotations are missing or invalid.
+        """
+        return len(self.annotations("train").images_with_objects())
+
     def images_folder(self, split: Split) -> Path | None:
         """The folder of a split's images, which may be a zip file of that name; None if none is given."""
         return self.splits.images_folder(split)

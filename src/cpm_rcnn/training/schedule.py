@@ -1,11 +1,12 @@
 """The training schedule: learning rate, number of steps, settings of the optimizer (docs/method.md section 8)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpm_rcnn.errors import ArgumentError, check_count, check_list
-from cpm_rcnn.settings import Settings, choice, integer, number, training
+from cpm_rcnn.errors import ArgumentError, check_count, check_list, shown
+from cpm_rcnn.settings import Settings, choice, integer, number, optional, training
 
 
 def _is_milestones(argument: str, value: Any) -> None:
@@ -16,11 +17,21 @@ def _is_milestones(argument: str, value: Any) -> None:
         raise ArgumentError(argument, f"={list(value)}: must be in ascending order")
 
 
+def _is_epochs(argument: str, value: Any) -> None:
+    if value == "auto":
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ArgumentError(argument, f"={shown(value)}: must be a number above 0, auto, or null")
+
+
 @dataclass(frozen=True)
 class Schedule(Settings):
     """Settings of the training schedule; the defaults are the paper's 2x schedule.
 
     Attributes:
+        epochs: passes over the training images, or ``auto`` for a number that fits the number of images. The ``train``
+            command computes ``max_steps``, ``milestones``, ``warmup_steps`` and ``val_interval`` from it. None leaves
+            these as they are.
         max_steps: number of optimizer steps.
         milestones: steps, in ascending order, at which the learning rate is multiplied by ``gamma``.
         base_lr: learning rate for 16 images per step; it scales linearly with the number of images per step.
@@ -35,6 +46,7 @@ class Schedule(Settings):
         val_interval: number of optimizer steps between two validations.
     """
 
+    epochs: float | str | None = training(None, check=optional(_is_epochs))
     max_steps: int = training(180000, check=integer())
     milestones: Sequence[int] = training((120000, 160000), check=_is_milestones)
     base_lr: float = training(0.02, check=number(0))
