@@ -64,7 +64,7 @@ def resolve_epochs(config: DictConfig, datamodule: CocoDataModule) -> DictConfig
     if schedule.epochs is None:
         return config
     images, accumulated = datamodule.num_training_images, config.trainer.accumulate_grad_batches
-    epochs = auto_epochs(images) if schedule.epochs == "auto" else schedule.epochs
+    epochs = auto_epochs(images) if isinstance(schedule.epochs, str) else schedule.epochs
     per_step = schedule.images_per_device * accumulated * process_count(config)
     new = lengths(epochs, images, per_step, schedule.max_steps, list(schedule.milestones), schedule.warmup_steps)
     print(
