@@ -7,7 +7,6 @@ from cpm_rcnn.data.photometric import PhotometricDistortion
 from cpm_rcnn.data.settings import DataSettings
 from cpm_rcnn.data.transforms import Augmentation, RandomFlip, RandomResize
 
-
 # An augmentation of a list.
 Listed = Augmentation | MixingAugmentation
 
