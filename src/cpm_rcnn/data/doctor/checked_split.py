@@ -85,7 +85,7 @@ class CheckedSplit:
         """An image, by its row, with its objects."""
         annotations = self.annotations
         start, end = annotations.offsets[row : row + 2]
-        return self._example(row, annotations.xywh[start : min(end, start + _BOXES)], self._image_id(row), detail)
+        return self._example(row, annotations.xywh[start : min(end, start + _BOXES)], self._image_id(row), detail, True)
 
     def object_example(self, used: int, detail: str = "", others: Sequence[int] = ()) -> Example:
         """A used object, by its place among them.
@@ -98,7 +98,7 @@ class CheckedSplit:
         rows = self.objects[[used, *others]]
         name = self.annotations.number_format.format(self.annotations.numbers[rows[0]])
         image = int(self.image_rows[used])
-        return self._example(image, self.annotations.xywh[rows], name, detail)
+        return self._example(image, self.annotations.xywh[rows], name, detail, False)
 
     def category_example(self, label: int, detail: str = "") -> Example:
         """A class, by its label."""
@@ -115,8 +115,8 @@ class CheckedSplit:
         is_line = self.annotations.number_format.startswith("line")
         return "" if is_line else f"image {self.annotations.image_ids[row]}"
 
-    def _example(self, row: int, xywh: np.ndarray, name: str, detail: str) -> Example:
+    def _example(self, row: int, xywh: np.ndarray, name: str, detail: str, whole: bool) -> Example:
         annotations = self.annotations
         size = int(annotations.widths[row]), int(annotations.heights[row])
         boxes: tuple[Box, ...] = tuple(map(tuple, xywh.tolist()))
-        return Example(self.name, str(annotations.file_names[row]), name, detail, size, boxes)
+        return Example(self.name, str(annotations.file_names[row]), name, detail, size, boxes, whole)

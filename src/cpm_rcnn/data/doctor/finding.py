@@ -23,6 +23,7 @@ class Example:
         detail: what is special about it.
         size: (width, height) in pixels, if ``file`` is an image.
         boxes: x, y, width and height in pixels of the objects that it is about.
+        whole: whether it is about the whole image, not about these objects only.
     """
 
     split: str
@@ -31,6 +32,7 @@ class Example:
     detail: str = ""
     size: tuple[int, int] | None = None
     boxes: tuple[Box, ...] = ()
+    whole: bool = True
 
     def __str__(self) -> str:
         """For example ``train/a.jpg annotation 7 (3 x 4 pixels)``."""

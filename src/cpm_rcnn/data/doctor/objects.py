@@ -102,11 +102,11 @@ def _long(split: CheckedSplit) -> list[Finding]:
 def _small(split: CheckedSplit) -> list[Finding]:
     small = _area(split.input_boxes) < SMALL**2
     share = percent(int(small.sum()), len(small))
-    sentence = f"{{}} ({share}) smaller than {SMALL} x {SMALL} pixels at the network's size in the {{}} split."
-    sizes = "short_sides and max_size" if split.name == "train" else "test_short_side and test_max_size"
-    advice = f"Enlarge the images ({sizes})."
+    sentence = f"{{}} smaller than {SMALL} x {SMALL} pixels at the network's size in the {{}} split."
+    sizes = "short_sides=[...], max_size=..." if split.name == "train" else "test_short_side=..., test_max_size=..."
+    advice = f"Enlarge the images ({sizes}), or train on parts of them."
     severity: Severity = "warning" if small.mean() > _MANY_SMALL else "note"
-    nouns = ("object is", "objects are")
+    nouns = (f"object ({share}) is", f"objects ({share}) are")
     return _about(split, small, severity, "small objects", sentence, nouns, advice, split.input_boxes)
 
 
@@ -141,6 +141,6 @@ def _empty(split: CheckedSplit) -> list[Finding]:
         f"{counted(len(rows), 'image', 'images')} of {len(split.annotations)} in the {split.name} split "
         f"({percent(len(rows), len(split.annotations))}) have no objects."
     )
-    use = " To train on images without objects, set negatives." if split.name == "train" else ""
+    use = " To train on images without objects, set negatives=0.1." if split.name == "train" else ""
     advice = f"Check that they were annotated.{use}"
     return [Finding("warning", "images without objects", sentence, len(rows), split.first_images(rows), advice)]
