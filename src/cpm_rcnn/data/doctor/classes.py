@@ -41,7 +41,7 @@ def class_findings(splits: Sequence[CheckedSplit]) -> list[Finding]:
         train = next(split for split in splits if split.name == "train")
         untrained = present & (counts["train"] == 0)
         if untrained.any():
-            sentence = f"{_have(untrained)} objects, but none in the train split, so that the model cannot learn them."
+            sentence = f"{_have(untrained)} objects, but none in the train split, from which a model learns."
             found.append(_finding("fault", "class missing in train", train, untrained, sentence, "", counts))
         rare = present & (counts["train"] > 0) & (counts["train"] < _FEW)
         if rare.any():
@@ -51,7 +51,7 @@ def class_findings(splits: Sequence[CheckedSplit]) -> list[Finding]:
     for split in splits:
         missing = present & (counts[split.name] == 0)
         if split.name != "train" and missing.any():
-            sentence = f"{_have(missing)} no objects in the {split.name} split; their AP is undefined."
+            sentence = f"{_have(missing)} no objects in the {split.name} split, so that AP is undefined there."
             found.append(_finding("warning", f"class missing in {split.name}", split, missing, sentence, "", counts))
     return found
 
