@@ -34,8 +34,8 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     """The findings with their advice and first examples."""
     table = Table(title=_summary(findings), title_justify="left", show_lines=True)
     table.add_column("severity")
-    table.add_column("finding", overflow="fold", ratio=3)
-    table.add_column("where", overflow="fold", ratio=2)
+    table.add_column("finding", overflow="fold")
+    table.add_column("where", overflow="fold")
     for finding in findings:
         text = " ".join(part for part in (finding.sentence, finding.advice) if part)
         where = [str(example) for example in finding.examples[:_EXAMPLES]]

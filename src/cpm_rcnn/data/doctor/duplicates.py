@@ -33,7 +33,7 @@ def duplicate_findings(splits: Sequence[ReadImages]) -> list[Finding]:
         first, is_copy = copies["similar", where]
         copies["similar", where] = first, is_copy & ~copies["equal", where][1]
 
-    generalizes = "The metrics do not show how well the model generalizes to other images."
+    consequence = "Such images make the metrics too good."
     texts: tuple[tuple[str, str, Severity, str, str, str], ...] = (
         ("equal", "between", "fault", "{} also in another split", "Keep each image in one split.", "same file as"),
         ("equal", "within", "warning", "{} contained twice", "Keep one of them, if their boxes agree.", "same file as"),
@@ -64,7 +64,7 @@ def duplicate_findings(splits: Sequence[ReadImages]) -> list[Finding]:
                 f"{counted(len(copied), 'image', 'images')} of the {each.split.name} split "
                 f"{text.format(verbs[len(copied) > 1])}."
             )
-            reason = f"{generalizes} {advice}" if where == "between" else advice
+            reason = f"{consequence} {advice}" if where == "between" else advice
             found.append(Finding(severity, f"{kind} images", sentence, len(copied), tuple(examples), reason))
     return found
 
