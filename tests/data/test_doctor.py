@@ -1,5 +1,6 @@
 """The checks of a data set: each planted fault is found with file and id, and nothing in clean data."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,18 @@ def test_paths_that_do_not_exist_are_errors_except_of_test_images(clean):
         examined(clean, **options | {"val_json": "nosuch.json"})
     (finding,) = examined(clean, **options, test_json="nosuch.json", test_images="test").findings
     assert (finding.severity, finding.kind) == ("note", "no test split")
+
+
+@pytest.mark.filterwarnings("error")
+def test_data_without_objects_and_readable_images_can_be_checked(copied):
+    for split, path in (("train", TRAIN), ("val", VAL)):
+        content = json.loads((copied / path).read_text())
+        (copied / path).write_text(json.dumps(content | {"annotations": []}))
+        for image in (copied / split).iterdir():
+            image.write_bytes(b"")
+    examination = examined(copied)
+    assert set(kinds(examination)) == {"unreadable images", "class without objects", "images without objects"}
+    assert [finding.count for finding in examination.findings[:2]] == [60, 30]
 
 
 def annotations_of(boxes: np.ndarray, sizes: np.ndarray, images: np.ndarray, labels: np.ndarray) -> CocoAnnotations:

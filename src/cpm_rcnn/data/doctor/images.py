@@ -107,7 +107,7 @@ def _findings(split: CheckedSplit, source: ImageSource, readings: Sequence[_Read
             "cannot be read",
             "Replace them, or skip them with on_error=skip.",
         ),
-        "size": ("fault", "image sizes", "{} another size than the annotations say", "Restore the annotated images, or annotate these again."),
+        "size": ("fault", "image sizes", "{} another size than the annotations say", "Restore the annotated ones."),
         "early": ("warning", "truncated images", "{} early; the last pixels are lost", "Copy them again."),
     }
     verbs = {"unreadable": ("", ""), "size": ("has", "have"), "early": ("ends", "end")}

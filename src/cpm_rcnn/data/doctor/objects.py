@@ -105,7 +105,7 @@ def _small(split: CheckedSplit) -> list[Finding]:
     sentence = f"{{}} smaller than {SMALL} x {SMALL} pixels at the network's size in the {{}} split."
     sizes = "short_sides=[...], max_size=..." if split.name == "train" else "test_short_side=..., test_max_size=..."
     advice = f"Enlarge the images ({sizes}), or train on parts of them."
-    severity: Severity = "warning" if small.mean() > _MANY_SMALL else "note"
+    severity: Severity = "warning" if small.sum() > _MANY_SMALL * len(small) else "note"
     nouns = (f"object ({share}) is", f"objects ({share}) are")
     return _about(split, small, severity, "small objects", sentence, nouns, advice, split.input_boxes)
 
