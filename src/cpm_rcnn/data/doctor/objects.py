@@ -34,8 +34,8 @@ def repeated_boxes(split: CheckedSplit) -> tuple[np.ndarray, np.ndarray]:
     boxes, group = split.boxes, split.image_rows * (len(split.annotations.category_ids) + 1) + split.labels
     order = np.lexsort((boxes[:, 0], group))
     sorted_boxes, sorted_group = boxes[order], group[order]
+    # Where the next ones start at most: the width of the intersection is at least SAME_IOU of that of the union.
     reach = sorted_boxes[:, 0] + (1 / SAME_IOU - 1) * (sorted_boxes[:, 2] - sorted_boxes[:, 0])
-    # Both boxes have at least SAME_IOU of the other's width, of which one may start later.
     active = np.arange(len(order))
     repeats, originals = [], []
     distance = 1
