@@ -1,4 +1,4 @@
-"""Contents of ``report.json``, with images, for the tests of the report."""
+"""Contents of ``report.json``, with images, and the result of a data check, for the tests of the pages."""
 
 import math
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from cpm_rcnn.data.doctor.examination import Examination
+from cpm_rcnn.data.doctor.finding import Example, Finding
 from cpm_rcnn.errors import UserError
 
 NAN = math.nan
@@ -286,3 +288,21 @@ def minimal_report() -> dict[str, Any]:
         "labels": {"count": 0, "list": []},
         "missing": {"errors": "hotcoco is not installed; pip install hotcoco"},
     }
+
+
+def awkward_examination(name: str = "[red]a.jpg") -> Examination:
+    """The result of a check with a fault of an annotation file, and images of one name in two splits."""
+    boxes = ((5.0, 6.0, 3.0, 4.0),)
+    examples = tuple(
+        Example(split, name, "annotation 7", "3 x 4 pixels", (640, 480), boxes, whole=split == "val")
+        for split in ("train", "val")
+    )
+    long = "a" * 200
+    findings = [
+        Finding("fault", "invalid annotations", f"1 image {long}.", 1, (Example("train", f"{long}.json", "image 1"),)),
+        Finding("warning", "anchors", "Sizes.", 9, examples, "Or else.", "detector.anchor_sizes=[8,16,32,64,128]"),
+    ]
+    counts = {"images": 3, "objects": 4, "crowds": 0, "without_objects": 1, "annotated": True}
+    splits = [{"name": split, "annotations": f"{long}.json", **counts} for split in ("train", "val")]
+    classes = [{"id": 1, "name": name, "objects": {"train": 3, "val": 1}}]
+    return Examination(findings, splits, classes, None)

@@ -6,6 +6,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from small_run import SMALL
 
+from cpm_rcnn.check import check
 from cpm_rcnn.cli import main
 from cpm_rcnn.compare import compare
 from cpm_rcnn.convert import convert
@@ -13,7 +14,7 @@ from cpm_rcnn.eval import evaluate
 from cpm_rcnn.predict import predict
 from cpm_rcnn.train import train
 
-TASKS = {"compare": compare, "convert": convert, "train": train, "eval": evaluate, "predict": predict}
+TASKS = {"check": check, "compare": compare, "convert": convert, "train": train, "eval": evaluate, "predict": predict}
 
 
 @dataclass

@@ -421,7 +421,7 @@ def test_the_commands_work_from_a_wheel_outside_a_checkout(tmp_path):
     shutil.unpack_archive(next(tmp_path.glob("*.whl")), site, "zip")
     assert (site / "cpm_rcnn/conf/experiment/quickstart.yaml").is_file()
     assert (site / "cpm_rcnn/kernels/README.md").is_file()
-    for name in ("page.html", "style.css", "script.js"):
+    for name in ("base.html", "check.html", "page.html", "parts.html", "style.css", "script.js"):
         assert (site / "cpm_rcnn/reporting/report" / name).is_file()
     shown = subprocess.run(
         [sys.executable, "-m", "cpm_rcnn.train", "--cfg", "job", "experiment=quickstart"],

@@ -1,4 +1,4 @@
-"""The pages of reports and comparisons in headless Chromium, on a desktop and on a phone."""
+"""The pages of reports, comparisons and data checks in headless Chromium, on a desktop and on a phone."""
 
 import os
 import shutil
@@ -7,8 +7,9 @@ from contextlib import contextmanager
 import pytest
 
 from cpm_rcnn.reporting.comparison import comparison_page
+from cpm_rcnn.reporting.data_check import examination_page
 from cpm_rcnn.reporting.report import report_page
-from sample_reports import NAMES, minimal_report, open_image, rich_report
+from sample_reports import NAMES, awkward_examination, minimal_report, open_image, rich_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
@@ -48,6 +49,7 @@ def pages(tmp_path_factory):
         "many": report_page(many, open_image),
         "nothing": report_page({"title": AWKWARD[2]}, None),
         "comparison": comparison_page(comparison),
+        "check": examination_page(awkward_examination(AWKWARD[2]), lambda split, name: open_image("street/000001.jpg")),
     }
     for name, text in texts.items():
         (folder / f"{name}.html").write_text(text, "utf-8")
@@ -84,7 +86,7 @@ def choose(page, section, filter_name, value):
 
 
 @pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
-@pytest.mark.parametrize("name", ["rich", "minimal", "awkward", "many", "nothing", "comparison"])
+@pytest.mark.parametrize("name", ["rich", "minimal", "awkward", "many", "nothing", "comparison", "check"])
 def test_pages_load_without_errors_and_fit_the_screen(opened, name, viewport):
     with opened(name, viewport) as page:
         assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]

@@ -110,21 +110,22 @@ def config_keys(config: DictConfig, node: str, renamed: Mapping[str, str] | None
         node: name of the node.
         renamed: config keys of arguments that do not come from an option of the same name.
     """
-
-    def with_keys(text: str) -> str:
-        names = "|".join(map(re.escape, map(str, config[node])))
-        return re.sub(rf"(?<![\w./])({names})(?==)", lambda match: config_key(config, node, match[1]), text)
-
     try:
         yield
     except ArgumentError as error:
         key = (renamed or {}).get(error.argument) or config_key(config, node, error.argument)
-        raise UserError(f"{key}{with_keys(error.problem)}") from error
+        raise UserError(f"{key}{with_config_keys(config, node, error.problem)}") from error
     except UserError as error:
-        text = with_keys(str(error))
+        text = with_config_keys(config, node, str(error))
         if text == str(error):
             raise
         raise UserError(text) from error
+
+
+def with_config_keys(config: DictConfig, node: str, text: str) -> str:
+    """A text in which the options of ``node`` that occur as ``NAME=`` are replaced by their config keys."""
+    names = "|".join(map(re.escape, map(str, config[node])))
+    return re.sub(rf"(?<![\w./])({names})(?==)", lambda match: config_key(config, node, match[1]), text)
 
 
 def config_key(config: DictConfig, node: str, argument: str) -> str:

@@ -4,6 +4,9 @@ from importlib.resources import files
 
 import yaml
 
+# Configs of commands that those of other commands include.
+_INCLUDED = ("train",)
+
 
 def help_text(config_name: str) -> str:
     """What ``--help`` prints: the choices of the command's groups, and its config file, which explains the options.
@@ -55,6 +58,12 @@ def groups_of(config_name: str) -> dict[str, str | None]:
 
 
 def _defaults(path: str) -> dict[str, str | None]:
-    """The groups in the defaults list of a config file, with their choices."""
+    """The groups in the defaults list of a config file and of those that it includes, with their choices."""
     content = yaml.safe_load(files("cpm_rcnn.conf").joinpath(path).read_text("utf-8")) or {}
-    return {k: v for entry in content.get("defaults", []) if isinstance(entry, dict) for k, v in entry.items()}
+    found: dict[str, str | None] = {}
+    for entry in content.get("defaults", []):
+        if isinstance(entry, dict):
+            found |= entry
+        elif entry in _INCLUDED:
+            found |= _defaults(f"{entry}.yaml")
+    return found

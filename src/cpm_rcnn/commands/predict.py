@@ -16,7 +16,7 @@ from rich.progress import track
 from cpm_rcnn.cli.assembly import load_detector
 from cpm_rcnn.cli.config import overrides_in
 from cpm_rcnn.data import ImageSource
-from cpm_rcnn.data.validation import counted
+from cpm_rcnn.data.problem import counted
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.evaluation.coco_metric import RESULT_KEYS
 from cpm_rcnn.inference import Detector, ImageDetections

@@ -9,6 +9,7 @@ from pytorch_lightning.callbacks import Timer
 
 from cpm_rcnn.cli.assembly import build_datamodule, build_module
 from cpm_rcnn.cli.config import as_path, config_keys
+from cpm_rcnn.cli.data_check import training_findings
 from cpm_rcnn.cli.epochs import resolve_epochs
 from cpm_rcnn.cli.lightning import lightning_errors
 from cpm_rcnn.cli.recipe import training_recipe
@@ -17,6 +18,7 @@ from cpm_rcnn.cli.trainer import build_trainer, check_disk_space, checkpoint_siz
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.curves import keep_metrics, plot_curves
+from cpm_rcnn.reporting.data_check import print_training_findings
 from cpm_rcnn.reporting.evaluation_report import report_evaluation
 from cpm_rcnn.reporting.report.page import HTML
 from cpm_rcnn.reporting.tables import percent, print_metrics, print_transfer, write_metrics
@@ -74,6 +76,7 @@ def train_model(config: DictConfig) -> None:
             remove_checkpoints(run_dir)
         keep_metrics(run_dir, resuming=resume_point is not None)
         OmegaConf.save(config, run_dir / "config.yaml", resolve=True)
+        print_training_findings(training_findings(config, datamodule, module.model.settings))
     with config_keys(config, "data"), lightning_errors(config):
         fit(trainer, module, datamodule, resume_point, run_dir)
     selected, evaluated = evaluate_checkpoints(trainer, module, datamodule, run_dir, config.select)

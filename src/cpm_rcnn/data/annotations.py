@@ -1,7 +1,7 @@
 """COCO-style annotations: files are read and checked once, and their content is stored in arrays."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from cpm_rcnn.data.classes import ClassSelection
+from cpm_rcnn.data.problem import Problem, counted
 from cpm_rcnn.data.raw import RawAnnotations
 from cpm_rcnn.data.settings import OnError
-from cpm_rcnn.data.validation import check_categories, check_json, counted
+from cpm_rcnn.data.validation import check_categories, check_json
 from cpm_rcnn.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -46,6 +47,10 @@ class CocoAnnotations:
         crowds: (A,) bool, ``iscrowd`` in COCO's format.
         usable: (A,) bool, the objects used in training: not crowds, partly inside their image, and large enough.
             Evaluation uses all.
+        numbers: (A,) int64, the number of each object in ``number_format``.
+        number_format: how to name an object: ``annotation {}`` by its id, or by its position, or by its ``line {}``.
+        faults: the errors in the file, whose images and annotations were skipped.
+        notes: what is valid but unusual in the file.
     """
 
     path: Path
@@ -64,6 +69,10 @@ class CocoAnnotations:
     areas: np.ndarray
     crowds: np.ndarray
     usable: np.ndarray
+    numbers: np.ndarray
+    number_format: str
+    faults: tuple[Problem, ...] = ()
+    notes: tuple[Problem, ...] = ()
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -121,6 +130,7 @@ class CocoAnnotations:
             areas=self.areas[objects],
             crowds=crowds,
             usable=_usable(xywh, limits, crowds, min_box_size),
+            numbers=self.numbers[objects],
         )
 
     def to_coco(self) -> dict[str, Any]:
@@ -179,6 +189,7 @@ class CocoAnnotations:
         folder: str | Path | None = None,
         min_box_size: float = 0.0,
         classes: ClassSelection | None = None,
+        warn: Callable[[str], None] = _log.warning,
     ) -> "CocoAnnotations":
         """Check annotations that were read from files.
 
@@ -196,6 +207,7 @@ class CocoAnnotations:
             min_box_size: objects whose width or height inside their image is at most this many pixels are not usable.
             classes: the classes to keep, with the names that they have in the file; needs ``categories``. None keeps
                 all.
+            warn: receives one line about what was skipped and what is unusual, if anything.
 
         Raises:
             UserError: categories are invalid or not in ``categories``; boxes look like x1, y1, x2, y2 or like fractions
@@ -211,17 +223,18 @@ class CocoAnnotations:
         faults = raw.faults + found.faults
         if found.fatal or (faults and on_error == "raise"):
             advice = [] if found.fatal else ["correct the file, or skip these with on_error=skip"]
-            raise UserError(f"{path}: {'; '.join(found.fatal + faults + advice)}")
+            raise UserError(f"{path}: {'; '.join([*found.fatal, *map(str, faults), *advice])}")
         if not found.good_images.any():
-            raise UserError(f"{path}: no image is valid; {'; '.join(faults)}")
+            raise UserError(f"{path}: no image is valid; {'; '.join(map(str, faults))}")
         kept = found.good_objects & found.good_images[found.image_rows] & ~found.left_out
         notes = raw.notes + found.notes
+        messages = list(map(str, notes))
         if faults:
-            notes.append(f"on_error=skip: skipped {'; '.join(faults)}")
+            messages.append(f"on_error=skip: skipped {'; '.join(map(str, faults))}")
         if valid := (found.good_objects & ~found.good_images[found.image_rows]).sum():
-            notes.append(f"skipped {counted(valid, 'valid annotation', 'valid annotations')} of skipped images")
-        if notes:
-            _log.warning("%s: %s", path, "; ".join(notes))
+            messages.append(f"skipped {counted(valid, 'valid annotation', 'valid annotations')} of skipped images")
+        if messages:
+            warn(f"{path}: {'; '.join(messages)}")
 
         known = sorted(content.get("categories", []) if categories is None else categories, key=lambda c: c["id"])
         category_ids = [int(category["id"]) for category in known]
@@ -233,6 +246,7 @@ class CocoAnnotations:
         objects, image_rows = objects[order], image_rows[order]
         boxes, crowds = found.boxes[objects], found.crowds[objects]
         limits = np.stack([widths, heights], axis=1)[image_rows]
+        numbers, number_format = _numbers(raw, objects)
         return cls(
             path=path,
             is_json=raw.object_name is None and classes is None,
@@ -250,7 +264,22 @@ class CocoAnnotations:
             areas=found.areas[objects],
             crowds=crowds,
             usable=_usable(boxes, limits, crowds, min_box_size),
+            numbers=numbers,
+            number_format=number_format,
+            faults=tuple(faults),
+            notes=tuple(notes),
         )
+
+
+def _numbers(raw: RawAnnotations, objects: np.ndarray) -> tuple[np.ndarray, str]:
+    """The numbers (A,) int64 and their format by which the objects at some positions (A,) are named."""
+    entries = raw.content.get("annotations", [])
+    key = "id" if raw.object_name is None else "line"
+    # Either all have an id or none.
+    if not len(objects) or key not in entries[objects[0]]:
+        return objects, "annotations[{}]"
+    numbers = np.fromiter((entries[row][key] for row in objects.tolist()), np.int64, len(objects))
+    return numbers, "annotation {}" if key == "id" else "line {}"
 
 
 def _usable(xywh: np.ndarray, limits: np.ndarray, crowds: np.ndarray, min_box_size: float) -> np.ndarray:

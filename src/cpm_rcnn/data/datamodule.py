@@ -18,12 +18,12 @@ from cpm_rcnn.data.dataset import CocoDataset, ImageFaults
 from cpm_rcnn.data.file_check import check_image_files, describe_problems, shared_images
 from cpm_rcnn.data.mixing import MixingAugmentation
 from cpm_rcnn.data.presets import training_augmentations
+from cpm_rcnn.data.problem import counted
 from cpm_rcnn.data.samplers import EvalSampler, Negatives, TrainBatchSampler, TrainOrder, collate
 from cpm_rcnn.data.settings import DataSettings, ShapesSettings, Split
 from cpm_rcnn.data.shapes import CATEGORIES, write_shapes
 from cpm_rcnn.data.splits import DataSplits
 from cpm_rcnn.data.transforms import Augmentation, Resize
-from cpm_rcnn.data.validation import counted
 from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
 
 _log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.images import ImageSource
 from cpm_rcnn.data.mixing import MixingAugmentation
+from cpm_rcnn.data.problem import counted
 from cpm_rcnn.data.samplers import Sample
 from cpm_rcnn.data.settings import OnError
 from cpm_rcnn.data.transforms import Augmentation, Target, choose, sample_rng, select_objects
-from cpm_rcnn.data.validation import counted
 from cpm_rcnn.errors import UserError
 
 _log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ import numpy as np
 
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.images import ImageSource
+from cpm_rcnn.data.problem import counted
 from cpm_rcnn.data.threads import in_threads
-from cpm_rcnn.data.validation import counted
 
 
 def check_image_files(

@@ -13,8 +13,8 @@ import numpy as np
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.images import ImageSource
 from cpm_rcnn.data.near_duplicates import SIMILAR_BITS, fingerprints, group_similar
+from cpm_rcnn.data.problem import counted
 from cpm_rcnn.data.settings import OnError
-from cpm_rcnn.data.validation import counted
 from cpm_rcnn.errors import ArgumentError, UserError
 
 _log = logging.getLogger(__name__)

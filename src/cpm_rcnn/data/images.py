@@ -83,7 +83,24 @@ class ImageSource:
             UserError: the image is missing, has another size, exceeds Pillow's limit of 179 million pixels, is
                 damaged, or has an unsupported format.
         """
-        raw = self._read_folder(file_name) if self._members is None else self._read_archive(file_name)
+        return self.decode(file_name, self.read_bytes(file_name), size, warn)
+
+    def read_bytes(self, file_name: str) -> bytes:
+        """The content of an image file.
+
+        Raises:
+            UserError: it is missing or cannot be read.
+        """
+        return self._read_folder(file_name) if self._members is None else self._read_archive(file_name)
+
+    def decode(
+        self,
+        file_name: str,
+        raw: bytes,
+        size: tuple[int, int] | None = None,
+        warn: Callable[[str], None] = _log.warning,
+    ) -> Tensor:
+        """:meth:`read` of a file whose content ``raw`` was read before."""
         try:
             image, lost = _decode(raw, size)
         except UserError as error:

@@ -19,10 +19,24 @@ SIMILAR_BITS = 52
 _PAIRS = 1 << 22
 
 
+def fingerprint(image: Image.Image, transpose: Image.Transpose | None = None) -> np.ndarray:
+    """The difference hash (dHash) of an image in gray, (:data:`FINGERPRINT_BITS`,) bool.
+
+    Args:
+        image: the image, 8 bits per channel.
+        transpose: the transformation that makes it upright; None if it is upright.
+    """
+    small = image.convert("L").resize((_SIDE + 1, _SIDE + 1), Image.Resampling.BOX)
+    gray = np.asarray(small if transpose is None else small.transpose(transpose))
+    right = gray[:-1, 1:] > gray[:-1, :-1]
+    below = gray[1:, :-1] > gray[:-1, :-1]
+    return np.concatenate([right.ravel(), below.ravel()])
+
+
 def fingerprints(
     images: ImageSource, file_names: Sequence[str], progress: bool = False
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Difference hashes (dHash) of the upright images in gray.
+    """:func:`fingerprint` of many images.
 
     Args:
         images: where the images are.
@@ -34,20 +48,16 @@ def fingerprints(
         to a message that says why.
     """
 
-    def fingerprint(file_name: str) -> np.ndarray | str:
+    def read(file_name: str) -> np.ndarray | str:
         try:
             with images.opened(file_name) as (image, transpose):
                 # JPEGs are decoded at a fraction of their size.
                 image.draft("L", (8 * _SIDE, 8 * _SIDE))
-                small = eight_bits(image).convert("L").resize((_SIDE + 1, _SIDE + 1), Image.Resampling.BOX)
-                gray = np.asarray(small if transpose is None else small.transpose(transpose))
+                return fingerprint(eight_bits(image), transpose)
         except UserError as error:
             return str(error)
-        right = gray[:-1, 1:] > gray[:-1, :-1]
-        below = gray[1:, :-1] > gray[:-1, :-1]
-        return np.concatenate([right.ravel(), below.ravel()])
 
-    found = in_threads(fingerprint, file_names, f"compare images of {images.path.name}", progress)
+    found = in_threads(read, file_names, f"compare images of {images.path.name}", progress)
     problems = {row: value for row, value in enumerate(found) if isinstance(value, str)}
     nothing = np.zeros(FINGERPRINT_BITS, dtype=bool)
     bits = np.array([nothing if isinstance(value, str) else value for value in found], dtype=bool)

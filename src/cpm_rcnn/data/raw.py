@@ -5,23 +5,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cpm_rcnn.data.validation import counted, read_json
+from cpm_rcnn.data.problem import Problem, counted
+from cpm_rcnn.data.validation import read_json
 
 
-class Findings:
-    """What was found while files were read, reported together by kind."""
+class ProblemCollector:
+    """Collects the problems that are found while files are read, by kind."""
 
     def __init__(self) -> None:
         self._places: dict[tuple[str, str, str], list[str]] = {}
 
     def add(self, singular: str, plural: str, what: str, place: str) -> None:
-        """Record a finding, for example a ``label`` (one of ``labels``) ``of an unknown class`` at ``a.txt line 7``."""
+        """Record a problem, for example a ``label`` (one of ``labels``) ``of an unknown class`` at ``a.txt line 7``."""
         self._places.setdefault((singular, plural, what), []).append(place)
 
-    def phrases(self) -> list[str]:
-        """One phrase per kind, with its count and first places."""
+    def problems(self) -> list[Problem]:
+        """One problem per kind, with its count and first places."""
         return [
-            f"{counted(len(places), singular, plural)} {what} ({', '.join(places[:3])}{', ...' * (len(places) > 3)})"
+            Problem.at(f"{counted(len(places), singular, plural)} {what}", places)
             for (singular, plural, what), places in self._places.items()
         ]
 
@@ -35,18 +36,18 @@ class RawAnnotations:
         content: as :func:`~cpm_rcnn.data.validation.read_json` returns it.
         image_name: what messages call an image, by its position: the file and line that it was read from. None calls it
             by its id.
-        object_name: the same for an annotation.
-        faults: one phrase per kind of error in the files, which skipping an image or an annotation corrects; what they
-            are about is not in ``content``.
-        notes: one phrase per kind of valid but unusual entry.
+        object_name: the same for an annotation. Such annotations have a ``line`` in ``content``.
+        faults: errors in the files, which skipping an image or an annotation corrects; what they are about is not in
+            ``content``.
+        notes: what is valid but unusual.
     """
 
     path: Path
     content: dict[str, Any]
     image_name: Callable[[int], str] | None = None
     object_name: Callable[[int], str] | None = None
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    faults: list[Problem] = field(default_factory=list)
+    notes: list[Problem] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, path: Path) -> "RawAnnotations":

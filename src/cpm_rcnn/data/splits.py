@@ -1,7 +1,9 @@
 """The splits of a data set: from settings to checked annotations and images, whatever the format of the files."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,8 @@ from cpm_rcnn.data.raw import RawAnnotations
 from cpm_rcnn.data.settings import DataSettings, Split
 from cpm_rcnn.data.validation import check_categories
 from cpm_rcnn.errors import ArgumentError, UserError
+
+_log = logging.getLogger(__name__)
 
 # COCO's own names, and where its files are.
 _COCO_FILES = {
@@ -36,6 +40,7 @@ class DataSplits:
         settings: the settings.
         categories: the categories of the labels, each with ``id`` and ``name``. None takes ``settings.classes``, or
             else the categories of the training split, or of the validation split if there is no other.
+        warn: receives one line about each annotation file in which entries were skipped or are unusual.
 
     Attributes:
         root: ``settings.root`` as a path, with ``~`` expanded.
@@ -44,13 +49,19 @@ class DataSplits:
         ArgumentError: ``categories`` are invalid, or lack one of ``settings.classes``.
     """
 
-    def __init__(self, settings: DataSettings, categories: Sequence[dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        settings: DataSettings,
+        categories: Sequence[dict[str, Any]] | None = None,
+        warn: Callable[[str], None] = _log.warning,
+    ) -> None:
         if categories is not None:
             check_categories("categories", categories)
         self.root = Path(settings.root or "").expanduser()
         self._settings = settings
         self._classes = None if settings.classes is None else ClassSelection.from_setting(settings.classes)
         self._given_categories = categories
+        self._warn = warn
         if categories is not None and self._classes is not None:
             names = [category["name"] for category in categories]
             if unknown := [name for name in self._classes.names if name not in names]:
@@ -74,6 +85,13 @@ class DataSplits:
         if not annotations.categories:
             raise UserError(f"{annotations.path}: 'categories' is empty, so there is nothing to detect")
         return annotations.categories
+
+    def tolerant(self) -> "DataSplits":
+        """The same splits, in which invalid entries are skipped without an error or a message.
+
+        ``faults`` and ``notes`` of the annotations tell what would have been an error or a message.
+        """
+        return DataSplits(replace(self._settings, on_error="skip"), self._given_categories, warn=lambda message: None)
 
     def has(self, split: Split) -> bool:
         """Whether there is such a split.
@@ -171,7 +189,9 @@ class DataSplits:
         elif known is None and split != self._category_split:
             # The annotations that define the categories cannot be checked against them.
             known = self.categories
-        return CocoAnnotations.check(raw, known, self._settings.on_error, files.images, min_box_size, self._classes)
+        return CocoAnnotations.check(
+            raw, known, self._settings.on_error, files.images, min_box_size, self._classes, self._warn
+        )
 
     def _check_classes(self, raw: RawAnnotations) -> None:
         """Raise :class:`ArgumentError` if a selected class is not among those of ``raw``."""

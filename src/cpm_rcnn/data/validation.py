@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from cpm_rcnn.data.classes import ClassSelection, match_categories
+from cpm_rcnn.data.problem import PLACES, Problem, counted
 from cpm_rcnn.errors import ArgumentError, UserError, check_list
 
 # In pixels. No image format allows more, and arithmetic with smaller numbers does not overflow.
@@ -43,9 +44,9 @@ class CheckedJson:
         good_objects: (A,) bool; their images may be invalid.
         left_out: (A,) bool, the annotations of classes that are not selected.
         listed_ids: int64, the ids of the categories that the json lists, as the model numbers them.
-        notes: one phrase per kind of valid but unusual entries.
-        faults: one phrase per kind of error in images and annotations, with its count and first ids.
-        fatal: the same for errors of the whole file, which cannot be corrected by skipping entries.
+        notes: what is valid but unusual.
+        faults: errors in images and annotations.
+        fatal: errors of the whole file, which cannot be corrected by skipping entries; a phrase each.
     """
 
     image_ids: np.ndarray
@@ -61,8 +62,8 @@ class CheckedJson:
     good_objects: np.ndarray
     left_out: np.ndarray
     listed_ids: np.ndarray
-    notes: list[str]
-    faults: list[str]
+    notes: list[Problem]
+    faults: list[Problem]
     fatal: list[str]
 
 
@@ -160,7 +161,7 @@ def check_json(
     object_categories, category_rows, categorized = matching.translate(np.array(values, dtype=np.int64))
     left_out = accepted & ~categorized & (category_rows >= 0) & (classes is not None)
     objects.fault("of an unknown category", accepted & ~categorized & ~left_out, "category_id")
-    notes = []
+    notes: list[Problem] = []
     if classes is None:
         # Some tools list categories that no annotation has, for example a common parent of all others.
         unused = matching.foreign & ~np.isin(np.arange(len(matching.foreign)), category_rows[accepted])
@@ -202,15 +203,12 @@ def check_json(
         listed_ids=matching.model_ids[matching.identified & ~matching.foreign],
         notes=[*_flat_boxes(objects, flat), *notes],
         faults=images.faults + objects.faults,
-        fatal=categories.faults
-        + _corner_boxes(boxes[comparable], limits[comparable])
-        + _normalized_boxes(boxes[comparable], limits[comparable]),
+        fatal=[
+            *map(str, categories.faults),
+            *_corner_boxes(boxes[comparable], limits[comparable]),
+            *_normalized_boxes(boxes[comparable], limits[comparable]),
+        ],
     )
-
-
-def counted(count: int, singular: str, plural: str) -> str:
-    """For example "1 image" or "2 images"."""
-    return f"{count} {singular if count == 1 else plural}"
 
 
 def check_categories(argument: str, categories: Any) -> None:
@@ -281,31 +279,30 @@ def _check_categories(
     return _CategoryMatching(ids, identified, model_ids, identified & named & ~found, known_ids)
 
 
-def _unused_categories(categories: "_Entries", unused: np.ndarray) -> list[str]:
-    """One phrase about the categories under ``unused`` (C,) bool, if there are any."""
+def _unused_categories(categories: "_Entries", unused: np.ndarray) -> list[Problem]:
+    """The categories under ``unused`` (C,) bool, if there are any."""
     if not unused.any():
         return []
     count = counted(unused.sum(), "category", "categories")
-    return [f"ignored {count} unknown to the model that no annotation has ({categories.first(unused, 'name')})"]
+    return [categories.problem(f"ignored {count} unknown to the model that no annotation has", unused, "name")]
 
 
-def _renumbered_categories(categories: "_Entries", matching: _CategoryMatching) -> list[str]:
-    """One phrase about the categories that have another id in the model, if there are any."""
+def _renumbered_categories(categories: "_Entries", matching: _CategoryMatching) -> list[Problem]:
+    """The categories that have another id in the model, if there are any."""
     rows = np.flatnonzero(matching.renumbered)
     if not len(rows):
         return []
     count = counted(len(rows), "category", "categories")
-    return [
-        f"matched {count} with another id by name ({categories.first(matching.renumbered, 'name')}); detections have "
-        f"the model's ids, {', '.join(map(str, matching.model_ids[rows[:3]]))}{', ...' * (len(rows) > 3)}"
-    ]
+    matched = categories.problem(f"matched {count} with another id by name", matching.renumbered, "name")
+    ids = f"{', '.join(map(str, matching.model_ids[rows[:3]]))}{', ...' * (len(rows) > 3)}"
+    return [Problem(f"{matched}; detections have the model's ids, {ids}", len(rows))]
 
 
-def _flat_boxes(objects: "_Entries", flat: np.ndarray) -> list[str]:
-    """One phrase about the annotations under ``flat`` (A,) bool, if there are any."""
+def _flat_boxes(objects: "_Entries", flat: np.ndarray) -> list[Problem]:
+    """The annotations under ``flat`` (A,) bool, if there are any."""
     if not flat.any():
         return []
-    return [f"ignored in training: {counted(flat.sum(), 'box', 'boxes')} without area ({objects.first(flat)})"]
+    return [objects.problem(f"ignored in training: {counted(flat.sum(), 'box', 'boxes')} without area", flat)]
 
 
 def _corner_boxes(boxes: np.ndarray, limits: np.ndarray) -> list[str]:
@@ -352,7 +349,7 @@ class _Entries:
 
     Attributes:
         good: (N,) bool, the entries without a fault so far.
-        faults: one phrase per kind of fault so far, with its count and first ids.
+        faults: the faults so far.
     """
 
     def __init__(
@@ -364,7 +361,7 @@ class _Entries:
         self._is_object = np.array([isinstance(entry, dict) for entry in entries], dtype=bool)
         self._entries = [entry if isinstance(entry, dict) else {} for entry in entries]
         self.good = np.ones(len(entries), dtype=bool)
-        self.faults: list[str] = []
+        self.faults: list[Problem] = []
         self.fault("not written as an object", ~self._is_object)
 
     def column(
@@ -406,13 +403,13 @@ class _Entries:
         if mask.any():
             self.good &= ~mask
             count = counted(mask.sum(), self._singular, self._plural)
-            self.faults.append(f"{count} {kind} ({self.first(mask, key)})")
+            self.faults.append(self.problem(f"{count} {kind}", mask, key))
         return mask
 
-    def first(self, mask: np.ndarray, key: str | None = None) -> str:
-        """The first few entries under ``mask`` (N,) bool by id, each with its field ``key``."""
+    def problem(self, text: str, mask: np.ndarray, key: str | None = None) -> Problem:
+        """A problem of the entries under ``mask`` (N,) bool, shown with their field ``key``."""
         rows = np.flatnonzero(mask)
-        return ", ".join(self._name(row, key) for row in rows[:3]) + ", ..." * (len(rows) > 3)
+        return Problem(text, len(rows), tuple(self._name(row, key) for row in rows[:PLACES]))
 
     def _name(self, row: int, key: str | None) -> str:
         name = self._name_of(row)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cpm_rcnn.data.raw import Findings, RawAnnotations
+from cpm_rcnn.data.raw import ProblemCollector, RawAnnotations
 from cpm_rcnn.errors import UserError
 
 
@@ -20,14 +20,13 @@ class RawBuilder:
     """
 
     def __init__(self, path: Path) -> None:
-        self.faults = Findings()
-        self.notes = Findings()
+        self.faults = ProblemCollector()
+        self.notes = ProblemCollector()
         self._path = path
         self._images: list[dict[str, Any]] = []
         self._image_places: list[str] = []
         self._sources: list[str] = []
         self._objects: list[dict[str, Any]] = []
-        self._lines: list[int] = []
         self._class_names: list[str] = []
 
     def add_image(self, file_name: str, size: tuple[int, int], place: str, source: str = "") -> None:
@@ -54,8 +53,7 @@ class RawBuilder:
             line: its line in the source of the image.
             crowd: whether training and evaluation ignore it.
         """
-        self._objects.append({"image_id": len(self._images), "bbox": list(bbox), "iscrowd": int(crowd)})
-        self._lines.append(line)
+        self._objects.append({"image_id": len(self._images), "bbox": list(bbox), "iscrowd": int(crowd), "line": line})
         self._class_names.append(class_name)
 
     def build(self, class_names: Sequence[str] | None = None) -> RawAnnotations:
@@ -67,10 +65,10 @@ class RawBuilder:
         Raises:
             UserError: no image was added.
         """
-        faults = self.faults.phrases()
+        faults = self.faults.problems()
         if not self._images:
             raise UserError(
-                f"{self._path}: {'; '.join(['no image is valid', *faults] if faults else ['has no image'])}"
+                f"{self._path}: {'; '.join(['no image is valid', *map(str, faults)] if faults else ['has no image'])}"
             )
         names = sorted(set(self._class_names)) if class_names is None else class_names
         class_ids = {name: number for number, name in enumerate(names, start=1)}
@@ -82,8 +80,9 @@ class RawBuilder:
             "categories": [{"id": number, "name": name} for number, name in enumerate(names, start=1)],
         }
         return RawAnnotations(
-            self._path, content, self._image_places.__getitem__, self._object_place, faults, self.notes.phrases()
+            self._path, content, self._image_places.__getitem__, self._object_place, faults, self.notes.problems()
         )
 
     def _object_place(self, row: int) -> str:
-        return f"{self._sources[self._objects[row]['image_id'] - 1]}line {self._lines[row]}"
+        entry = self._objects[row]
+        return f"{self._sources[entry['image_id'] - 1]}line {entry['line']}"

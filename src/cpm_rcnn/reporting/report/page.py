@@ -3,16 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from typing import Any
 
 from cpm_rcnn.reporting.report import figures
-from cpm_rcnn.reporting.report.charts import defined, percent_text, signed_text
+from cpm_rcnn.reporting.report.charts import defined
 from cpm_rcnn.reporting.report.embedding import OpenImage, crop_view, embed, whole_view
+from cpm_rcnn.reporting.report.template import render, write_page
 from cpm_rcnn.reporting.tables import write_metrics
-from cpm_rcnn.weights.writing import write_atomically
 
 JSON, HTML = "report.json", "report.html"
 
@@ -58,15 +55,6 @@ LABEL_KINDS = {
     "duplicate": "annotated twice",
     "never_detected": "never detected",
 }
-# Rows of a table that are shown before it is unfolded.
-FIRST_ROWS = 20
-
-
-class _Environment(Environment):
-    """A template's ``row.count`` is the value of a dict's key, not its method."""
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        return obj[attribute] if isinstance(obj, dict) and attribute in obj else super().getattr(obj, attribute)
 
 
 def report_page(report: dict[str, Any], open_image: OpenImage | None) -> str:
@@ -78,17 +66,10 @@ def report_page(report: dict[str, Any], open_image: OpenImage | None) -> str:
         open_image: returns the image of a ``file_name`` as uint8 RGB (H, W, 3), or raises ``UserError``, whose message
             is then shown in its place. None embeds no pictures.
     """
-    environment = _Environment(
-        loader=FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "number": _number, "signed": signed_text, "count": _count}
-    environment.tests["known"] = lambda value: isinstance(value, int | float) and defined(value)
-    page = environment.get_template("page.html").render(
-        report={"description": [], "findings": [], "metrics": None} | dict.fromkeys(SECTIONS) | report,
+    return render(
+        "page.html",
+        report={"findings": [], "metrics": None} | dict.fromkeys(SECTIONS) | report,
+        description=report.get("description") or [],
         title=report.get("title") or "Evaluation",
         sections=SECTIONS,
         short_names=SHORT_NAMES,
@@ -97,14 +78,10 @@ def report_page(report: dict[str, Any], open_image: OpenImage | None) -> str:
         reasons={key: _reason(report, key) for key in SECTIONS},
         box_kinds=BOX_KINDS,
         label_kinds=LABEL_KINDS,
-        first_rows=FIRST_ROWS,
         stages=_stages(report.get("scores")),
         images=_images(report.get("images"), open_image),
         labels=_labels(report.get("labels"), open_image),
-        style=Markup(_text("style.css")),
-        script=Markup(_text("script.js")),
     )
-    return page.strip() + "\n"
 
 
 def write_report(report: dict[str, Any], folder: Path, open_image: OpenImage | None) -> None:
@@ -119,16 +96,7 @@ def write_report(report: dict[str, Any], folder: Path, open_image: OpenImage | N
         UserError: a file cannot be written.
     """
     write_metrics(report, folder / JSON)
-    page = report_page(report, open_image)
-
-    def write(file: BinaryIO) -> None:
-        file.write(page.encode("utf-8", "replace"))  # json allows names that UTF-8 does not
-
-    write_atomically(folder / HTML, write)
-
-
-def _text(name: str) -> str:
-    return (Path(__file__).parent / name).read_text("utf-8")
+    write_page(report_page(report, open_image), folder / HTML)
 
 
 def _reason(report: dict[str, Any], key: str) -> str:
@@ -205,15 +173,3 @@ def _kinds(names: dict[str, str], kinds: Any) -> list[tuple[str, str, int]]:
     counts = Counter(kinds)
     order: Sequence[str] = [kind for kind in names if kind in counts]
     return [(kind, names.get(kind, kind), counts[kind]) for kind in [*order, *(k for k in counts if k not in names)]]
-
-
-def _percent(value: float | None, decimals: int = 1) -> str:
-    return percent_text(value, decimals)
-
-
-def _number(value: float | None, decimals: int = 2) -> str:
-    return f"{value:.{decimals}f}" if value is not None and defined(value) else "–"
-
-
-def _count(value: float | None) -> str:
-    return f"{int(value):,}" if value is not None and defined(value) else "–"
