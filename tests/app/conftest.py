@@ -1,3 +1,4 @@
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ def command(workplace, monkeypatch, capfd):
         monkeypatch.chdir(workplace)
         monkeypatch.setattr(sys, "argv", [f"cpm_rcnn.{name}", *arguments])
         GlobalHydra.instance().clear()
+        # Hydra's handlers write to the streams of this test.
+        monkeypatch.setattr(logging.getLogger(), "handlers", list(logging.getLogger().handlers))
         capfd.readouterr()
         status = 0
         try:

@@ -52,6 +52,7 @@ def answer(command, faulty, checked):
 def test_faults_are_listed_in_a_table_with_status_1(answer, faulty):
     assert answer.status == 1
     assert "error" not in answer.err
+    assert "ends early" not in answer.err
     found = json.loads((answer.folder / "check.json").read_text())
     assert f"{found['faults']} faults, {found['warnings']} warnings, {found['notes']} notes" in answer.out
     for severity, *_ in faulty[1]:
