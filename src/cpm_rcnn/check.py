@@ -3,13 +3,13 @@
 from omegaconf import DictConfig
 
 from cpm_rcnn.cli.main import run
-from cpm_rcnn.cli.nodes import check_data_settings, schedule_settings
+from cpm_rcnn.cli.nodes import check_data_settings, provisional, schedule_settings
 
 
 def check(config: DictConfig) -> None:
     """Check a data set; the results are written to Hydra's output folder."""
-    schedule_settings(config)
-    check_data_settings(config)
+    schedule_settings(provisional(config))
+    check_data_settings(provisional(config))
     # Imported after these checks, because it imports torch, which takes seconds.
     from cpm_rcnn.commands.check import check_data
 

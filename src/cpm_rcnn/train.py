@@ -5,7 +5,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cpm_rcnn.cli.main import run
-from cpm_rcnn.cli.nodes import check_data_settings, check_operating_precision, schedule_settings
+from cpm_rcnn.cli.nodes import check_data_settings, check_operating_precision, provisional, schedule_settings
 from cpm_rcnn.cli.sweep import run_cell
 from cpm_rcnn.cli.trainer_options import check_trainer_options
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_flag
@@ -27,8 +27,8 @@ def train(config: DictConfig) -> float | None:
         raise UserError("init and resume: give only one of them; a resumed run has its weights already")
     check_choice("init_stages", config.init_stages, ("own", "repeat"))
     check_choice("resume_changes", config.resume_changes, ("refuse", "allow"))
-    schedule_settings(config)
-    check_data_settings(config)
+    schedule_settings(provisional(config))
+    check_data_settings(provisional(config))
     check_operating_precision(config)
     check_trainer_options(config)
     # Imported after these checks, because it imports torch, which takes seconds.

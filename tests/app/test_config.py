@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from cpm_rcnn import build_detector
 from cpm_rcnn.cli.config import UNSET, config_key, to_dict
 from cpm_rcnn.cli.instantiate import ALLOWED, instantiate_allowed
-from cpm_rcnn.cli.nodes import schedule_settings
+from cpm_rcnn.cli.nodes import provisional, schedule_settings
 from cpm_rcnn.cli.trainer import build_trainer
 from cpm_rcnn.cli.trainer_options import TrainerOptions
 from cpm_rcnn.data import DataSettings
@@ -81,7 +81,7 @@ def test_every_head_builds_on_every_backbone(backbone, head):
 @pytest.mark.parametrize("data", options("data"))
 def test_every_schedule_with_every_data_makes_a_schedule_and_a_data_module(schedule, data):
     paths = [f"data.{key}=x" for key in ("train_json", "train_images", "val_json", "val_images")]
-    config = composed(f"schedule={schedule}", f"data={data}", *(paths if data == "custom" else []))
+    config = provisional(composed(f"schedule={schedule}", f"data={data}", *(paths if data == "custom" else [])))
     settings = schedule_settings(config)
     assert settings.max_steps > max(settings.milestones)
     datamodule = instantiate_allowed(config.data, batch_size=2, max_steps=1)
@@ -113,7 +113,7 @@ def test_wandb_composes():
 def test_every_experiment_makes_its_parts(experiment, tmp_path):
     paths = [f"data.{key}=x" for key in ("train_json", "train_images", "val_json", "val_images")]
     paths = paths if experiment == "finetune" else []
-    config = composed(f"experiment={experiment}", "backbone.weights=null", *paths)
+    config = provisional(composed(f"experiment={experiment}", "backbone.weights=null", *paths))
     model_of(config, num_classes=80)
     assert schedule_settings(config).max_steps == config.schedule.max_steps
     instantiate_allowed(config.data, batch_size=config.schedule.images_per_device, max_steps=1)

@@ -11,6 +11,7 @@ from cpm_rcnn.cli.config import as_path, config_keys, overrides_in, to_dict
 from cpm_rcnn.cli.instantiate import instantiate_allowed
 from cpm_rcnn.cli.nodes import check_operating_precision, data_with_paths, schedule_settings
 from cpm_rcnn.data import CocoDataModule
+from cpm_rcnn.data.splits import DataSplits
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_file, check_flag, check_path, shown
 from cpm_rcnn.inference import Detector, MultiScaleSettings
 from cpm_rcnn.inference.detector import SIZE_OPTIONS
@@ -23,11 +24,15 @@ from cpm_rcnn.weights.checkpoints import checkpoint_file, read_checkpoint
 PRECISIONS = {32: torch.float32, "bf16": torch.bfloat16}
 
 
-def build_datamodule(config: DictConfig) -> CocoDataModule:
+def build_datamodule(config: DictConfig, splits: DataSplits | None = None) -> CocoDataModule:
     """The data module of a training run; a data set that it generates is generated now.
 
+    Args:
+        config: the config.
+        splits: the splits of a data module of the same data, so that nothing is read twice.
+
     Raises:
-        UserError: a value is invalid, or a file or an image is missing.
+        UserError: a value is invalid.
     """
     schedule = schedule_settings(config)
     check_count("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
@@ -42,11 +47,21 @@ def build_datamodule(config: DictConfig) -> CocoDataModule:
         )
         # Lightning would call it when the run starts, but the classes are needed earlier, to build the model.
         datamodule.prepare_data()
-        # So does this, but faulty files are better reported before a model is built and loggers start.
+    if splits is not None:
+        datamodule.splits = splits
+    return datamodule
+
+
+def check_files(config: DictConfig, datamodule: CocoDataModule) -> None:
+    """Check the files of a training run. Lightning would do so too, after a model is built and loggers are started.
+
+    Raises:
+        UserError: a file or an image is missing or invalid.
+    """
+    with config_keys(config, "data"):
         datamodule.setup("fit")
         # Refuses data without a validation split, which setup allows.
         datamodule.annotations("val")
-    return datamodule
 
 
 def build_module(

@@ -61,6 +61,12 @@ def process_count(config: DictConfig) -> int:
     return count * options.num_nodes
 
 
+def uses_gpu(config: DictConfig) -> bool:
+    """Whether a training uses an accelerator of this machine and not its CPU."""
+    accelerator = check_trainer_options(config).accelerator
+    return accelerator != "cpu" and (torch.cuda.is_available() or torch.backends.mps.is_available())
+
+
 @contextmanager
 def lightning_errors(config: DictConfig) -> Iterator[None]:
     """Name the config key in Lightning's errors about the arguments of its Trainer.

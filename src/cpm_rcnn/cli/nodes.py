@@ -1,6 +1,9 @@
 """Settings of nodes and options of a config that can be checked without torch."""
 
+import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -11,10 +14,38 @@ from cpm_rcnn.errors import ArgumentError, UserError, check_keys, check_path
 from cpm_rcnn.settings import number, optional
 from cpm_rcnn.training.schedule import Schedule
 
+AUTO = "auto"
+# The options that may be ``auto``, with values that no other option contradicts, for the time before they are chosen.
+# ``schedule.epochs`` may be auto too (:mod:`cpm_rcnn.cli.epochs`).
+PROVISIONAL: Mapping[str, Any] = {
+    "schedule.short_sides": [1],
+    "schedule.max_size": 100_000,
+    "schedule.test_short_side": 1,
+    "schedule.test_max_size": 100_000,
+    "schedule.images_per_device": 1,
+    "schedule.base_lr": 0.0,
+    "detector.proposals_train": 1000,
+    "detector.proposals_test": 1000,
+    "backbone.frozen_stages": 0,
+}
 _DATA: dict[str, type[DataSettings]] = {
     "cpm_rcnn.data.CocoDataModule": DataSettings,
     "cpm_rcnn.data.ShapesDataModule": ShapesSettings,
 }
+
+
+def with_values(config: DictConfig, values: Mapping[str, Any]) -> DictConfig:
+    """A copy of a config with other values of some options, by key."""
+    config = copy.deepcopy(config)
+    for key, value in values.items():
+        OmegaConf.update(config, key, value)
+    return config
+
+
+def provisional(config: DictConfig) -> DictConfig:
+    """A copy of a config in which no option is ``auto``, for checks of all other options."""
+    automatic = {key: value for key, value in PROVISIONAL.items() if OmegaConf.select(config, key) == AUTO}
+    return with_values(config, automatic)
 
 
 def schedule_settings(config: DictConfig) -> Schedule:

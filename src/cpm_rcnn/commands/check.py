@@ -1,5 +1,6 @@
 """Check the annotations and images of a data set."""
 
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,15 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from cpm_rcnn.cli.automatic import resolve_automatic
 from cpm_rcnn.cli.config import config_keys, to_dict
 from cpm_rcnn.cli.data_check import anchors_of, named_by_keys
 from cpm_rcnn.cli.instantiate import instantiate_allowed
-from cpm_rcnn.cli.nodes import data_with_paths
+from cpm_rcnn.cli.nodes import data_with_paths, provisional
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.data.doctor.examination import examine
 from cpm_rcnn.data.settings import Split
+from cpm_rcnn.errors import UserError
 from cpm_rcnn.models.rpn import RPNSettings
 from cpm_rcnn.reporting.data_check import print_examination, write_examination
 
@@ -22,16 +25,17 @@ from cpm_rcnn.reporting.data_check import print_examination, write_examination
 def check_data(config: DictConfig) -> None:
     """Check a data set; the results are written to Hydra's output folder. The exit status is 1 if there are faults."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    detector = to_dict(config.detector)
+    fixed = provisional(config)
+    detector = to_dict(fixed.detector)
     with config_keys(config, "detector"):
         rpn = RPNSettings.from_dict({name: detector[name] for name in RPNSettings.names()})
     with config_keys(config, "data"):
-        datamodule: CocoDataModule = instantiate_allowed(
-            data_with_paths(config.data), "cpm_rcnn.data.", convention=config.detector.convention
-        )
-        datamodule.prepare_data()
+        datamodule = _datamodule(fixed)
+    config = _resolved(config, datamodule)
+    with config_keys(config, "data"):
+        settings = _datamodule(config).settings
         anchors = anchors_of(rpn, config.detector.convention)
-        examination = examine(datamodule.splits, datamodule.settings, anchors, progress=True)
+        examination = examine(datamodule.splits, settings, anchors, progress=True)
     examination = replace(examination, findings=named_by_keys(config, examination.findings))
 
     def open_image(split: Split, file_name: str) -> np.ndarray:
@@ -44,3 +48,22 @@ def check_data(config: DictConfig) -> None:
     print(run_dir)
     if any(finding.severity == "fault" for finding in examination.findings):
         sys.exit(1)
+
+
+def _datamodule(config: DictConfig) -> CocoDataModule:
+    datamodule: CocoDataModule = instantiate_allowed(
+        data_with_paths(config.data), "cpm_rcnn.data.", convention=config.detector.convention
+    )
+    datamodule.prepare_data()
+    return datamodule
+
+
+def _resolved(config: DictConfig, datamodule: CocoDataModule) -> DictConfig:
+    """The config with the values that a training would choose."""
+    tolerant = copy.copy(datamodule)
+    tolerant.splits = datamodule.splits.tolerant()
+    try:
+        return resolve_automatic(config, tolerant)
+    except UserError:
+        # Without objects there is nothing to choose by; the examination says what is wrong with the data.
+        return provisional(config)

@@ -7,11 +7,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Timer
 
-from cpm_rcnn.cli.assembly import build_datamodule, build_module
+from cpm_rcnn.cli.assembly import build_datamodule, build_module, check_files
+from cpm_rcnn.cli.automatic import resolve_automatic
 from cpm_rcnn.cli.config import as_path, config_keys
 from cpm_rcnn.cli.data_check import training_findings
 from cpm_rcnn.cli.epochs import resolve_epochs
 from cpm_rcnn.cli.lightning import lightning_errors
+from cpm_rcnn.cli.nodes import provisional
 from cpm_rcnn.cli.recipe import training_recipe
 from cpm_rcnn.cli.run_folder import refuse_earlier_run, remove_checkpoints
 from cpm_rcnn.cli.trainer import build_trainer, check_disk_space, checkpoint_size
@@ -41,7 +43,11 @@ def train_model(config: DictConfig) -> None:
         refuse_earlier_run(run_dir)
     resume_point = find_resume_point(as_path(config.resume), run_dir)
     pl.seed_everything(config.seed, workers=True, verbose=False)
-    datamodule = build_datamodule(config)
+    # The annotations do not depend on the options that are chosen by them.
+    datamodule = build_datamodule(provisional(config))
+    config = resolve_automatic(config, datamodule)
+    datamodule = build_datamodule(config, datamodule.splits)
+    check_files(config, datamodule)
     config = resolve_epochs(config, datamodule)
     start = None
     if resume_point is not None:
