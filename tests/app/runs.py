@@ -13,6 +13,7 @@ def refused(answer) -> str:
     lines = [line for line in answer.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert "Traceback" not in answer.err
+    assert "Error executing job" not in answer.err
     return lines[0]
 
 

@@ -6,9 +6,12 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from cpm_rcnn.cli.arguments import check_choices, normalize, positional_as_option
@@ -30,6 +33,9 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
     if "--help" in sys.argv[1:]:
         print(help_text(config_name))
         return
+    if "--version" in sys.argv[1:]:
+        print(f"cpm-rcnn {version('cpm-rcnn')}")
+        return
     _silence_libraries()
     # Without it Hydra prints errors itself and exits.
     os.environ["HYDRA_FULL_ERROR"] = "1"
@@ -45,13 +51,22 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
         keep_freed_memory()
         return task(config)
 
+    def leaving_hydra(config: DictConfig) -> Any:
+        try:
+            return checked(config)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            # Hydra would print a line about an Exception.
+            raise _Failure from error
+
     # Hydra names its job after the function.
-    checked.__name__, checked.__module__ = task.__name__, task.__module__
-    main = hydra.main(version_base="1.3", config_path="pkg://cpm_rcnn.conf", config_name=config_name)(checked)
+    leaving_hydra.__name__, leaving_hydra.__module__ = task.__name__, task.__module__
+    main = hydra.main(version_base="1.3", config_path="pkg://cpm_rcnn.conf", config_name=config_name)(leaving_hydra)
     try:
         sys.argv[1:] = normalize(positional_as_option(sys.argv[1:], config_name))
         check_choices(sys.argv[1:], config_name)
-        main()
+        _call(main)
     except (KeyboardInterrupt, SystemExit) as stop:
         # Lightning turns Ctrl-C into SystemExit.
         if not any(isinstance(each, KeyboardInterrupt) for each in (stop, stop.__context__)):
@@ -67,6 +82,22 @@ def run(task: Callable[[DictConfig], Any], config_name: str) -> None:
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+class _Failure(BaseException):
+    """Carries an exception of a task, its cause, through Hydra."""
+
+
+def _call(main: Callable[[], None]) -> None:
+    """Call Hydra's main function, and raise what its task has raised."""
+    failure = None
+    try:
+        main()
+    except _Failure as caught:
+        failure = caught.__cause__
+    if failure is not None:
+        # Outside of the handler, so that the exception keeps its own cause.
+        raise failure
 
 
 def _silence_libraries() -> None:
