@@ -53,7 +53,7 @@ setup(
             extra_compile_args=FLAGS + MORE_FLAGS.get(name, []),
             extra_link_args=LINK,
         )
-        for name in ("deform_conv_cpu", "nms_cpu")
+        for name in ("deform_conv_cpu", "nms_cpu", "winograd_cpu")
     ],
     cmdclass={"build_ext": BuildIfPossible},
 )

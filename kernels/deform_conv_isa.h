@@ -7,7 +7,8 @@
 
 #include "isa_begin.h"
 
-#include "deform_conv_simd.h"
+#include "simd.h"
+#include "product_tile.h"
 #include "deform_conv_gemm.h"
 #include "deform_conv_kernels.h"
 

@@ -4,26 +4,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
+#include "storage.h"
+
 namespace cpm_rcnn {
-
-// A storage type. All arithmetic on its values is in float32.
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-// The type in which values of a storage type are computed.
-template <typename S>
-struct ComputeOf {
-  using type = S;
-};
-template <>
-struct ComputeOf<BFloat16> {
-  using type = float;
-};
-template <typename S>
-using Compute = typename ComputeOf<S>::type;
 
 struct Problem {
   std::int64_t images, in_channels, height, width;

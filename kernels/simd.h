@@ -1,5 +1,5 @@
 // Vectors of CPM_VECTOR_BYTES bytes, built on the vector extensions of GCC and clang: loads, stores, conversions,
-// transposition and sums. deform_conv_isa.h includes this file once per instruction set, so it has no include guard.
+// transposition and sums. Included once per instruction set, so it has no include guard.
 
 namespace cpm_rcnn {
 namespace CPM_ISA {
