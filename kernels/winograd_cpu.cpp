@@ -97,7 +97,7 @@ Batch<S> batch(const at::Tensor& tensor) {
 at::Tensor channels_last(const at::Tensor& tensor) { return tensor.contiguous(at::MemoryFormat::ChannelsLast); }
 
 std::int64_t tiles_per_block(std::int64_t tiles, std::int64_t channels) {
-  static const std::int64_t kBlockBytes = env("WB", 16) << 20;
+  static const std::int64_t kBlockBytes = env("WB", 8) << 20;
   const std::int64_t most = std::max<std::int64_t>(kBlockBytes / (kPositions * 4 * channels), 1);
   return divide_up(tiles, divide_up(tiles, most));
 }
@@ -126,8 +126,8 @@ void convolve(const at::Tensor& input, Weight<const S> weight, const float* bias
   const std::int64_t sub = std::min(kTiles, block), group = std::min(kChannels / table.panel, out / table.panel);
   const std::int64_t groups = divide_up(out / table.panel, group), subs = divide_up(block, sub);
   const std::int64_t scratch_size = kPositions * sub * group * table.panel;
-  Workspace workspace(kPositions * (in * out + pitch.position) + threads * scratch_size);
-  float* const transformed_weight = workspace.take(kPositions * in * out);
+  Workspace workspace(kPositions * (weight_plane(in, out) + pitch.position) + threads * scratch_size);
+  float* const transformed_weight = workspace.take(kPositions * weight_plane(in, out));
   const Planes inputs{workspace.take(kPositions * pitch.position), pitch.position, pitch.tile};
   float* const scratch = workspace.take(threads * scratch_size);
   for_each_share({0, out / table.panel}, 1,

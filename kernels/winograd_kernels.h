@@ -28,28 +28,15 @@ constexpr int kRows = 6;
 
 // --------------------------------------------------------------------------------------------------------- transforms
 
-// Sets to[i * to_stride] to the sum of matrix.at[i][j] * from[j * from_stride] over j. The compiler knows the matrix, so
-// zeros cost nothing.
-template <int Rows, int Columns>
-CPM_INLINE void apply(const winograd::Matrix<Rows, Columns>& matrix, const Floats* from, int from_stride, Floats* to,
-                      int to_stride) {
-#pragma GCC unroll 6
-  for (int i = 0; i < Rows; ++i) {
-    Floats sum{};
-    bool empty = true;
-#pragma GCC unroll 6
-    for (int j = 0; j < Columns; ++j) {
-      const float factor = float(matrix.at[i][j]);
-      if (factor == 0) continue;
-      const Floats value = factor == 1 ? from[j * from_stride] : factor * from[j * from_stride];
-      sum = empty ? value : sum + value;
-      empty = false;
-    }
-    to[i * to_stride] = sum;
-  }
+// Calls f.template operator()<i>() for i = 0 to N - 1.
+template <int N, typename F>
+CPM_INLINE void unrolled(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f.template operator()<I>(), ...);
+  }(std::make_integer_sequence<int, N>());
 }
 
-// One-dimensional transforms of a tile with M outputs.
+// One-dimensional transforms of a tile with M outputs, and of weights.
 template <int M>
 struct ToInput {
   static constexpr int from = M + 2, to = M + 2;
@@ -65,6 +52,31 @@ struct ToOutput {
   static constexpr int from = M + 2, to = M;
   static constexpr auto matrix = transposed(output_matrix<M>());
 };
+struct ToWeight {
+  static constexpr int from = kTaps, to = kPoints;
+  static constexpr auto matrix = weight_matrix();
+};
+struct ToGradWeight {
+  static constexpr int from = kPoints, to = kTaps;
+  static constexpr auto matrix = transposed(weight_matrix());
+};
+
+// Sets to[i * to_stride] to the sum of matrix.at[i][j] * from[j * from_stride] over j.
+template <typename Transform>
+CPM_INLINE void apply(const Floats* from, int from_stride, Floats* to, int to_stride) {
+  unrolled<Transform::to>([&]<int i>() __attribute__((always_inline)) {
+    Floats sum{};
+    unrolled<Transform::from>([&]<int j>() __attribute__((always_inline)) {
+      constexpr float factor = float(Transform::matrix.at[i][j]);
+      if constexpr (factor == 1) {
+        sum += from[j * from_stride];
+      } else if constexpr (factor != 0) {
+        sum += factor * from[j * from_stride];
+      }
+    });
+    to[i * to_stride] = sum;
+  });
+}
 
 // Applies a transform to every column of a tile of Height x Width outputs and then to every row of the result:
 // load(row, column) returns the values of the tile, and store(row, column, value) takes the results.
@@ -78,12 +90,12 @@ CPM_INLINE void transform_tile(const Load& load, const Store& store) {
     Floats column[Columns::from];
 #pragma GCC unroll 6
     for (int i = 0; i < Columns::from; ++i) column[i] = load(i, j);
-    apply(Columns::matrix, column, 1, &half[0][j], Rows::from);
+    apply<Columns>(column, 1, &half[0][j], Rows::from);
   }
 #pragma GCC unroll 6
   for (int i = 0; i < Columns::to; ++i) {
     Floats row[Rows::to];
-    apply(Rows::matrix, half[i], 1, row, 1);
+    apply<Rows>(half[i], 1, row, 1);
 #pragma GCC unroll 6
     for (int j = 0; j < Rows::to; ++j) store(i, j, row[j]);
   }
@@ -153,8 +165,7 @@ void transform_grad(Batch<const S> batch, const Tiles& tiles, Range range, Plane
 
 template <typename S>
 void transform_weight(Weight<const S> weight, std::int64_t in, std::int64_t out, Range panels, float* to) {
-  static constexpr auto matrix = weight_matrix();
-  const std::int64_t position = in * out;
+  const std::int64_t position = weight_plane(in, out);
   for (std::int64_t panel = panels.first; panel < panels.last; ++panel) {
     for (std::int64_t k = 0; k < in; ++k) {
       float taps[kTaps * kTaps][kPanel];
@@ -168,11 +179,11 @@ void transform_weight(Weight<const S> weight, std::int64_t in, std::int64_t out,
         for (int j = 0; j < kTaps; ++j) {
           Floats column[kTaps];
           for (int i = 0; i < kTaps; ++i) column[i] = Simd<float>::load(taps[i * kTaps + j] + lane);
-          apply(matrix, column, 1, &half[0][j], kTaps);
+          apply<ToWeight>(column, 1, &half[0][j], kTaps);
         }
         for (int i = 0; i < kPoints; ++i) {
           Floats row[kPoints];
-          apply(matrix, half[i], 1, row, 1);
+          apply<ToWeight>(half[i], 1, row, 1);
           for (int j = 0; j < kPoints; ++j)
             Simd<float>::store(to + (i * kPoints + j) * position + (panel * in + k) * kPanel + lane, row[j]);
         }
@@ -218,7 +229,7 @@ void outputs(const Tiles& tiles, Range range, Planes inputs, std::int64_t in, co
              Range panels, float* scratch, Batch<S> to) {
   const std::int64_t pitch = panels.size() * kPanel, plane = range.size() * pitch, first_channel = panels.first * kPanel;
   for (int position = 0; position < kPositions; ++position) {
-    const float* const weights = weight + position * in * to.channels + first_channel * in;
+    const float* const weights = weight + position * weight_plane(in, to.channels) + first_channel * in;
     for_each_block(tiles.at_position(position, range), [&](std::int64_t first, int count) {
       for (std::int64_t panel = 0; panel < panels.size(); ++panel)
         Product<false>{{inputs.data + position * inputs.position + first * inputs.tile, inputs.tile, 1},
@@ -248,7 +259,6 @@ void outputs(const Tiles& tiles, Range range, Planes inputs, std::int64_t in, co
 
 inline void grad_weight(const Tiles& tiles, Range range, Planes inputs, Planes grads, Range ins, Range outs,
                         float* scratch, Weight<float> to) {
-  static constexpr auto matrix = transposed(weight_matrix());
   const std::int64_t pitch = outs.size(), plane = ins.size() * pitch;
   for (int position = 0; position < kPositions; ++position) {
     const Range rows = tiles.at_position(position, range);
@@ -272,11 +282,11 @@ inline void grad_weight(const Tiles& tiles, Range range, Planes inputs, Planes g
       for (int j = 0; j < kPoints; ++j) {
         Floats column[kPoints];
         for (int i = 0; i < kPoints; ++i) column[i] = Simd<float>::load(from + (i * kPoints + j) * plane);
-        apply(matrix, column, 1, &half[0][j], kPoints);
+        apply<ToGradWeight>(column, 1, &half[0][j], kPoints);
       }
       for (int i = 0; i < kTaps; ++i) {
         Floats row[kTaps];
-        apply(matrix, half[i], 1, row, 1);
+        apply<ToGradWeight>(half[i], 1, row, 1);
         for (int j = 0; j < kTaps; ++j) {
           float* const taps = to.data + (outs.first + out) * to.out + (ins.first + k) * to.in + i * to.row + j * to.column;
           for (int lane = 0; lane < kLanes; ++lane) taps[lane * to.out] += row[j][lane];

@@ -33,6 +33,8 @@ struct Planes {
   std::int64_t position, tile;
 };
 
+inline std::int64_t weight_plane(std::int64_t in, std::int64_t out) { return in * out + 16; }
+
 template <typename S>
 struct KernelTable {
   int panel;  // the output channels of a panel of transformed weights
