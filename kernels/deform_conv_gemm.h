@@ -23,7 +23,8 @@ void product(Matrix<typename Op::Element> factors, std::int64_t rows, std::int64
     Matrix<typename Op::Element> some = factors;
     some.data += row * (ByColumn ? 1 : factors.row);
     for (std::int64_t pixel = 0; pixel < pixels; pixel += 2 * Simd<typename Op::Number>::lanes)
-      product_tile<Op, Rows, ByColumn>(some, depth, values + pixel, pitch, out + row * pitch + pixel, pitch, accumulate);
+      product_tile<Op, Rows, ByColumn>(some, depth, values + pixel, pitch, out + row * pitch + pixel, pitch,
+                                       accumulate);
   }
   if constexpr (Rows > 1) {
     if (row < rows) {

@@ -1,5 +1,5 @@
-// Matrix products that keep their sums in vector registers. Included once per instruction set after simd.h, so it has no
-// include guard.
+// Matrix products that keep their sums in vector registers. Included once per instruction set after simd.h, so it has
+// no include guard.
 
 namespace cpm_rcnn {
 namespace CPM_ISA {
@@ -37,8 +37,8 @@ struct Matrix {
   std::int64_t row, column;
 };
 
-// Sets out[Rows][2 vectors] to factors[Rows][depth] x values[depth][2 vectors], or adds it if `accumulate`. One stride of
-// `factors` must be 1: `row` if ByColumn, otherwise `column`. The rows of values and out are `values_pitch` and
+// Sets out[Rows][2 vectors] to factors[Rows][depth] x values[depth][2 vectors], or adds it if `accumulate`. One stride
+// of `factors` must be 1: `row` if ByColumn, otherwise `column`. The rows of values and out are `values_pitch` and
 // `out_pitch` elements apart.
 template <typename Op, int Rows, bool ByColumn>
 CPM_INLINE void product_tile(Matrix<typename Op::Element> factors, std::int64_t depth,

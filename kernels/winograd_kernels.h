@@ -1,5 +1,5 @@
-// The transforms and matrix products of Winograd's convolution. winograd_cpu.cpp includes this file once per instruction
-// set, so it has no include guard. Before each include, define the macros of isa_begin.h.
+// The transforms and matrix products of Winograd's convolution. winograd_cpu.cpp includes this file once per
+// instruction set, so it has no include guard. Before each include, define the macros of isa_begin.h.
 
 #include "isa_begin.h"
 
@@ -31,9 +31,8 @@ constexpr int kRows = 6;
 // Calls f.template operator()<i>() for i = 0 to N - 1.
 template <int N, typename F>
 CPM_INLINE void unrolled(const F& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f.template operator()<I>(), ...);
-  }(std::make_integer_sequence<int, N>());
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      __attribute__((always_inline)) { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, N>());
 }
 
 // One-dimensional transforms of a tile with M outputs, and of weights.
@@ -78,12 +77,10 @@ CPM_INLINE void apply(const Floats* from, int from_stride, Floats* to, int to_st
   });
 }
 
-// Applies a transform to every column of a tile of Height x Width outputs and then to every row of the result:
-// load(row, column) returns the values of the tile, and store(row, column, value) takes the results.
-template <template <int> class Transform, int Height, int Width, typename Load, typename Store>
+// Applies one transform to every column of a matrix and another one to every row of the result: load(row, column)
+// returns the elements of the matrix, and store(row, column, value) takes the results.
+template <typename Columns, typename Rows, typename Load, typename Store>
 CPM_INLINE void transform_tile(const Load& load, const Store& store) {
-  using Columns = Transform<Height>;
-  using Rows = Transform<Width>;
   Floats half[Columns::to][Rows::from];
 #pragma GCC unroll 6
   for (int j = 0; j < Rows::from; ++j) {
@@ -107,17 +104,25 @@ CPM_INLINE void with_sides(const Tile& tile, const F& f) {
   static_assert(kTile == 4);
   const auto with_height = [&]<int Height>() __attribute__((always_inline)) {
     switch (tile.width) {
-      case 1: return f.template operator()<Height, 1>();
-      case 2: return f.template operator()<Height, 2>();
-      case 3: return f.template operator()<Height, 3>();
-      default: return f.template operator()<Height, 4>();
+      case 1:
+        return f.template operator()<Height, 1>();
+      case 2:
+        return f.template operator()<Height, 2>();
+      case 3:
+        return f.template operator()<Height, 3>();
+      default:
+        return f.template operator()<Height, 4>();
     }
   };
   switch (tile.height) {
-    case 1: return with_height.template operator()<1>();
-    case 2: return with_height.template operator()<2>();
-    case 3: return with_height.template operator()<3>();
-    default: return with_height.template operator()<4>();
+    case 1:
+      return with_height.template operator()<1>();
+    case 2:
+      return with_height.template operator()<2>();
+    case 3:
+      return with_height.template operator()<3>();
+    default:
+      return with_height.template operator()<4>();
   }
 }
 
@@ -133,7 +138,7 @@ void input_of_tile(Batch<const S> batch, const Tile& tile, float* to, std::int64
     }
   }
   for (std::int64_t c = 0; c < batch.channels; c += kLanes) {
-    transform_tile<ToInput, Height, Width>(
+    transform_tile<ToInput<Height>, ToInput<Width>>(
         [&](int i, int j) { return pixels[i][j] ? Stored<S>::load(pixels[i][j] + c) : Floats{}; },
         [&](int i, int j, Floats value) { Simd<float>::store(to + (i * kPoints + j) * position + c, value); });
   }
@@ -143,7 +148,8 @@ template <typename S>
 void transform_input(Batch<const S> batch, const Tiles& tiles, Range range, Planes to) {
   for (std::int64_t index = range.first; index < range.last; ++index, to.data += to.tile) {
     const Tile tile = tiles[index];
-    with_sides(tile, [&]<int Height, int Width>() { input_of_tile<S, Height, Width>(batch, tile, to.data, to.position); });
+    with_sides(tile,
+               [&]<int Height, int Width>() { input_of_tile<S, Height, Width>(batch, tile, to.data, to.position); });
   }
 }
 
@@ -153,7 +159,7 @@ void transform_grad(Batch<const S> batch, const Tiles& tiles, Range range, Plane
     const Tile tile = tiles[index];
     with_sides(tile, [&]<int Height, int Width>() {
       for (std::int64_t c = 0; c < batch.channels; c += kLanes) {
-        transform_tile<ToGrad, Height, Width>(
+        transform_tile<ToGrad<Height>, ToGrad<Width>>(
             [&](int i, int j) { return Stored<S>::load(batch.pixel(tile.image, tile.y + i, tile.x + j) + c); },
             [&](int i, int j, Floats value) {
               Simd<float>::store(to.data + (i * kPoints + j) * to.position + c, value);
@@ -165,7 +171,7 @@ void transform_grad(Batch<const S> batch, const Tiles& tiles, Range range, Plane
 
 template <typename S>
 void transform_weight(Weight<const S> weight, std::int64_t in, std::int64_t out, Range panels, float* to) {
-  const std::int64_t position = weight_plane(in, out);
+  const std::int64_t position = weight_position(in, out);
   for (std::int64_t panel = panels.first; panel < panels.last; ++panel) {
     for (std::int64_t k = 0; k < in; ++k) {
       float taps[kTaps * kTaps][kPanel];
@@ -175,18 +181,11 @@ void transform_weight(Weight<const S> weight, std::int64_t in, std::int64_t out,
           taps[tap][lane] = Stored<S>::get(from[tap / kTaps * weight.row + tap % kTaps * weight.column]);
       }
       for (int lane = 0; lane < kPanel; lane += kLanes) {
-        Floats half[kPoints][kTaps];
-        for (int j = 0; j < kTaps; ++j) {
-          Floats column[kTaps];
-          for (int i = 0; i < kTaps; ++i) column[i] = Simd<float>::load(taps[i * kTaps + j] + lane);
-          apply<ToWeight>(column, 1, &half[0][j], kTaps);
-        }
-        for (int i = 0; i < kPoints; ++i) {
-          Floats row[kPoints];
-          apply<ToWeight>(half[i], 1, row, 1);
-          for (int j = 0; j < kPoints; ++j)
-            Simd<float>::store(to + (i * kPoints + j) * position + (panel * in + k) * kPanel + lane, row[j]);
-        }
+        transform_tile<ToWeight, ToWeight>(
+            [&](int i, int j) { return Simd<float>::load(taps[i * kTaps + j] + lane); },
+            [&](int i, int j, Floats value) {
+              Simd<float>::store(to + (i * kPoints + j) * position + (panel * in + k) * kPanel + lane, value);
+            });
       }
     }
   }
@@ -227,9 +226,10 @@ CPM_INLINE void for_each_block(Range rows, const F& f) {
 template <typename S>
 void outputs(const Tiles& tiles, Range range, Planes inputs, std::int64_t in, const float* weight, const float* bias,
              Range panels, float* scratch, Batch<S> to) {
-  const std::int64_t pitch = panels.size() * kPanel, plane = range.size() * pitch, first_channel = panels.first * kPanel;
+  const std::int64_t pitch = panels.size() * kPanel, plane = range.size() * pitch,
+                     first_channel = panels.first * kPanel;
   for (int position = 0; position < kPositions; ++position) {
-    const float* const weights = weight + position * weight_plane(in, to.channels) + first_channel * in;
+    const float* const weights = weight + position * weight_position(in, to.channels) + first_channel * in;
     for_each_block(tiles.at_position(position, range), [&](std::int64_t first, int count) {
       for (std::int64_t panel = 0; panel < panels.size(); ++panel)
         Product<false>{{inputs.data + position * inputs.position + first * inputs.tile, inputs.tile, 1},
@@ -247,7 +247,7 @@ void outputs(const Tiles& tiles, Range range, Planes inputs, std::int64_t in, co
     with_sides(tile, [&]<int Height, int Width>() {
       for (std::int64_t c = 0; c < pitch; c += kLanes) {
         const Floats shift = bias ? Simd<float>::load(bias + first_channel + c) : Floats{};
-        transform_tile<ToOutput, Height, Width>(
+        transform_tile<ToOutput<Height>, ToOutput<Width>>(
             [&](int i, int j) { return Simd<float>::load(sums + (i * kPoints + j) * plane + c); },
             [&](int i, int j, Floats value) {
               Stored<S>::store(to.pixel(tile.image, tile.y + i, tile.x + j) + first_channel + c, value + shift);
@@ -257,41 +257,34 @@ void outputs(const Tiles& tiles, Range range, Planes inputs, std::int64_t in, co
   }
 }
 
-inline void grad_weight(const Tiles& tiles, Range range, Planes inputs, Planes grads, Range ins, Range outs,
-                        float* scratch, Weight<float> to) {
-  const std::int64_t pitch = outs.size(), plane = ins.size() * pitch;
+inline void grad_weight(const Tiles& tiles, Range range, Planes inputs, std::int64_t in, Planes grads, std::int64_t out,
+                        Range ins, Range panels, float* scratch, float* to) {
+  const std::int64_t pitch = panels.size() * kPanel, plane = ins.size() * pitch, first_out = panels.first * kPanel;
   for (int position = 0; position < kPositions; ++position) {
     const Range rows = tiles.at_position(position, range);
     const float* const left = inputs.data + position * inputs.position + rows.first * inputs.tile;
-    const float* const right = grads.data + position * grads.position + rows.first * grads.tile;
+    const float* const right = grads.data + position * grads.position + rows.first * grads.tile + first_out;
     for_each_block(ins, [&](std::int64_t first, int count) {
-      for (std::int64_t out = 0; out < outs.size(); out += kPanel)
+      for (std::int64_t o = 0; o < pitch; o += kPanel)
         Product<true>{{left + first, 1, inputs.tile},
                       rows.size(),
-                      right + outs.first + out,
+                      right + o,
                       grads.tile,
-                      scratch + position * plane + (first - ins.first) * pitch + out,
+                      scratch + position * plane + (first - ins.first) * pitch + o,
                       pitch}
             .rows(count);
     });
   }
-  for (std::int64_t k = 0; k < ins.size(); ++k) {
-    for (std::int64_t out = 0; out < outs.size(); out += kLanes) {
-      const float* const from = scratch + k * pitch + out;
-      Floats half[kTaps][kPoints];
-      for (int j = 0; j < kPoints; ++j) {
-        Floats column[kPoints];
-        for (int i = 0; i < kPoints; ++i) column[i] = Simd<float>::load(from + (i * kPoints + j) * plane);
-        apply<ToGradWeight>(column, 1, &half[0][j], kPoints);
-      }
-      for (int i = 0; i < kTaps; ++i) {
-        Floats row[kTaps];
-        apply<ToGradWeight>(half[i], 1, row, 1);
-        for (int j = 0; j < kTaps; ++j) {
-          float* const taps = to.data + (outs.first + out) * to.out + (ins.first + k) * to.in + i * to.row + j * to.column;
-          for (int lane = 0; lane < kLanes; ++lane) taps[lane * to.out] += row[j][lane];
-        }
-      }
+  for (std::int64_t i = 0; i < ins.size(); ++i) {
+    for (std::int64_t o = 0; o < pitch; o += kLanes) {
+      const float* const from = scratch + i * pitch + o;
+      float* const sums = to + (ins.first + i) * out + first_out + o;
+      transform_tile<ToGradWeight, ToGradWeight>(
+          [&](int row, int column) { return Simd<float>::load(from + (row * kPoints + column) * plane); },
+          [&](int row, int column, Floats value) {
+            float* const sum = sums + (row * kTaps + column) * in * out;
+            Simd<float>::store(sum, Simd<float>::load(sum) + value);
+          });
     }
   }
 }

@@ -63,8 +63,8 @@ constexpr Matrix<M + 2, M> output_matrix() {
   return evaluation<M + 2, M>();
 }
 
-// G, with kPoints rows and kTaps columns. Its rows are divided by the product of the differences of their point from all
-// others, so that the elements of B^T are products of points, which float32 represents exactly.
+// G, with kPoints rows and kTaps columns. Its rows are divided by the product of the differences of their point from
+// all others, so that the elements of B^T are products of points, which float32 represents exactly.
 constexpr Matrix<kPoints, kTaps> weight_matrix() {
   auto result = evaluation<kPoints, kTaps>();
   for (int i = 0; i < kPoints - 1; ++i)
@@ -90,10 +90,6 @@ constexpr Matrix<M + 2, M + 2> input_matrix() {
 
 // -------------------------------------------------------------------------------------------------------------- tiles
 
-struct Problem {
-  std::int64_t images, in_channels, out_channels, height, width;
-};
-
 // The tile of the outputs [y, y + height) x [x, x + width) of an image.
 struct Tile {
   std::int64_t image, y, x;
@@ -111,14 +107,14 @@ struct Range {
 // rows, then those of both.
 class Tiles {
  public:
-  explicit Tiles(const Problem& p)
-      : rows_(p.height / kTile),
-        columns_(p.width / kTile),
-        rest_rows_(int(p.height % kTile)),
-        rest_columns_(int(p.width % kTile)) {
+  Tiles(std::int64_t images, std::int64_t height, std::int64_t width)
+      : rows_(height / kTile),
+        columns_(width / kTile),
+        rest_rows_(int(height % kTile)),
+        rest_columns_(int(width % kTile)) {
     const std::int64_t per_image[] = {rest_columns_ ? rows_ : 0, rows_ * columns_, rest_rows_ ? columns_ : 0,
                                       rest_rows_ && rest_columns_ ? 1 : 0};
-    for (int kind = 0; kind < 4; ++kind) end_[kind] = (kind ? end_[kind - 1] : 0) + p.images * per_image[kind];
+    for (int kind = 0; kind < 4; ++kind) end_[kind] = (kind ? end_[kind - 1] : 0) + images * per_image[kind];
   }
 
   std::int64_t count() const { return end_[3]; }

@@ -20,20 +20,23 @@ struct Batch {
   }
 };
 
-// A weight (outputs, inputs, 3, 3) in memory, or its transpose that is rotated by 180 degrees. Strides are in elements.
+// A weight (out, in, 3, 3) in memory. The strides are in elements.
 template <typename S>
 struct Weight {
   S* data;
   std::int64_t out, in, row, column;
 };
 
+// A transformed weight has one of these matrices for each position: [panel][in][output of the panel]. The number of
+// values is such that the matrices begin in different sets of a cache.
+inline std::int64_t weight_position(std::int64_t in, std::int64_t out) { return in * out + 16; }
+inline std::int64_t weight_values(std::int64_t in, std::int64_t out) { return kPositions * weight_position(in, out); }
+
 // Matrices of one row per tile, one for each position. The strides are in elements.
 struct Planes {
   float* data;
   std::int64_t position, tile;
 };
-
-inline std::int64_t weight_plane(std::int64_t in, std::int64_t out) { return in * out + 16; }
 
 template <typename S>
 struct KernelTable {
@@ -43,16 +46,17 @@ struct KernelTable {
   void (*transform_input)(Batch<const S>, const Tiles&, Range range, Planes to);
   // Sets to.data[position][tile - range.first][channel] to A d A^T for the gradients d of the outputs of each tile.
   void (*transform_grad)(Batch<const S>, const Tiles&, Range range, Planes to);
-  // Sets to[position][panel][in][output of the panel] to G g G^T for the weights g of the panels in `panels`.
+  // Computes the panels in `panels` of a transformed weight: G g G^T for its weights g.
   void (*transform_weight)(Weight<const S>, std::int64_t in, std::int64_t out, Range panels, float* to);
-  // Computes the panels in `panels` of the outputs of the tiles in `range`. `inputs` and `weight` are transformed, and
-  // scratch holds kPositions * range.size() * (channels of these panels) values. `bias` may be null.
+  // Computes these panels of the outputs of the tiles in `range`. `inputs` and `weight` are transformed, and scratch
+  // holds kPositions * range.size() * panels.size() * panel values. `bias` may be null.
   void (*outputs)(const Tiles&, Range range, Planes inputs, std::int64_t in, const float* weight, const float* bias,
                   Range panels, float* scratch, Batch<S>);
-  // Adds to `to` the gradients of the weights between the inputs and the outputs in these ranges, summed over the tiles
-  // in `range`. Scratch holds kPositions * ins.size() * outs.size() values.
-  void (*grad_weight)(const Tiles&, Range range, Planes inputs, Planes grads, Range ins, Range outs, float* scratch,
-                      Weight<float> to);
+  // Adds to to[3][3][in][out] the gradients of the weights between these inputs and the outputs of these panels, summed
+  // over the tiles in `range`. `inputs` and `grads` are transformed, and scratch holds kPositions * ins.size() *
+  // panels.size() * panel values.
+  void (*grad_weight)(const Tiles&, Range range, Planes inputs, std::int64_t in, Planes grads, std::int64_t out,
+                      Range ins, Range panels, float* scratch, float* to);
 };
 
 }  // namespace winograd
