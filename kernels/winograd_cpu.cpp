@@ -10,7 +10,8 @@
 // the weight, the threads transform the input and the output's gradient, and then take some pairs of channels at a
 // time.
 //
-// All arithmetic is in float32, also for bfloat16 tensors. Each sum has one order, whatever the number of threads.
+// All arithmetic is in float32, also for bfloat16 tensors. The order of each sum depends only on
+// the sizes and the number of threads.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -284,7 +285,7 @@ at::Tensor grad_weight_of(const at::Tensor& grad_output, const at::Tensor& input
   const at::Tensor grad = with_stored_type(input, [&](auto stored) {
     return grad_weight<decltype(stored)>(channels_last(grad_output), channels_last(input));
   });
-  return grad.permute({3, 2, 0, 1}).to(input.scalar_type());
+  return grad.permute({3, 2, 0, 1}).to(input.scalar_type()).contiguous();
 }
 
 }  // namespace

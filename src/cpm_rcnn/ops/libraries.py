@@ -24,9 +24,9 @@ def load_cpu_library(name: str, feature: str) -> bool:
         torch.ops.load_library(libraries[0])
     except OSError as error:
         warnings.warn(
-            f"{feature}: no compiled CPU kernel ({str(error).splitlines()[0]}). torchvision's operator is used "
-            "instead, which is slower. To build the kernel, run pip install --no-build-isolation cpm-rcnn with a C++ "
-            "compiler installed.",
+            f"{feature}: no compiled CPU kernel ({str(error).splitlines()[0]}). The operator of torch or "
+            "torchvision is used instead, which is slower. To build the kernel, run pip install --no-build-isolation "
+            "cpm-rcnn with a C++ compiler installed.",
             stacklevel=3,
         )
         return False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from cpm_rcnn.ops import DeformConv2dPack
+from cpm_rcnn.ops.conv3x3 import Conv3x3, conv3x3
 
 
 def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
@@ -28,6 +29,8 @@ def conv_norm(x: Tensor, conv: nn.Module, norm: nn.Module) -> Tensor:
     weight, bias = folded(conv, norm)
     if isinstance(conv, DeformConv2dPack):
         return conv.convolve(x, weight, bias)
+    if isinstance(conv, Conv3x3):
+        return conv3x3(x, weight, bias)
     assert isinstance(conv, nn.Conv2d)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
