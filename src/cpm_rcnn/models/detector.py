@@ -20,7 +20,7 @@ from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.models.structures import DETAILS, Detections, GroundTruth, count_per_image
 from cpm_rcnn.models.targets import check_targets
 from cpm_rcnn.ops import DeformConv2dPack
-from cpm_rcnn.ops.conv3x3 import Conv3x3, use_conv3x3
+from cpm_rcnn.ops.conv3x3 import Conv3x3
 
 # Layers that autocast computes in bfloat16. Subclasses may use their weights in other ways.
 _CAST_LAYERS = (nn.Conv2d, Conv3x3, nn.ConvTranspose2d, nn.Linear, DeformConv2dPack)
@@ -58,7 +58,6 @@ class TwoStageDetector(nn.Module):
         self.backbone = backbone.to(memory_format=torch.channels_last)
         self.rpn = rpn
         self.head = head
-        use_conv3x3(self)
         self.inference_dtype: torch.dtype | None = None
         self._compiled = False
         self._unread: list[Requirement] = []

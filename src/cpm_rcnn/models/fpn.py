@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from cpm_rcnn.ops.conv3x3 import use_conv3x3
+
 # Strides of P2..P6 in pixels. Heads pool from all but the last.
 STRIDES = (4, 8, 16, 32, 64)
 
@@ -24,6 +26,7 @@ class FPNBackbone(nn.Module):
         self.body = body
         self.out_channels = out_channels
         self.fpn = FeaturePyramidNetwork(list(body.channels), out_channels, LastLevelMaxPool())  # type: ignore[arg-type]
+        use_conv3x3(self.fpn)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """P2..P6 of ``images`` (B, 3, H, W), named ``p2`` .. ``p6``; H and W must be multiples of 32."""

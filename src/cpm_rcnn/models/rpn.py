@@ -15,6 +15,7 @@ from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
 from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
 from cpm_rcnn.models.structures import GroundTruth, Rois
+from cpm_rcnn.ops.conv3x3 import use_conv3x3
 from cpm_rcnn.settings import Settings, architecture, choice, flag, inference, integer, list_of, number, training
 
 RATIOS = (0.5, 1.0, 2.0)
@@ -64,6 +65,7 @@ class RegionProposalNetwork(nn.Module):
         super().__init__()
         self.settings = settings
         self.head = RPNHead(in_channels, len(RATIOS))
+        use_conv3x3(self.head)
         self.strides = tuple(strides)
         self.convention = convention
 

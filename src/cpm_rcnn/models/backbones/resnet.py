@@ -13,6 +13,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.models.backbones.frozen_norm import conv_norm, fold_once
 from cpm_rcnn.ops import DeformConv2dPack
+from cpm_rcnn.ops.conv3x3 import use_conv3x3
 from cpm_rcnn.settings import Settings, architecture, flag, integer, list_of
 
 
@@ -113,6 +114,7 @@ class ResNet(nn.Module):
         for stage in deformable_stages:
             for block in _blocks([stages[stage - 2]]):
                 block.conv2 = DeformConv2dPack.from_conv(block.conv2)
+        use_conv3x3(net)
         self.stem = nn.Sequential(OrderedDict(conv1=net.conv1, bn1=net.bn1, relu=net.relu, maxpool=net.maxpool))
         self.layers = nn.ModuleList(stages)
         self.channels = tuple(

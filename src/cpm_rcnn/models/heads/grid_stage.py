@@ -14,6 +14,7 @@ from cpm_rcnn.models.init import init_conv, init_deconv
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.pooling import PyramidRoIAlign
 from cpm_rcnn.models.structures import Match, Rois
+from cpm_rcnn.ops.conv3x3 import use_conv3x3
 from cpm_rcnn.settings import Settings, architecture, number, training
 
 _POOLED_SIZE = 14
@@ -138,6 +139,7 @@ class GridStage(RefinementStage):
                 init_conv(conv)
             layers += [conv, nn.GroupNorm(_NORM_GROUPS, width), nn.ReLU(inplace=True)]
         self.convs = nn.Sequential(*layers)
+        use_conv3x3(self.convs)
         self.fusion = PointFusion(point_channels) if fusion else None
         first = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1, groups=NUM_POINTS)
         last = nn.ConvTranspose2d(width, NUM_POINTS, 4, stride=2, padding=1, groups=NUM_POINTS)
