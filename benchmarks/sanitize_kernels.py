@@ -7,6 +7,7 @@ each in a process of its own:
 
 - deform_conv_cpu: sides of length 0 and 1; strided, expanded and channels-last tensors; offsets that are not finite.
 - nms_cpu: 0 to 2500 boxes; boxes and scores that are not finite; strided tensors; two threads.
+- winograd_cpu: images of all sides from 1 to 13; strided tensors; two threads.
 
 Leaks are not checked, because Python and torch do not free everything. The exit status is 1 if a sanitizer reports an
 error, if a result is wrong, or if no instruction set could be tested.
@@ -23,7 +24,11 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).resolve().parents[1]
-SWEEPS = {"deform_conv_cpu": "deform_conv_sweep.py", "nms_cpu": "nms_sweep.py"}
+SWEEPS = {
+    "deform_conv_cpu": "deform_conv_sweep.py",
+    "nms_cpu": "nms_sweep.py",
+    "winograd_cpu": "conv3x3_sweep.py",
+}
 INSTRUCTION_SETS = ("default", "avx2", "avx512")
 SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow"
 
