@@ -12,7 +12,8 @@ input, weight and bias.
 
 - Without an option: the layers of R-50 with FPN for an image of 800 x 1216, and of the grid stages for 100 RoIs (test)
   and 64 (training).
-- ``--errors``: root mean square of the error against float64, relative to the root mean square of the exact values.
+- ``--errors``: root mean square and maximum of the error against float64, both relative to the root mean square of the
+  exact values.
 - ``--sizes``: the gain by number of channels and outputs, with the kernel wherever it works.
 - ``--models``: training step and inference of the paper's model, as in ``benchmarks/steps.py``, with and without the
   kernel.
@@ -120,7 +121,7 @@ def layers(rounds: int) -> None:
 
 
 def errors() -> None:
-    """Print the errors of outputs and gradients."""
+    """Print the errors of outputs and gradients, as root mean square / maximum."""
     lines = []
     for channels, shape in ERRORS.items():
         for name, dtype in DTYPES.items():
@@ -134,7 +135,9 @@ def errors() -> None:
             cells = []
             for results in zip(exact, ours, theirs):
                 right, *found = (x.detach().double() for x in results)
-                cells += [f"{((x - right).square().mean() / right.square().mean()).sqrt().item():.1e}" for x in found]
+                scale = right.square().mean().sqrt()
+                wrong = [(x - right) / scale for x in found]
+                cells += [f"{x.square().mean().sqrt().item():.1e} / {x.abs().max().item():.1e}" for x in wrong]
             lines.append([channels, name, *cells])
     pairs = [
         f"{what}, {who}"

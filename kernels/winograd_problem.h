@@ -17,8 +17,7 @@ constexpr int kTile = 4, kTaps = 3, kPoints = kTile + kTaps - 1, kPositions = kP
 // The one-dimensional convolution of M outputs is A^T ((G g) * (B^T d)), where d are its M + 2 inputs, g its 3 weights,
 // and * multiplies element by element. The rows of all three matrices belong to points at which polynomials are
 // evaluated: infinity and the first M + 1 of kFinite. A convolution of fewer outputs therefore needs the first of the
-// same G g. Among the sets of 5 points with small denominators that were tried, this one has the smallest rounding
-// errors in float32; see docs/conv3x3.md.
+// same G g. These points have smaller rounding errors in float32 than the usual 0, 1, -1, 2 and -2.
 constexpr std::array<double, kPoints - 1> kFinite = {0, 0.625, -0.625, 1.5, -1.5};
 
 template <int Rows, int Columns>

@@ -90,6 +90,21 @@ def test_gradients_are_those_of_torch(needed):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("shape", [(2, 64, 13, 14), (1, 64, 3, 90)])
+def test_second_and_third_derivatives_are_those_of_torch(shape):
+    def derivatives(function):
+        arguments = tensors(shape, requires_grad=True)
+        results, outputs = [], [function(*arguments).sin()]
+        for _ in range(3):
+            outputs = torch.autograd.grad(sum(y.square().mean() for y in outputs), arguments, create_graph=True)
+            results += outputs
+        return results
+
+    found, expected = derivatives(conv3x3), derivatives(lambda *x: F.conv2d(*x, padding=1))
+    for value, right in zip(found, expected):
+        torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5 * right.abs().max().item())
+
+
 @pytest.mark.parametrize("channels", [64, 48])
 def test_under_autocast_dtypes_and_results_are_those_of_torch(channels):
     arguments = tensors((1, channels, 20, 20), requires_grad=True)

@@ -24,8 +24,9 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     The kernel for CPUs is used if all tensors are float32, or bfloat16 on a processor without AMX; if both numbers of
     channels are multiples of 32 and at least 64; and if there are at least 256 outputs per channel, in images of at
-    least 3 x 3. The output is then channels-last, and can be differentiated once. A value that is not finite makes the
-    whole tiles of 4 x 4 outputs that depend on it not finite.
+    least 3 x 3. The output is then channels-last. It can be differentiated any number of times in reverse mode, but not
+    by forward-mode differentiation or ``torch.func.grad``. A value that is not finite makes the whole tiles of 4 x 4
+    outputs that depend on it not finite, and so may values above 1e37. See docs/conv3x3.md for its rounding errors.
 
     Args:
         input: (N, C_in, H, W).
@@ -107,11 +108,11 @@ def _(grad_output: Tensor, input: Tensor) -> Tensor:
     return input.new_empty(grad_output.shape[1], input.shape[1], 3, 3)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, _ = inputs
-    ctx.save_for_backward(input, weight)
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
 
 
+# Each operator is linear in both of its tensors, so its derivatives are the two other operators.
 def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, weight = ctx.saved_tensors
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad
@@ -122,7 +123,27 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-conv3x3_op.register_autograd(_differentiate, setup_context=_setup_context)
+def _differentiate_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_output, weight = ctx.saved_tensors
+    needs_grad_output, needs_weight = ctx.needs_input_grad
+    return (
+        conv3x3_op(grad, weight, None) if needs_grad_output else None,
+        conv3x3_grad_weight_op(grad_output, grad) if needs_weight else None,
+    )
+
+
+def _differentiate_grad_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_output, input = ctx.saved_tensors
+    needs_grad_output, needs_input = ctx.needs_input_grad
+    return (
+        conv3x3_op(input, grad, None) if needs_grad_output else None,
+        conv3x3_grad_input_op(grad_output, grad) if needs_input else None,
+    )
+
+
+conv3x3_op.register_autograd(_differentiate, setup_context=_save_inputs)
+conv3x3_grad_input_op.register_autograd(_differentiate_grad_input, setup_context=_save_inputs)
+conv3x3_grad_weight_op.register_autograd(_differentiate_grad_weight, setup_context=_save_inputs)
 
 
 @cache
