@@ -160,7 +160,8 @@ def sizes(rounds: int) -> None:
 
 def models(rounds: int) -> None:
     """Print the times of the paper's model with and without the kernel."""
-    options = argparse.Namespace(size=(800, 1216), batch=1, objects=64, device="cpu", candidates=1000)
+    size = {"size": (800, 1216), "batch": 1, "objects": 64, "candidates": 1000}
+    options = argparse.Namespace(**size, device="cpu", optimize=False, compile=False)
     step, infer, _ = steps.prepare("cpm", options)
     lines = []
     enough = module._MIN_POSITIONS
