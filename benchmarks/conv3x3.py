@@ -25,11 +25,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import steps
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import steps
 from cpm_rcnn.ops import conv3x3 as module
 from cpm_rcnn.ops.conv3x3 import conv3x3
 
@@ -54,12 +54,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Work(NamedTuple):
+    """Two functions without arguments that are timed."""
+
     forward: Callable[[], Tensor]
     backward: Callable[[], Sequence[Tensor]]
 
 
 def convolution(*arguments: Tensor) -> Tensor:
-    """torch's convolution."""
+    """The same function by torch's convolution."""
     return F.conv2d(*arguments, padding=1)
 
 
@@ -75,9 +77,8 @@ def tensors(images: int, channels: int, height: int, width: int, dtype: torch.dt
     made = [torch.randn(size, generator=generator) for size in sizes]
     made[1] /= (9 * channels) ** 0.5
     x, weight, bias, grad = (each.to(dtype) for each in made)
-    return [
-        x.contiguous(memory_format=torch.channels_last), weight, bias, grad.contiguous(memory_format=torch.channels_last)
-    ]  # fmt: skip
+    x, grad = (each.contiguous(memory_format=torch.channels_last) for each in (x, grad))
+    return [x, weight, bias, grad]
 
 
 def work(function: Callable[..., Tensor], given: Sequence[Tensor]) -> Work:

@@ -2,8 +2,8 @@
 
 python tests/ops/conv3x3_sweep.py [--library FILE] [--cases N]
 
-The expected results are those of torch's convolution in float64. The cases have no or a few images of all sides from 1 to 13, for
-which tiles of all sizes are needed; float32 and bfloat16; and tensors with arbitrary strides.
+The expected results are those of torch's convolution in float64. The cases have 0 to 3 images of all sides from 1 to
+13, which need tiles of all sizes; float32 and bfloat16; and tensors with arbitrary strides.
 """
 
 import argparse

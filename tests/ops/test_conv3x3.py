@@ -111,7 +111,8 @@ def test_under_autocast_dtypes_and_results_are_those_of_torch(channels):
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = conv3x3(*arguments), F.conv2d(*arguments, padding=1)
         double = conv3x3(*tensors(dtype=torch.float64))
-    assert found.dtype is torch.bfloat16 and double.dtype is torch.float64
+    assert found.dtype is torch.bfloat16
+    assert double.dtype is torch.float64
     torch.testing.assert_close(found, expected)
     grads = [torch.autograd.grad(y.float().square().sum(), arguments) for y in (found, expected)]
     assert all(grad.dtype is torch.float32 for grad in grads[0])

@@ -45,9 +45,7 @@ def test_many_tiles_and_channels_equal_torch(dtype, set_threads):
 
 def test_results_repeat_bit_for_bit_and_outputs_do_not_depend_on_the_threads(set_threads):
     case = sweep.make(1, 64, 131, 126, 96)
-    first, *others = [
-        (set_threads(threads), sweep.results(case), sweep.results(case))[1:] for threads in (1, 2, 3, 6)
-    ]
+    first, *others = [(set_threads(threads), sweep.results(case), sweep.results(case))[1:] for threads in (1, 2, 3, 6)]
     for once, again in (first, *others):
         assert all(map(torch.equal, once, again))
         assert all(map(torch.equal, once[:2], first[0][:2]))
@@ -75,7 +73,7 @@ def test_gradients_of_another_size_raise_an_error():
     case = sweep.make(1, 64, 5, 5, 96)
     with pytest.raises(RuntimeError, match=r"grad_output must be \(N, 96, H, W\)"):
         torch.ops.cpm_rcnn_cpu.conv3x3_grad_input(case.input, case.weight)
-    with pytest.raises(RuntimeError, match="grad_output is .* but input is"):
+    with pytest.raises(RuntimeError, match=r"grad_output is .* but input is"):
         torch.ops.cpm_rcnn_cpu.conv3x3_grad_weight(case.grad_output[..., :4], case.input)
 
 
