@@ -60,9 +60,9 @@ class Work(NamedTuple):
     backward: Callable[[], Sequence[Tensor]]
 
 
-def convolution(*arguments: Tensor) -> Tensor:
+def convolution(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The same function by torch's convolution."""
-    return F.conv2d(*arguments, padding=1)
+    return F.conv2d(input, weight, bias, padding=1)
 
 
 def tensors(images: int, channels: int, height: int, width: int, dtype: torch.dtype) -> list[Tensor]:

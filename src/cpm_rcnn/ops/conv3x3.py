@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from cpm_rcnn.ops.libraries import load_cpu_library
 
@@ -82,7 +83,7 @@ def conv3x3_grad_input_op(grad_output: Tensor, weight: Tensor) -> Tensor:
     if load_cpu_kernel():
         return torch.ops.cpm_rcnn_cpu.conv3x3_grad_input(grad_output, weight)
     shape = (len(grad_output), weight.shape[1], *grad_output.shape[2:])
-    return _channels_last(nn.grad.conv2d_input(shape, weight, grad_output, padding=1))
+    return _channels_last(conv2d_input(shape, weight, grad_output, padding=1))
 
 
 @torch.library.custom_op("cpm_rcnn::conv3x3_grad_weight", mutates_args=(), device_types="cpu")
@@ -91,7 +92,7 @@ def conv3x3_grad_weight_op(grad_output: Tensor, input: Tensor) -> Tensor:
     if load_cpu_kernel():
         return torch.ops.cpm_rcnn_cpu.conv3x3_grad_weight(grad_output, input)
     shape = (grad_output.shape[1], input.shape[1], 3, 3)
-    return nn.grad.conv2d_weight(input, shape, grad_output, padding=1).contiguous()
+    return conv2d_weight(input, shape, grad_output, padding=1).contiguous()
 
 
 @conv3x3_op.register_fake
