@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(wildcard kernels/*.cpp kernels/*.h)
 
-.PHONY: train test check format clean
+.PHONY: train test check format docs clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m cpm_rcnn.train experiment=quickstart
@@ -22,6 +22,14 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# The pages, in build/docs; a broken link is an error.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[docs]'
+	@touch $@
 
 $(VENV)/.installed: pyproject.toml setup.py $(CPP)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'

@@ -1,0 +1,37 @@
+"""Sphinx configuration. ``make docs`` builds the site into ``build/docs``."""
+
+import sys
+from pathlib import Path
+
+from cpm_rcnn import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "docs" / "extensions"))
+
+project = "CPM R-CNN"
+author = "the CPM R-CNN authors"
+release = __version__
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "config_reference",
+    "repository_links",
+]
+exclude_patterns = ["extensions"]
+html_theme = "furo"
+html_title = f"CPM R-CNN {release}"
+html_extra_path = ["llms.txt"]
+html_copy_source = False
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+# Types and classes of other projects and of internal modules, which have no page here.
+nitpicky = False
+# References in docstrings to what has no page here are shown as code.
+suppress_warnings = ["myst.xref_ambiguous"]

@@ -1,0 +1,22 @@
+"""Links of the documents to files of the repository, which a reader of the site finds on the web."""
+
+from typing import Any
+from urllib.parse import urlsplit
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Called by Sphinx."""
+    app.connect("doctree-read", _as_text)
+    return {"parallel_read_safe": True}
+
+
+def _as_text(app: Sphinx, doctree: nodes.document) -> None:
+    """Replace links to documents above ``docs/``, which are not part of the site, by their text."""
+    for reference in list(doctree.findall(pending_xref)):
+        target = urlsplit(reference["reftarget"]).path
+        if target.startswith("/"):  # MyST's name of a document outside of the folder
+            reference.replace_self(nodes.inline("", reference.astext()))
