@@ -218,8 +218,8 @@ def main() -> None:
                 print(kind.name, "seed", seed, [round(value, 4) for value in runs[-1]], flush=True)
             times, *metrics, tests = zip(*runs)
             percent = [", ".join(f"{100 * value:.1f}" for value in values) for values in metrics]
-            side, seconds = f"{kind.object_side:.1f} px", f"{np.mean(times):.0f}"
-            table.add_row(kind.name, side, str(steps), seconds, *percent, f"{np.mean(tests):.1f}")
+            side, means = f"{kind.object_side:.1f} px", [np.mean(values) for values in (times, tests)]
+            table.add_row(kind.name, side, str(steps), f"{means[0]:.0f}", *percent, f"{means[1]:.1f}")
     Console(width=140).print(table)
 
 
