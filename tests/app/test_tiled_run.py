@@ -8,7 +8,11 @@ from small_run import SMALL
 
 import cpm_rcnn
 
-RUN = [*SMALL, "data.tile=128", "data.negatives=0.2", "augment=standard", "sheet_images=1", "schedule.epochs=0.25"]
+RUN = [
+    *SMALL,
+    *("data.tile=128", "data.negatives=0.2", "augment=standard", "sheet_images=1"),
+    *("schedule.epochs=0.25", "detector.proposals_train=auto"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +80,11 @@ def test_predict_says_which_tiles_it_uses_and_can_use_others(command, run, workp
         assert [row["score"] for row in rows] == pytest.approx(expected.scores.tolist(), abs=1e-5)
 
 
-def test_epochs_count_tiles(run, runs):
+def test_epochs_and_choices_count_tiles(run, runs):
     line = next(line for line in runs["tiled"].out.splitlines() if line.startswith("schedule.epochs="))
     tiles, steps = line.split(" epochs of ")[1].split(" tiles are ")
     assert int(tiles) > 6
+    assert f"chosen for {tiles} training tiles and 1 CPU" in runs["tiled"].out
     assert int(steps.split(" steps")[0]) == -(-int(tiles) // 8) > 2
 
 

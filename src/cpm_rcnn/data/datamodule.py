@@ -135,11 +135,15 @@ class CocoDataModule(pl.LightningDataModule):
         Raises:
             UserError: the annotations are missing or invalid.
         """
-        return len(self._training_annotations.images_with_objects())
+        return len(self.training_annotations.images_with_objects())
 
     @property
-    def _training_annotations(self) -> CocoAnnotations:
-        """The annotations of what training takes for images: the images of the training split, or their tiles."""
+    def training_annotations(self) -> CocoAnnotations:
+        """The annotations of what training takes for images: the images of the training split, or their tiles.
+
+        Raises:
+            UserError: the annotations are missing or invalid.
+        """
         tiles = self._training_tiles()
         return self.annotations("train") if tiles is None else tiles.annotations
 
@@ -231,7 +235,7 @@ class CocoDataModule(pl.LightningDataModule):
         Raises:
             UserError: a file is missing or invalid, no image has a usable object, or with ``negatives``, all have one.
         """
-        annotations = self._training_annotations
+        annotations = self.training_annotations
         rows = annotations.images_with_objects()
         if len(rows) == 0:
             small = f" or boxes of at most {self.settings.min_box_size:g} pixels" if self.settings.min_box_size else ""
@@ -260,7 +264,7 @@ class CocoDataModule(pl.LightningDataModule):
 
     def _training_rows(self) -> np.ndarray:
         """The ascending rows (int64) of all images or tiles that are used in training."""
-        with_objects = self._training_annotations.images_with_objects()
+        with_objects = self.training_annotations.images_with_objects()
         return np.union1d(with_objects, self._negative_rows()) if self.settings.negatives else with_objects
 
     def _negative_rows(self) -> np.ndarray:
@@ -269,7 +273,7 @@ class CocoDataModule(pl.LightningDataModule):
         Raises:
             ArgumentError: there are none.
         """
-        annotations = self._training_annotations
+        annotations = self.training_annotations
         rows = annotations.images_without_objects()
         if len(rows) == 0:
             unit = "image" if self.settings.tile is None else "tile"
