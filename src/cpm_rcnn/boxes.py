@@ -103,6 +103,12 @@ class BoxConvention:
         """
         return (boxes[..., 2:] - boxes[..., :2] < -32 * self.extra).any(dim=-1)
 
+    def intersection(self, a: Tensor, b: Tensor) -> Tensor:
+        """Areas (...) in square pixels that boxes ``a`` and ``b`` (..., 4) share, elementwise with broadcasting."""
+        width = torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0]) + self.extra
+        height = torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1]) + self.extra
+        return width.clamp_(min=0) * height.clamp_(min=0)
+
     def iou(self, a: Tensor, b: Tensor) -> Tensor:
         """Intersection over union, elementwise with broadcasting.
 
@@ -113,9 +119,7 @@ class BoxConvention:
         Returns:
             (...) in 0..1; 0 if both boxes are empty.
         """
-        width = torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0]) + self.extra
-        height = torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1]) + self.extra
-        intersection = width.clamp_(min=0) * height.clamp_(min=0)
+        intersection = self.intersection(a, b)
         union = self.area(a) + self.area(b) - intersection
         return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 

@@ -209,6 +209,15 @@ def test_sizes_are_those_of_the_network_at_the_median_length(random_split):
         assert tuple(size) == network_size((int(height), int(width)), 200, 260, "down")
 
 
+def test_with_tiles_sizes_are_those_of_the_image_at_the_scale_of_its_tiles():
+    boxes = np.array([[10.0, 20, 30, 60], [0, 0, 50, 50]])
+    annotations = annotations_of(boxes, np.array([[400, 600], [90, 80]]), np.array([0, 1]), np.array([1, 1]))
+    settings = DataSettings(test_short_side=200, test_max_size=200, tile=100)
+    split = CheckedSplit.of("val", annotations, settings)
+    assert split.input_sizes.tolist() == [[800, 1200], [200, 178]]
+    assert split.input_boxes[0].tolist() == [20, 40, 80, 160]
+
+
 def test_repeated_boxes_are_those_of_all_pairs(random_split):
     boxes, n = torch.from_numpy(random_split.boxes), len(random_split.boxes)
     iou = CONTINUOUS.iou(boxes[:, None], boxes).numpy()

@@ -49,6 +49,8 @@ OVERRIDES = {
     "proposals_test": 7,
     "test_short_side": 50,
     "test_max_size": 200,
+    "tile": 80,
+    "tile_overlap": 0.5,
     "ism": False,
     "rsm": False,
 }
@@ -62,6 +64,8 @@ def values_of(detector):
         "proposals_test": rpn.settings.proposals_test,
         "test_short_side": detector.short_side,
         "test_max_size": detector.max_size,
+        "tile": detector.tile,
+        "tile_overlap": detector.tile_overlap,
         "ism": head.ism is not None,
         "rsm": head.rsm is not None,
     }
@@ -98,6 +102,8 @@ def test_other_settings_are_refused_with_the_allowed_ones(checkpoint, name):
         ("test_stages", 4),
         ("test_short_side", 0),
         ("test_max_size", None),
+        ("tile", 10),
+        ("tile_overlap", 1),
         ("rsm", "off"),
     ],
 )

@@ -149,8 +149,7 @@ def evaluation_data(config: DictConfig, detector: Detector, data: dict[str, Any]
         data = data | {"test_json": str(json.absolute()), "test_images": str(images.absolute())}
     elif config.images is not None:
         raise UserError(f"images={shown(config.images)}: belongs to split=JSON; split={config.split} has data.*_images")
-    if detector.multi_scale is not None:
-        # The detector resizes the images itself.
+    if detector.takes_original_sizes:
         data = data | {"test_short_side": None}
     with evaluation_keys(config):
         return CocoDataModule(**data, categories=detector.categories, convention=detector.convention.name)

@@ -31,7 +31,7 @@ def resolve_automatic(config: DictConfig, datamodule: CocoDataModule) -> DictCon
     if AUTO not in values.values():
         return config
     with config_keys(config, "data"):
-        annotations = datamodule.annotations("train")
+        annotations = datamodule.training_annotations
     if not annotations.usable.any():
         raise UserError(f"{annotations.path}: no image has an object to train on")
     facts = Facts.of(
@@ -44,7 +44,7 @@ def resolve_automatic(config: DictConfig, datamodule: CocoDataModule) -> DictCon
         freezable=_freezable(config),
     )
     choices = list(choose(facts, values))
-    _print(facts, choices)
+    _print(facts, choices, "images" if datamodule.settings.tile is None else "tiles")
     return with_values(config, {choice.key: choice.value for choice in choices})
 
 
@@ -66,9 +66,9 @@ def _memory(config: DictConfig, datamodule: CocoDataModule) -> tuple[int, StepMe
 
 
 @rank_zero_only
-def _print(facts: Facts, choices: Sequence[Choice]) -> None:
+def _print(facts: Facts, choices: Sequence[Choice], units: str) -> None:
     kind = ("GPU" if facts.gpu else "CPU") if facts.devices == 1 else ("GPUs" if facts.gpu else "CPU processes")
-    print(f"chosen for {facts.images} training images and {facts.devices} {kind}:")
+    print(f"chosen for {facts.images} training {units} and {facts.devices} {kind}:")
     width = max(len(f"{choice.key}={choice.value}") for choice in choices)
     for choice in choices:
         setting = f"{choice.key}={choice.value}"

@@ -40,7 +40,7 @@ def lengths(
 
     Args:
         epochs: passes over the training images.
-        images: number of training images.
+        images: number of training images, or of their tiles.
         images_per_step: images of a step on all devices.
         max_steps: number of steps of the other schedule.
         milestones: its milestones.
@@ -67,8 +67,9 @@ def resolve_epochs(config: DictConfig, datamodule: CocoDataModule) -> DictConfig
     epochs = auto_epochs(images) if isinstance(schedule.epochs, str) else schedule.epochs
     per_step = schedule.images_per_device * accumulated * process_count(config)
     new = lengths(epochs, images, per_step, schedule.max_steps, list(schedule.milestones), schedule.warmup_steps)
+    units = "images" if datamodule.settings.tile is None else "tiles"
     print(
-        f"schedule.epochs={schedule.epochs}: {epochs:.3g} epochs of {images} images are {new.max_steps} steps of "
+        f"schedule.epochs={schedule.epochs}: {epochs:.3g} epochs of {images} {units} are {new.max_steps} steps of "
         f"{per_step}; milestones {new.milestones}, warm-up {new.warmup_steps}, a validation every {new.val_interval}"
     )
     datamodule.max_steps = new.max_steps * accumulated

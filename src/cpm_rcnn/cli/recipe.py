@@ -7,8 +7,8 @@ from omegaconf import DictConfig
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.training.module import DetectionModule
 
-# Options with the role inference that decide which images are used in training, with which labels.
-_DATA = ("classes", "val_fraction", "split_seed")
+# Options with the role inference that decide which images are used in training, in which tiles, with which labels.
+_DATA = ("classes", "val_fraction", "split_seed", "tile", "tile_overlap")
 # Options that may change in a run that resumes: how long it is, where things are, and how they are evaluated.
 _MAY_CHANGE = {
     *("schedule.epochs", "schedule.max_steps", "schedule.milestones", "schedule.val_interval"),

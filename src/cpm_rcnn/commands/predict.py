@@ -44,6 +44,9 @@ def predict_images(config: DictConfig, path: Path, names: list[str]) -> None:
     folder = path if path.is_dir() else path.parent
     device = choose_device(config.device)
     detector, _ = load_detector(config)
+    if detector.tile is not None:
+        overlap = f"an overlap of {detector.tile_overlap:g}"
+        print(f"tiles of {detector.tile} pixels with {overlap}; data.tile=null detects in whole images")
     min_score = automatic_scores(config, detector) if isinstance(config.min_score, str) else config.min_score
     detector.to(device)
     source = ImageSource(folder)

@@ -23,6 +23,7 @@ from cpm_rcnn.data.samplers import EvalSampler, Negatives, TrainBatchSampler, Tr
 from cpm_rcnn.data.settings import DataSettings, ShapesSettings, Split
 from cpm_rcnn.data.shapes import CATEGORIES, write_shapes
 from cpm_rcnn.data.splits import DataSplits
+from cpm_rcnn.data.tiles import Tiles
 from cpm_rcnn.data.transforms import Augmentation, Resize
 from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
 
@@ -88,11 +89,12 @@ class CocoDataModule(pl.LightningDataModule):
         self.convention = CONVENTIONS[convention]
         self.start_step = 0
         self.train_augmentations = training_augmentations(self.settings, self.convention)
-        self.eval_augmentations: list[Augmentation] = [
-            Resize(self.settings.test_short_side, self.settings.test_max_size)
-        ]
+        # With tiles, the detector resizes: it resizes the tiles.
+        test_short_side = self.settings.test_short_side if self.settings.tile is None else None
+        self.eval_augmentations: list[Augmentation] = [Resize(test_short_side, self.settings.test_max_size)]
         self._faults: dict[str, ImageFaults] = {}
         self._checked: set[str] = set()
+        self._tiles: Tiles | None = None
 
     @property
     def evaluation_arguments(self) -> dict[str, Any]:
@@ -128,12 +130,30 @@ class CocoDataModule(pl.LightningDataModule):
 
     @property
     def num_training_images(self) -> int:
-        """Number of images with an object to train on.
+        """Number of images with an object to train on, or with ``tile``, of tiles.
 
         Raises:
             UserError: the annotations are missing or invalid.
         """
-        return len(self.annotations("train").images_with_objects())
+        return len(self.training_annotations.images_with_objects())
+
+    @property
+    def training_annotations(self) -> CocoAnnotations:
+        """The annotations of what training takes for images: the images of the training split, or their tiles.
+
+        Raises:
+            UserError: the annotations are missing or invalid.
+        """
+        tiles = self._training_tiles()
+        return self.annotations("train") if tiles is None else tiles.annotations
+
+    def _training_tiles(self) -> Tiles | None:
+        """The tiles of the training split; None if images are not cut into tiles."""
+        settings = self.settings
+        if self._tiles is None and settings.tile is not None:
+            whole = self.annotations("train")
+            self._tiles = Tiles.of(whole, settings.tile, settings.tile_overlap, settings.min_box_size)
+        return self._tiles
 
     def images_folder(self, split: Split) -> Path | None:
         """The folder of a split's images, which may be a zip file of that name; None if none is given."""
@@ -166,7 +186,7 @@ class CocoDataModule(pl.LightningDataModule):
 
     def _check_images(self, split: Split) -> None:
         annotations, images = self.annotations(split), self.splits.images(split)
-        rows = self._training_rows() if split == "train" else np.arange(len(annotations))
+        rows = self._rows_of_training_images() if split == "train" else np.arange(len(annotations))
         first_rank = _is_first_rank()
         problems = check_image_files(annotations, rows, images, self.settings.check_images, progress=first_rank)
         if not problems:
@@ -210,11 +230,12 @@ class CocoDataModule(pl.LightningDataModule):
         """Training batches from ``start_step`` to ``max_steps``.
 
         They are of the images with at least one usable object, and with ``negatives`` also of those without any object.
+        With ``tile``, they are of tiles instead of images.
 
         Raises:
             UserError: a file is missing or invalid, no image has a usable object, or with ``negatives``, all have one.
         """
-        annotations = self.annotations("train")
+        annotations = self.training_annotations
         rows = annotations.images_with_objects()
         if len(rows) == 0:
             small = f" or boxes of at most {self.settings.min_box_size:g} pixels" if self.settings.min_box_size else ""
@@ -234,24 +255,30 @@ class CocoDataModule(pl.LightningDataModule):
         order = TrainOrder(rows, portrait[rows], self.seed, self.batch_size, world_size, per_process, negatives)
         sampler = TrainBatchSampler(order, rank, self.start_step, self.max_steps)
         used = self._training_rows()
-        return self._loader("train", self.train_augmentations, replacements=used, batch_sampler=sampler)
+        return self._loader("train", self.train_augmentations, used, self._training_tiles(), batch_sampler=sampler)
+
+    def _rows_of_training_images(self) -> np.ndarray:
+        """The ascending rows (int64) of the images that are used in training, whole or in tiles."""
+        rows, tiles = self._training_rows(), self._training_tiles()
+        return rows if tiles is None else np.unique(tiles.images[rows])
 
     def _training_rows(self) -> np.ndarray:
-        """The ascending rows (int64) of all images that are used in training."""
-        with_objects = self.annotations("train").images_with_objects()
+        """The ascending rows (int64) of all images or tiles that are used in training."""
+        with_objects = self.training_annotations.images_with_objects()
         return np.union1d(with_objects, self._negative_rows()) if self.settings.negatives else with_objects
 
     def _negative_rows(self) -> np.ndarray:
-        """The rows (int64) of the training images without objects.
+        """The rows (int64) of the training images or tiles without objects.
 
         Raises:
             ArgumentError: there are none.
         """
-        annotations = self.annotations("train")
+        annotations = self.training_annotations
         rows = annotations.images_without_objects()
         if len(rows) == 0:
+            unit = "image" if self.settings.tile is None else "tile"
             raise ArgumentError(
-                "negatives", f"={self.settings.negatives}: {annotations.path} has no image without objects"
+                "negatives", f"={self.settings.negatives}: {annotations.path} has no {unit} without objects"
             )
         return rows
 
@@ -280,6 +307,7 @@ class CocoDataModule(pl.LightningDataModule):
         split: Split,
         augmentations: Sequence[Augmentation | MixingAugmentation],
         replacements: np.ndarray | None = None,
+        tiles: Tiles | None = None,
         **batching: Any,
     ) -> DataLoader:
         dataset = CocoDataset(
@@ -291,6 +319,7 @@ class CocoDataModule(pl.LightningDataModule):
             self.settings.on_error,
             replacements,
             self._faults_of(split),
+            tiles,
         )
         return DataLoader(
             dataset,

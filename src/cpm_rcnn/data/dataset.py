@@ -19,6 +19,7 @@ from cpm_rcnn.data.mixing import MixingAugmentation
 from cpm_rcnn.data.problem import counted
 from cpm_rcnn.data.samplers import Sample
 from cpm_rcnn.data.settings import OnError
+from cpm_rcnn.data.tiles import Tiles
 from cpm_rcnn.data.transforms import Augmentation, Target, choose, sample_rng, select_objects
 from cpm_rcnn.errors import UserError
 
@@ -46,9 +47,9 @@ class ImageFaults:
 class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     """Images and targets of one split, augmented.
 
-    An integer index i returns row i of the annotations, so any sampler works. The training order indexes with a
-    :class:`~cpm_rcnn.data.samplers.Sample`, which also contains the number of the sample in the run; for an integer,
-    this number is the row.
+    An integer index i returns row i of the annotations, or with ``tiles`` tile i, so any sampler works. The training
+    order indexes with a :class:`~cpm_rcnn.data.samplers.Sample`, which also contains the number of the sample in the
+    run; for an integer, this number is the row.
 
     Each item is the image (3, h, w), uint8 RGB, and its target: ``boxes`` (N, 4) float32 xyxy in pixels of that image,
     ``labels`` (N,) int64, ``image_id`` (int), ``original_size`` (height, width) in the json, ``readable`` (bool), and
@@ -68,6 +69,8 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         replacements: ascending rows of the images that may replace an unreadable one or be mixed into others: those
             used in training. None in evaluation.
         faults: which images were reported already; None starts without.
+        tiles: the tiles of the images, each of which becomes an item, and a row wherever rows are mentioned here; None
+            for whole images. In evaluation, the detector cuts the images into tiles itself.
     """
 
     def __init__(
@@ -80,8 +83,10 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         on_error: OnError = "raise",
         replacements: np.ndarray | None = None,
         faults: "ImageFaults | None" = None,
+        tiles: Tiles | None = None,
     ) -> None:
-        self.annotations = annotations
+        self.annotations = annotations if tiles is None else tiles.annotations
+        self.tiles = tiles
         self.images = images
         self.augmentations = list(augmentations)
         self.convention = convention
@@ -94,7 +99,7 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         return len(self.annotations)
 
     def __getitem__(self, index: int | Sample) -> tuple[Tensor, dict[str, Any]]:
-        """The image and target of a row of the annotations.
+        """The image and target of a row.
 
         Raises:
             IndexError: there is no such row.
@@ -130,18 +135,33 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
     def _stored(self, row: int) -> tuple[Tensor, Target]:
         """The image of a row and its usable objects, clipped to the image, as they are stored."""
         annotations = self.annotations
+        image = self._pixels(row)
         size = int(annotations.heights[row]), int(annotations.widths[row])
-        try:
-            image = self.images.read(str(annotations.file_names[row]), size, partial(self._warn_early_end, row))
-        except UserError as error:
-            raise UserError(f"{error} (image {annotations.image_ids[row]} of {annotations.path})") from error
-
         objects = slice(annotations.offsets[row], annotations.offsets[row + 1])
         usable = annotations.usable[objects]
         xywh = torch.from_numpy(annotations.xywh[objects][usable].astype(np.float32))
         boxes = self.convention.clip(self.convention.from_xywh(xywh), torch.tensor(size))
         labels = torch.from_numpy(annotations.labels[objects][usable])
         return image, {"boxes": boxes, "labels": labels}
+
+    def _pixels(self, row: int) -> Tensor:
+        """The image or tile of a row, (3, H, W) uint8, as it is stored."""
+        whole = self.annotations if self.tiles is None else self.tiles.whole
+        image_row = self._image_row(row)
+        size = int(whole.heights[image_row]), int(whole.widths[image_row])
+        warn = partial(self._warn_early_end, row)
+        try:
+            image = self.images.read(str(whole.file_names[image_row]), size, warn)
+        except UserError as error:
+            raise UserError(f"{error} (image {whole.image_ids[image_row]} of {whole.path})") from error
+        if self.tiles is None:
+            return image
+        left, top, right, bottom = self.tiles.boxes[row].tolist()
+        return image[:, top:bottom, left:right].contiguous()
+
+    def _image_row(self, row: int) -> int:
+        """The row of the image that a row shows, or shows a part of."""
+        return row if self.tiles is None else int(self.tiles.images[row])
 
     def _other(self, rng: Generator) -> tuple[Tensor, Target]:
         """Another image for a :class:`~cpm_rcnn.data.mixing.MixingAugmentation`, as it is stored."""
@@ -187,22 +207,24 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
         }
 
     def _replacements_of(self, row: int) -> list[int]:
-        """Rows that may replace ``row``: those after it, then from the start; images of its orientation first.
+        """Rows that may replace ``row``: those of other images after it, then from the start; its orientation first.
 
         Batches hold images of one orientation, so such a replacement needs no extra padding.
         """
         assert self.replacements is not None
         others = np.roll(self.replacements, -np.searchsorted(self.replacements, row, side="right"))
-        others = others[others != row]
+        others = others[(others if self.tiles is None else self.tiles.images[others]) != self._image_row(row)]
         portrait = self.annotations.portrait
         return others[np.argsort(portrait[others] != portrait[row], kind="stable")].tolist()
 
     def _warn(self, row: int, message: str) -> None:
-        if not self.faults.unreadable[row]:
-            self.faults.unreadable[row] = True
+        image_row = self._image_row(row)
+        if not self.faults.unreadable[image_row]:
+            self.faults.unreadable[image_row] = True
             _log.warning("%s (on_error=skip, unreadable so far: %d)", message, self.faults.unreadable.sum())
 
     def _warn_early_end(self, row: int, message: str) -> None:
-        if not self.faults.ends_early[row]:
-            self.faults.ends_early[row] = True
+        image_row = self._image_row(row)
+        if not self.faults.ends_early[image_row]:
+            self.faults.ends_early[image_row] = True
             _log.warning("%s (image %d of %s)", message, self.annotations.image_ids[row], self.annotations.path)

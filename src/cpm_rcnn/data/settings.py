@@ -6,19 +6,47 @@ from typing import Any, Literal
 
 from cpm_rcnn.data.classes import check_classes
 from cpm_rcnn.errors import ArgumentError, shown
-from cpm_rcnn.settings import Settings, choice, flag, inference, integer, list_of, number, optional, text, training
+from cpm_rcnn.settings import (
+    Check,
+    Settings,
+    choice,
+    flag,
+    inference,
+    integer,
+    list_of,
+    number,
+    optional,
+    text,
+    training,
+)
 
 OnError = Literal["raise", "skip"]
 Split = Literal["train", "val", "test"]
 FORMATS = ("coco", "yolo", "voc", "cvat")
 AUGMENT = ("flip", "standard", "strong")
+# One cell of the coarsest level of the feature pyramid.
+_MIN_TILE = 64
 
 
-def _below_one(argument: str, value: Any) -> None:
-    """A number of at least 0 and below 1."""
-    number(0, 1)(argument, value)
-    if value == 1:
-        raise ArgumentError(argument, f"={shown(value)}: must be below 1")
+def _below(limit: float) -> Check:
+    """A number of at least 0 and below ``limit``."""
+
+    def check(argument: str, value: Any) -> None:
+        number(0, limit)(argument, value)
+        if value == limit:
+            raise ArgumentError(argument, f"={shown(value)}: must be below {limit:g}")
+
+    return check
+
+
+def check_tile(argument: str, value: Any) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is a valid side of tiles in pixels, or None for no tiles."""
+    optional(integer(_MIN_TILE))(argument, value)
+
+
+def check_tile_overlap(argument: str, value: Any) -> None:
+    """Raise :class:`ArgumentError` unless ``value`` is a valid overlap of tiles as a part of their sides."""
+    _below(0.9)(argument, value)
 
 
 @dataclass(frozen=True)
@@ -46,9 +74,15 @@ class DataSettings(Settings):
         split_seed: random seed of that choice. It does not depend on the seed of the run.
         negatives: share of the training images, at least 0 and below 1, that are images without objects
             (:class:`~cpm_rcnn.data.samplers.TrainOrder`). With 0, such images are not used in training.
+        tile: side in pixels of the overlapping tiles into which larger images are cut before they are resized. In
+            training, each tile is an image (:class:`~cpm_rcnn.data.tiles.Tiles`); in validation and test, the
+            detections in the tiles are merged (:class:`~cpm_rcnn.inference.tiles.TiledDetector`). None keeps whole
+            images.
+        tile_overlap: smallest overlap of neighboring tiles, as a part of their sides, at least 0 and below 0.9.
         eval_batch_size: images per step and process in validation and test.
         num_workers: worker processes of each loader; 0 loads in the main process.
-        short_sides: lengths in pixels of the image's shorter side, one of which is drawn for each training sample.
+        short_sides: lengths in pixels of the shorter side of an image or tile, one of which is drawn for each training
+            sample.
         max_size: maximum length in pixels of the longer side in training.
         test_short_side: length in pixels of the shorter side in validation and test; None keeps the original size.
         test_max_size: maximum length in pixels of the longer side in validation and test.
@@ -79,9 +113,12 @@ class DataSettings(Settings):
     test_images: str | None = inference(None, check=optional(text))
     format: str = inference("auto", check=choice("auto", *FORMATS))
     classes: Sequence[str | Mapping[str, Any]] | None = inference(None, check=optional(check_classes))
-    val_fraction: float | None = inference(None, check=optional(_below_one))
+    val_fraction: float | None = inference(None, check=optional(_below(1)))
     split_seed: int = inference(0, check=integer(0))
-    negatives: float = training(0.0, check=_below_one)
+    negatives: float = training(0.0, check=_below(1))
+    # Training uses them too; a checkpoint is tested with the tiles that it was trained with.
+    tile: int | None = inference(None, check=check_tile)
+    tile_overlap: float = inference(0.2, check=check_tile_overlap)
     eval_batch_size: int = inference(1, check=integer())
     num_workers: int = inference(2, check=integer(0))
     short_sides: Sequence[int] = training((800,), check=list_of(integer()))

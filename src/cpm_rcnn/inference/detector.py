@@ -14,22 +14,24 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from cpm_rcnn.boxes import CONVENTIONS, BoxConvention
+from cpm_rcnn.data.settings import check_tile, check_tile_overlap
 from cpm_rcnn.data.transforms import network_size
 from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
 from cpm_rcnn.inference.images import to_image
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector, MultiScaleSettings
+from cpm_rcnn.inference.tiles import TiledDetector
 from cpm_rcnn.inference.to_host import to_host
 from cpm_rcnn.models.detector import TwoStageDetector
 from cpm_rcnn.models.host import from_host, requirements_deferred
 from cpm_rcnn.models.structures import DETAILS
 
 _COLUMNS = ("boxes", "scores", "labels", *DETAILS)
-# The options of the data module that set the size of images at test.
-SIZE_OPTIONS = ("test_short_side", "test_max_size")
+# The options of the data module that set the size of images and their tiles at test.
+SIZE_OPTIONS = ("test_short_side", "test_max_size", "tile", "tile_overlap")
 
 
 def size_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
-    """``short_side`` and ``max_size`` of :class:`Detector` from the options of a data module that are present."""
+    """The arguments of :class:`Detector` that are options of a data module, from those that are present."""
     return {name.removeprefix("test_"): data[name] for name in SIZE_OPTIONS if name in data}
 
 
@@ -75,13 +77,16 @@ class Detector:
         short_side: length in pixels to which the shorter side of an image is resized; None keeps the original size.
         max_size: maximum length in pixels of the longer side; it takes precedence over ``short_side``. Not used
             if ``short_side`` is None.
+        tile: side in pixels of the tiles into which larger images are cut
+            (:class:`~cpm_rcnn.inference.tiles.TiledDetector`). Each tile is resized as an image is otherwise. None
+            detects in whole images.
+        tile_overlap: smallest overlap of neighboring tiles, as a part of their sides.
         multi_scale: settings of the multi-scale test; its scales are factors of ``short_side``.
         operating_points: score thresholds of each class for these weights, as
             :func:`~cpm_rcnn.evaluation.operating_points.operating_points` returns them; None if they are not known.
 
     Raises:
-        ArgumentError: a length is not a positive integer; named ``test_short_side`` or ``test_max_size``, as in the
-            data module.
+        ArgumentError: a length or the overlap is invalid; named as in the data module, such as ``test_short_side``.
 
     Attributes:
         model: the bare ``nn.Module``, which takes resized uint8 images and returns one dict per image.
@@ -99,16 +104,22 @@ class Detector:
         *,
         short_side: int | None = 800,
         max_size: int = 1333,
+        tile: int | None = None,
+        tile_overlap: float = 0.2,
         multi_scale: MultiScaleSettings | None = None,
         operating_points: Mapping[str, Any] | None = None,
     ) -> None:
         if short_side is not None:
             check_count("test_short_side", short_side)
         check_count("test_max_size", max_size)
+        check_tile("tile", tile)
+        check_tile_overlap("tile_overlap", tile_overlap)
         self.model = model
         self.categories = [dict(category) for category in categories]
         self.short_side = short_side
         self.max_size = max_size
+        self.tile = tile
+        self.tile_overlap = tile_overlap
         self.multi_scale = multi_scale
         self.operating_points = operating_points
         if multi_scale is not None and short_side is None:
@@ -190,8 +201,8 @@ class Detector:
         Args:
             images: paths, PIL images, uint8 arrays (H, W, 3) or (H, W), or uint8 tensors (3, H, W); RGB. An iterable is
                 read one batch at a time. A single image is accepted too.
-            batch_size: images per forward pass. Images of one batch are padded to the same size, which can change the
-                results slightly.
+            batch_size: images per forward pass, or tiles. Images of one batch are padded to the same size, which can
+                change the results slightly.
             score_threshold: detections with a lower score are left out. A number, or one per class 1..C, such as
                 :meth:`thresholds` returns.
             details: whether the results also say how each score was computed. In the multi-scale test, this is how the
@@ -212,20 +223,28 @@ class Detector:
             tensors = [to_image(value, f"images[{len(results) + i}]") for i, value in enumerate(batch)]
             resized = [self.resize(image).to(self.device, non_blocking=True) for image in tensors]
             with _eval_mode(self.model), torch.inference_mode(), requirements_deferred():
-                found = self.detect_resized(resized, [_size(image) for image in tensors], details=details)
+                sizes = [_size(image) for image in tensors]
+                found = self.detect_resized(resized, sizes, details=details, batch_size=batch_size)
                 found = to_host(found)
             results += [self._result(detections, score_threshold) for detections in found]
         return results
 
+    @property
+    def takes_original_sizes(self) -> bool:
+        """Whether :meth:`detect_resized` resizes the images itself: with tiles and in the multi-scale test."""
+        return self.multi_scale is not None or self.tile is not None
+
     def resize(self, image: Tensor) -> Tensor:
         """Resize an image, uint8 (3, H, W), to the size that :meth:`detect_resized` expects."""
-        if self.multi_scale is not None or self.short_side is None:
-            return image
-        size = network_size(_size(image), self.short_side, self.max_size)
-        return F.resize(image, list(size), antialias=True)
+        return image if self.takes_original_sizes else self._resized(image)
 
     def detect_resized(
-        self, images: Sequence[Tensor], original_sizes: Sequence[Sequence[int]], *, details: bool = False
+        self,
+        images: Sequence[Tensor],
+        original_sizes: Sequence[Sequence[int]],
+        *,
+        details: bool = False,
+        batch_size: int | None = None,
     ) -> list[dict[str, Tensor]]:
         """Detect objects in images that were resized already, for example by a data loader.
 
@@ -233,11 +252,12 @@ class Detector:
             images: uint8 (3, h, w), resized as by :meth:`resize`, on the model's device.
             original_sizes: (height, width) of each image before it was resized.
             details: see :meth:`detect`.
+            batch_size: tiles per forward pass; None: as many as there are images. Not used without tiles.
 
         Returns:
             One dict per image, best score first: ``boxes`` (N, 4) in pixels of the original image, ``scores`` (N,) and
-            ``labels`` (N,), and the details that are requested. They are on the model's device; those of the
-            multi-scale test are on the CPU.
+            ``labels`` (N,), and the details that are requested. They are on the model's device; those of tiles and of
+            the multi-scale test are on the CPU.
         """
         find: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]] = self.model
         if details:
@@ -245,9 +265,32 @@ class Detector:
         if self.multi_scale is not None:
             assert self.short_side is not None
             find = MultiScaleDetector(find, self.multi_scale, self.convention, self.short_side)
+        if self.tile is not None:
+            if self.multi_scale is None:
+                find = partial(self._resize_and_find, find)
+            limit = getattr(self.model.settings.head, "max_detections", None)
+            tiles = self.tile, self.tile_overlap
+            find = TiledDetector(find, *tiles, self.convention, batch_size or len(images), limit)
         return [
             found | {"boxes": _rescale(found["boxes"], _size(image), original)}
             for found, image, original in zip(find(images), images, original_sizes, strict=True)
+        ]
+
+    def _resized(self, image: Tensor) -> Tensor:
+        """An image, uint8 (3, H, W), in the size that the network should see."""
+        if self.short_side is None:
+            return image
+        size = network_size(_size(image), self.short_side, self.max_size)
+        return F.resize(image, list(size), antialias=True)
+
+    def _resize_and_find(
+        self, find: Callable[[Sequence[Tensor]], list[dict[str, Tensor]]], images: Sequence[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """Resize images, uint8 (3, H, W), and return what ``find`` finds in pixels of the given images."""
+        resized = [self._resized(image) for image in images]
+        return [
+            found | {"boxes": _rescale(found["boxes"], _size(small), _size(image))}
+            for found, small, image in zip(find(resized), resized, images, strict=True)
         ]
 
     def _check_threshold(self, value: Any) -> None:

@@ -22,7 +22,8 @@ def load(path: str | Path, **overrides: Any) -> Detector:
         path: the checkpoint.
         **overrides: test-time settings that replace the checkpoint's: those of the model (for example
             ``score_threshold=0.05``, ``nms_iou``, ``proposals_test``, ``test_stages``), ``ism=False`` or ``rsm=False``,
-            ``test_short_side`` (None keeps the original size) and ``test_max_size`` in pixels, and ``multi_scale``, a
+            ``test_short_side`` (None keeps the original size) and ``test_max_size`` in pixels, ``tile`` (None detects
+            in whole images) and ``tile_overlap``, and ``multi_scale``, a
             :class:`~cpm_rcnn.inference.multi_scale.MultiScaleSettings`.
 
     Raises:

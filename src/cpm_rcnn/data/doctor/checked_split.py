@@ -24,7 +24,8 @@ class CheckedSplit:
     Attributes:
         name: the split.
         annotations: its annotations.
-        input_sizes: (I, 2) int64, height and width of each image as the network gets it, in pixels.
+        input_sizes: (I, 2) int64, height and width of each image as the network gets it, in pixels; if it gets tiles of
+            it, those of the whole image at their scale.
     """
 
     name: Split
@@ -42,10 +43,12 @@ class CheckedSplit:
         sizes = np.stack([annotations.heights, annotations.widths], axis=1)
         if short_side is None:
             return cls(name, annotations, sizes)
+        tiles = sizes if settings.tile is None else np.minimum(sizes, settings.tile)
         # As one number each, because np.unique sorts numbers much faster than rows.
-        keys, inverse = np.unique(sizes[:, 0] << 32 | sizes[:, 1], return_inverse=True)
+        keys, inverse = np.unique(tiles[:, 0] << 32 | tiles[:, 1], return_inverse=True)
         resized = [network_size((key >> 32, key & 0xFFFFFFFF), short_side, max_size, rounding) for key in keys.tolist()]
-        return cls(name, annotations, np.array(resized, dtype=np.int64).reshape(-1, 2)[inverse])
+        input_tiles = np.array(resized, dtype=np.int64).reshape(-1, 2)[inverse]
+        return cls(name, annotations, input_tiles if settings.tile is None else input_tiles * sizes // tiles)
 
     @cached_property
     def objects(self) -> np.ndarray:
