@@ -14,10 +14,10 @@ from cpm_rcnn.weights.initialize import initialize
 
 
 class PrintLosses(pl.Callback):
-    """A callback of one's own: the losses of every tenth step."""
+    """A callback of one's own: the losses of every fifth step."""
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step % 10 == 0:
+        if trainer.global_step % 5 == 0:
             print(trainer.global_step, {name: round(float(loss), 3) for name, loss in module.losses.items()})
 
 
@@ -25,10 +25,12 @@ def train(root: Path, folder: Path, steps: int = 200) -> Path:
     """Train a small detector on a data set in any of the known formats; returns the best checkpoint."""
     pl.seed_everything(0)
     sizes = {"short_sides": [192], "max_size": 256, "test_short_side": 192, "test_max_size": 256}
-    data = CocoDataModule(root=str(root), batch_size=4, max_steps=steps, num_workers=0, **sizes)
+    data = CocoDataModule(root=str(root), batch_size=2, max_steps=steps, num_workers=0, **sizes)
+    widths = {"fpn_channels": 48, "mlp_channels": 128, "point_channels": 8, "grid_convs": 2}
+    samples = {"samples": 64, "max_grid_rois": 24, "proposals_train": 300, "proposals_test": 100}
     module = DetectionModule(
         # The options of cpm_rcnn.build_detector.
-        model={"backbone": "tiny", "fpn_channels": 48, "mlp_channels": 128, "point_channels": 8, "grid_convs": 2},
+        model={"backbone": "tiny", **widths, **samples},
         categories=data.categories,
         # The options of the schedule; AdamW with a rate for 16 images per step.
         schedule={"max_steps": steps, "milestones": [], "optimizer": "adamw", "base_lr": 3e-3, "warmup_steps": 10},
@@ -42,6 +44,7 @@ def train(root: Path, folder: Path, steps: int = 200) -> Path:
         val_check_interval=steps,
         callbacks=[best, PrintLosses()],
         logger=CSVLogger(folder),
+        log_every_n_steps=5,
         use_distributed_sampler=False,  # the data module distributes the images itself
         accelerator="auto",
         devices=1,
