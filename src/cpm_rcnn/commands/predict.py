@@ -3,10 +3,8 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from math import inf
 from pathlib import Path
-from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -18,8 +16,7 @@ from cpm_rcnn.cli.config import overrides_in
 from cpm_rcnn.data import ImageSource
 from cpm_rcnn.data.problem import counted
 from cpm_rcnn.errors import UserError
-from cpm_rcnn.evaluation.coco_metric import RESULT_KEYS
-from cpm_rcnn.inference import Detector, ImageDetections
+from cpm_rcnn.inference import Detector
 from cpm_rcnn.ops import use_deform_backend
 from cpm_rcnn.reporting.pictures import draw, save
 
@@ -62,7 +59,7 @@ def predict_images(config: DictConfig, path: Path, names: list[str]) -> None:
             _log.warning("%s; skipped", error)
             continue
         (found,) = detector.detect([image], details=config.details)
-        results += [{"image_id": image_id, "file_name": name, **row} for row in _rows(found, detector)]
+        results += [{"file_name": name, **row} for row in found.to_coco(image_id)]
         target = run_dir / "images" / f"{name}.png"
         save(draw(image, found.to_dict(), detector.class_names, min_score=min_score), target)
     (run_dir / "detections.json").write_text(json.dumps(results))
@@ -72,16 +69,6 @@ def predict_images(config: DictConfig, path: Path, names: list[str]) -> None:
     if skipped:
         print(f"error: skipped {skipped} of {counted(len(names), 'image', 'images')}, see above", file=sys.stderr)
         sys.exit(1)
-
-
-def _rows(found: ImageDetections, detector: Detector) -> Iterator[dict[str, Any]]:
-    """The detections of an image in COCO's results format, without the image."""
-    columns = found.to_dict()
-    extra = {key: columns[name].tolist() for name, key in RESULT_KEYS.items() if name in columns}
-    boxes = detector.convention.to_xywh(found.boxes).tolist()
-    for i, (box, score, label) in enumerate(zip(boxes, found.scores.tolist(), found.labels.tolist())):
-        row = {"category_id": detector.categories[label - 1]["id"], "bbox": box, "score": score}
-        yield row | {key: values[i] for key, values in extra.items()}
 
 
 def automatic_scores(config: DictConfig, detector: Detector) -> list[float]:

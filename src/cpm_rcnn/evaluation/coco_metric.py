@@ -21,10 +21,8 @@ from cpm_rcnn.evaluation.analysis.split import EvaluatedSplit
 from cpm_rcnn.evaluation.engines import METRIC_NAMES, EvaluationData, mean_of_defined, precision_and_recall, summarize
 from cpm_rcnn.evaluation.found import FoundDetections
 from cpm_rcnn.evaluation.operating_points import operating_points
+from cpm_rcnn.inference.image_detections import RESULT_KEYS
 from cpm_rcnn.models.structures import DETAILS
-
-# The keys of details in COCO's results format, which has one dict per detection.
-RESULT_KEYS = {"class_scores": "class_score", "predicted_iou": "predicted_iou", "rsm_probability": "rsm_probability"}
 
 
 class CocoMetric(Metric):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from math import inf
@@ -17,15 +16,14 @@ from cpm_rcnn.boxes import CONVENTIONS, BoxConvention
 from cpm_rcnn.data.settings import check_tile, check_tile_overlap
 from cpm_rcnn.data.transforms import network_size
 from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
+from cpm_rcnn.inference.image_detections import COLUMNS, ImageDetections
 from cpm_rcnn.inference.images import to_image
 from cpm_rcnn.inference.multi_scale import MultiScaleDetector, MultiScaleSettings
 from cpm_rcnn.inference.tiles import TiledDetector
 from cpm_rcnn.inference.to_host import to_host
 from cpm_rcnn.models.detector import TwoStageDetector
 from cpm_rcnn.models.host import from_host, requirements_deferred
-from cpm_rcnn.models.structures import DETAILS
 
-_COLUMNS = ("boxes", "scores", "labels", *DETAILS)
 # The options of the data module that set the size of images and their tiles at test.
 SIZE_OPTIONS = ("test_short_side", "test_max_size", "tile", "tile_overlap")
 
@@ -33,39 +31,6 @@ SIZE_OPTIONS = ("test_short_side", "test_max_size", "tile", "tile_overlap")
 def size_arguments(data: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of :class:`Detector` that are options of a data module, from those that are present."""
     return {name.removeprefix("test_"): data[name] for name in SIZE_OPTIONS if name in data}
-
-
-@dataclass(frozen=True)
-class ImageDetections:
-    """The detections in one image, best score first.
-
-    Attributes:
-        boxes: (N, 4) float32, xyxy pixels of the image as it was given, in the detector's box convention. They may
-            extend beyond the image.
-        scores: (N,) float32 in 0..1.
-        labels: (N,) int64 in 1..C.
-        names: N class names.
-        class_scores: (N,) float32 in 0..1, the probability of the label before ISM and RSM. This and the next two are
-            None unless details are requested and the head has this part.
-        predicted_iou: (N,) float32 in 0..1, the IoU that ISM predicts.
-        rsm_probability: (N,) float32 in 0..1, RSM's probability of the label.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    names: list[str]
-    class_scores: Tensor | None = None
-    predicted_iou: Tensor | None = None
-    rsm_probability: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def to_dict(self) -> dict[str, Tensor]:
-        """``boxes``, ``scores``, ``labels`` and the details that are not None, as the model returns them."""
-        columns = {name: getattr(self, name) for name in _COLUMNS}
-        return {name: column for name, column in columns.items() if column is not None}
 
 
 class Detector:
@@ -307,8 +272,10 @@ class Detector:
     def _result(self, found: dict[str, Tensor], threshold: float | Sequence[float]) -> ImageDetections:
         scores, labels = found["scores"], found["labels"]
         kept = scores >= (scores.new_tensor(threshold)[labels - 1] if isinstance(threshold, Sequence) else threshold)
-        columns = {name: found[name][kept] for name in _COLUMNS if name in found}
-        return ImageDetections(**columns, names=[self.class_names[label - 1] for label in columns["labels"].tolist()])
+        columns = {name: found[name][kept] for name in COLUMNS if name in found}
+        categories = [self.categories[label - 1] for label in columns["labels"].tolist()]
+        names, ids = ([category[key] for category in categories] for key in ("name", "id"))
+        return ImageDetections(**columns, names=names, category_ids=ids, convention=self.convention)
 
 
 def _rescale(boxes: Tensor, size: Sequence[int], original_size: Sequence[int]) -> Tensor:
