@@ -1,4 +1,5 @@
 import pytest
+
 from remote_servers import CREDENTIALS, be_quick, http_server, s3_server
 
 

@@ -4,13 +4,13 @@ import random
 import zipfile
 
 import pytest
-from remote_servers import upload
 
 from cpm_rcnn.data import ImageSource
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.remote import archive as module
 from cpm_rcnn.remote.archive import RemoteArchive
 from cpm_rcnn.remote.urls import Url
+from remote_servers import upload
 
 MEMBERS = {f"images/{number:03}.bin": random.Random(number).randbytes(2000 + number) for number in range(40)}
 

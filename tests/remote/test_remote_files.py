@@ -1,11 +1,15 @@
 import multiprocessing
+import pickle
 import time
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cpm_rcnn.errors import ArgumentError, UserError
 from cpm_rcnn.remote.files import local_copy, local_file, read
 from cpm_rcnn.remote.urls import Url
+from cpm_rcnn.weights.reading import read_weights
 
 
 @pytest.fixture
@@ -67,6 +71,20 @@ def test_a_cache_that_cannot_be_written_is_named(http, file, cache, caplog):
     assert f"the cache {cache} cannot be written (" in record.getMessage()
     with pytest.raises(UserError, match=rf"/a.jpg: the cache {cache} cannot be written .*; set CPM_RCNN_CACHE to"):
         local_copy(file)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors", "pkl"])
+def test_weights_are_read_by_url_in_every_format(http, suffix, tmp_path):
+    state = {"weight": torch.arange(6.0)}
+    file = tmp_path / "weights"
+    if suffix == "pth":
+        torch.save(state, file)
+    elif suffix == "safetensors":
+        save_file(state, file)
+    else:
+        file.write_bytes(pickle.dumps({name: value.numpy() for name, value in state.items()}))
+    http.files[f"/w.{suffix}"] = file.read_bytes()
+    assert torch.equal(read_weights(f"{http.url}/w.{suffix}?key=1", "init")["weight"], state["weight"])
 
 
 def test_a_file_can_be_local_or_remote(http, file, tmp_path):

@@ -2,12 +2,12 @@ import logging
 import sys
 
 import pytest
-from remote_servers import upload
 
 from cpm_rcnn.errors import UnavailableError, UserError
 from cpm_rcnn.remote import transfer
 from cpm_rcnn.remote.transfer import MissingError, describe, download
 from cpm_rcnn.remote.urls import Url
+from remote_servers import upload
 
 CONTENT = bytes(range(256)) * 4
 

@@ -41,7 +41,8 @@ class CocoDataModule(pl.LightningDataModule):
 
     Its loaders shard by rank themselves, so the Trainer needs ``use_distributed_sampler=False``. They yield batches of
     :class:`~cpm_rcnn.data.CocoDataset` as :func:`~cpm_rcnn.data.samplers.collate` builds them. No file is read before
-    it is needed. Before a Trainer's first step, :meth:`setup` checks that all images exist.
+    it is needed. Before a Trainer's first step, :meth:`setup` checks that all images exist, and of a remote folder, that
+    the first one does.
 
     Args:
         categories: the categories of the labels, each with ``id`` and ``name``. None takes them from the settings or
@@ -172,6 +173,7 @@ class CocoDataModule(pl.LightningDataModule):
 
         Raises:
             UserError: a file is missing or invalid; an image is, or with ``on_error=skip``, all are.
+            UnavailableError: the server of remote files refuses or does not answer.
         """
         stages: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
         splits = stages.get(stage, [])
