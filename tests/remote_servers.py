@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from cpm_rcnn.remote import transfer
 
-STALL = 0.3
+# Seconds that a stalled answer takes.
+STALL = 0.8
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
@@ -64,7 +65,7 @@ def http_server() -> Iterator[Server]:
             server.requests.append((self.command, path, self.headers.get("Range", "")))
             fault = server.fault(path) if self.command == "GET" else None
             if fault == "stall":
-                time.sleep(2 * STALL)
+                time.sleep(STALL)
                 return
             if isinstance(fault, int) or path not in server.files:
                 self.send_error(fault if isinstance(fault, int) else 404)
@@ -115,7 +116,7 @@ def s3_server() -> Iterator[Server]:
         server.requests.append((method, path, environ.get("HTTP_RANGE", "")))
         fault = server.fault(path) if method == "GET" else None
         if fault == "stall":
-            time.sleep(2 * STALL)
+            time.sleep(STALL)
             fault = 500
         if isinstance(fault, int):
             start_response(f"{fault} fault", [("Content-Length", "0")])
@@ -157,7 +158,6 @@ def upload(server: Server, bucket: str, contents: dict[str, bytes]) -> None:
 
 
 def be_quick(monkeypatch) -> None:
-    """Short waits, in this process and those that it forks."""
+    """Short waits between requests, in this process and those that it forks."""
     monkeypatch.setattr(transfer, "WAITS", (0.01, 0.01, 0.01))
-    monkeypatch.setattr(transfer, "STALL", STALL)
     monkeypatch.setattr(transfer, "_file_systems", {})

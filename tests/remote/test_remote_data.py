@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from cpm_rcnn.data import CocoDataModule, ShapesDataModule
 from cpm_rcnn.data.formats import find_layout
@@ -57,7 +58,17 @@ def module(root, **changes) -> CocoDataModule:
 
 def batches(data: CocoDataModule) -> list:
     data.setup("fit")
-    return [*data.train_dataloader(), *data.val_dataloader()]
+    return [*items(data.train_dataloader()), *items(data.val_dataloader())]
+
+
+def items(loader: DataLoader) -> list:
+    iterator = iter(loader)
+    try:
+        return list(iterator)
+    finally:
+        if loader.num_workers:
+            # The garbage collection of a loader that has failed would wait for its workers for many seconds.
+            iterator._shutdown_workers()
 
 
 def assert_same(found: list, expected: list) -> None:

@@ -41,8 +41,8 @@ class CocoDataModule(pl.LightningDataModule):
 
     Its loaders shard by rank themselves, so the Trainer needs ``use_distributed_sampler=False``. They yield batches of
     :class:`~cpm_rcnn.data.CocoDataset` as :func:`~cpm_rcnn.data.samplers.collate` builds them. No file is read before
-    it is needed. Before a Trainer's first step, :meth:`setup` checks that all images exist, and of a remote folder, that
-    the first one does.
+    it is needed. Before a Trainer's first step, :meth:`setup` checks that all images exist; of a remote folder, only
+    that the first one does.
 
     Args:
         categories: the categories of the labels, each with ``id`` and ``name``. None takes them from the settings or
