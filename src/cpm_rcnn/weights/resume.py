@@ -12,6 +12,7 @@ import torch
 from cpm_rcnn.errors import UserError, check_choice, shown
 from cpm_rcnn.models.settings import ModelSettings
 from cpm_rcnn.remote.files import local_file
+from cpm_rcnn.remote.urls import without_secrets
 from cpm_rcnn.weights.checkpoints import check_checkpoint, stored_settings
 from cpm_rcnn.weights.reading import read_file
 
@@ -60,7 +61,7 @@ def find_resume_point(resume: str | bool | None, run_dir: Path) -> ResumePoint |
     if resume is None or resume is False:
         return None
     if resume not in ("auto", True):
-        return _read(local_file("resume", resume), f"resume={resume}")
+        return _read(local_file("resume", resume), without_secrets(f"resume={resume}"))
     for path in sorted((run_dir / "checkpoints").glob("*.ckpt"), key=_newest_first):
         try:
             return _read(path, f"resume={path}")
