@@ -8,7 +8,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 COMMANDS = {"train", "eval", "predict", "convert", "compare", "check", "console", "__main__"}
 # From the bottom up; each may import those before it.
 LAYERS = [
-    *("errors", "settings", "boxes", "ops", "models", "data", "weights"),
+    *("errors", "settings", "remote", "boxes", "ops", "models", "data", "weights"),
     *("inference", "evaluation", "reporting", "training", "cli", "commands", "main"),
 ]
 

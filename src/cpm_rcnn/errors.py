@@ -13,6 +13,14 @@ class UserError(ValueError):
     """
 
 
+class UnavailableError(Exception):
+    """A remote file that cannot be read although it may exist: its server refuses, fails or does not answer.
+
+    It is no :class:`UserError`, so that what skips invalid files does not skip the files of a server that is down. Its
+    message is one line, which commands print without a traceback.
+    """
+
+
 class ArgumentError(UserError):
     """An invalid value of a named argument.
 

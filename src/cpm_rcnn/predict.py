@@ -10,6 +10,7 @@ from cpm_rcnn.cli.config import as_path
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.nodes import check_ckpt
 from cpm_rcnn.errors import ArgumentError, UserError, check_flag, check_path, check_range, shown
+from cpm_rcnn.remote.urls import is_url
 
 # The operating points that ``min_score`` can name.
 AUTOMATIC = ("auto", "precision")
@@ -24,6 +25,8 @@ def predict(config: DictConfig) -> None:
     """
     check_min_score(config.min_score)
     check_flag("details", config.details)
+    if is_url(config.source):
+        raise UserError(f"source={config.source}: must be local, a file or a folder of images")
     path = check_path("source", as_path(config.source))
     names = find_images(path)
     check_device(config.device)

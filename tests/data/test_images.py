@@ -62,9 +62,9 @@ def test_zip_source_reads_after_pickling_and_in_a_forked_process(folder):
     assert torch.equal(pickle.loads(pickle.dumps(source)).read("b.png"), expected)
 
     def child(connection):
-        parents_handle = source._archive[1]
+        parents_handle = source._files._opened[1]
         total = int(source.read("b.png").sum())
-        connection.send((total, source._archive[1] is parents_handle))
+        connection.send((total, source._files._opened[1] is parents_handle))
 
     here, there = multiprocessing.get_context("fork").Pipe()
     process = multiprocessing.get_context("fork").Process(target=child, args=(there,))

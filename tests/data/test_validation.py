@@ -488,7 +488,7 @@ def test_training_fails_if_no_image_can_be_read(dataset):
 def test_an_unreadable_archive_member_is_refused_by_file_and_id(dataset, tmp_path, fault):
     data = dataset(PNG, True)
     raw = bytearray((tmp_path / "images.zip").read_bytes())
-    data.images._archive = None
+    data.images._files._opened = None
     at = raw.index(b"PK\x01\x02", raw.index(b"2.png"))
     while raw[at + 46 : at + 51] != b"2.png":
         at = raw.index(b"PK\x01\x02", at + 1)

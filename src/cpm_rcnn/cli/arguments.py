@@ -9,6 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from cpm_rcnn.cli.help import choices, groups_of
 from cpm_rcnn.errors import UserError
+from cpm_rcnn.remote.urls import is_url
 
 # Groups that offer ``on`` and ``off``, for which users also write true and false.
 _SWITCHES = ("cmm", "ism", "rsm", "fusion", "multi_scale")
@@ -58,7 +59,8 @@ def normalize(arguments: Sequence[str]) -> list[str]:
         arguments: without the program's name.
 
     Raises:
-        UserError: ``name`` or ``sweep`` is not a name or would put the folder outside ``outputs/``.
+        UserError: ``name`` or ``sweep`` is not a name or would put the folder outside ``outputs/``, or the folder of a
+            run is a URL.
     """
     return [_normalized(argument) for argument in arguments]
 
@@ -72,6 +74,8 @@ def _normalized(argument: str) -> str:
         return f"{key}={','.join(_SPELLINGS.get(part.strip().lower(), part) for part in value.split(','))}"
     if key == "logger" and value.lower() in ("null", "none", "false", "off"):
         return "logger=none"
+    if key in ("name", "sweep", "hydra.run.dir", "hydra.sweep.dir") and is_url(value):
+        raise UserError(f"{key}={value}: the folder of a run must be local; copy it when the run has ended")
     if key in ("name", "sweep"):
         path = PurePath(re.sub(r"^(['\"])(.*)\1$", r"\2", value))
         if path.is_absolute() or ".." in path.parts or not path.parts or value.lower() in ("null", "???"):

@@ -1,5 +1,6 @@
 """Construction of data modules, models and detectors from a config."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cpm_rcnn.inference import Detector, MultiScaleSettings
 from cpm_rcnn.inference.detector import SIZE_OPTIONS
 from cpm_rcnn.inference.load import detector_from
 from cpm_rcnn.models.backbones import InputFormat
+from cpm_rcnn.remote.urls import check_url, is_url
 from cpm_rcnn.training.module import DetectionModule
 from cpm_rcnn.weights.checkpoints import checkpoint_file, read_checkpoint
 
@@ -140,19 +142,30 @@ def evaluation_data(config: DictConfig, detector: Detector, data: dict[str, Any]
         allowed = "val, test, or a COCO-style json with images=FOLDER_OR_ZIP, also for the training images"
         if config.split is None:
             raise UserError(f"split=null: must be {allowed}")
-        json = check_file("split", as_path(config.split), allowed)
+        json = _absolute("split", config.split, lambda path: check_file("split", path, allowed))
         if config.images is None:
             raise UserError(f"split={config.split}: give its images with images=FOLDER_OR_ZIP")
-        images = check_path("images", as_path(config.images))
-        if not images.exists() and not Path(f"{images}.zip").is_file():
-            raise UserError(f"images={images}: no such folder and no such .zip")
-        data = data | {"test_json": str(json.absolute()), "test_images": str(images.absolute())}
+        data = data | {"test_json": json, "test_images": _absolute("images", config.images, _images_path)}
     elif config.images is not None:
         raise UserError(f"images={shown(config.images)}: belongs to split=JSON; split={config.split} has data.*_images")
     if detector.takes_original_sizes:
         data = data | {"test_short_side": None}
     with evaluation_keys(config):
         return CocoDataModule(**data, categories=detector.categories, convention=detector.convention.name)
+
+
+def _images_path(value: Any) -> Path:
+    """The existing folder of ``images``, which may be a .zip file of that name."""
+    images = check_path("images", value)
+    if not images.exists() and not Path(f"{images}.zip").is_file():
+        raise UserError(f"images={images}: no such folder and no such .zip")
+    return images
+
+
+def _absolute(argument: str, value: Any, check: Callable[[Any], Path]) -> str:
+    """A URL as it is, or an absolute path that ``check`` has found to exist."""
+    check_url(argument, value)
+    return value if is_url(value) else str(check(as_path(value)).absolute())
 
 
 def evaluation_keys(config: DictConfig) -> AbstractContextManager[None]:

@@ -8,17 +8,23 @@ from collections.abc import Iterator
 from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from cpm_rcnn.errors import ArgumentError, UserError
+from cpm_rcnn.errors import ArgumentError, UnavailableError, UserError
+from cpm_rcnn.remote.urls import without_secrets
 
 # Errors of the operating system about a path that the user chose.
 _PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 
 
 def one_line(error: BaseException) -> str | None:
-    """The message for an error caused by user input; None for any other error."""
+    """The message for an error caused by user input or by a server, without secrets; None for any other error."""
+    message = _message(error)
+    return None if message is None else without_secrets(message)
+
+
+def _message(error: BaseException) -> str | None:
     chain = list(_causes(error))
     for cause in chain:
-        if isinstance(cause, UserError):
+        if isinstance(cause, (UserError, UnavailableError)):
             return _own_message(str(cause))
     for cause in chain:
         if isinstance(cause, (ConfigAttributeError, ConfigKeyError)) and cause.parent_node is not None:
@@ -76,8 +82,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _own_message(text: str) -> str:
-    """The message of a UserError. From a DataLoader worker it arrives at the end of the worker's traceback."""
-    for kind in (ArgumentError, UserError):
+    """The message of one of this project's errors. From a DataLoader worker it arrives at the end of its traceback."""
+    for kind in (ArgumentError, UnavailableError, UserError):
         _, found, message = text.rpartition(f"{kind.__module__}.{kind.__qualname__}: ")
         if found:
             return _join(message)

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,6 +10,7 @@ from cpm_rcnn.cli.config import as_path, config_keys, to_dict
 from cpm_rcnn.data.formats import find_layout
 from cpm_rcnn.data.settings import DataSettings, ShapesSettings
 from cpm_rcnn.errors import ArgumentError, UserError, check_keys, check_path
+from cpm_rcnn.remote.urls import check_url, is_url, location
 from cpm_rcnn.settings import number, optional
 from cpm_rcnn.training.schedule import Schedule
 
@@ -80,7 +80,7 @@ def check_data_settings(config: DictConfig) -> None:
             raise ArgumentError("train_json", f"=null: give the training annotations and images, {named}")
         if settings.root is None:
             raise ArgumentError("root", f"=null: give the folder of the data, root=FOLDER, or its files, {named}")
-        find_layout(Path(settings.root).expanduser(), settings.format)
+        find_layout(location(settings.root), settings.format)
 
 
 def data_with_paths(data: DictConfig) -> DictConfig:
@@ -95,6 +95,9 @@ def check_operating_precision(config: DictConfig) -> None:
 
 
 def check_ckpt(config: DictConfig) -> None:
-    """Raise :class:`UserError` unless ``ckpt`` is an existing path; what it contains is checked when it is read."""
+    """Raise :class:`UserError` unless ``ckpt`` is an existing path or a URL; its content is checked when it is read."""
+    check_url("ckpt", config.ckpt)
+    if is_url(config.ckpt):
+        return
     if not check_path("ckpt", as_path(config.ckpt)).exists():
         raise UserError(f"ckpt={config.ckpt}: no such file")

@@ -14,6 +14,7 @@ from cpm_rcnn.data.raw import RawAnnotations
 from cpm_rcnn.data.settings import OnError
 from cpm_rcnn.data.validation import check_categories, check_json
 from cpm_rcnn.errors import UserError
+from cpm_rcnn.remote.urls import Location, Url
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class CocoAnnotations:
 
     Attributes:
         path: the json file, or the file or folder of another format that states which images the split has.
-        is_json: whether ``path`` is a COCO-style json with exactly these images, objects and classes.
+        is_json: whether ``path`` is a local COCO-style json with exactly these images, objects and classes.
         image_ids: (I,) int64, COCO ids. The row of an image in this array is its index everywhere else.
         file_names: (I,) str.
         heights: (I,) int64 pixels.
@@ -53,7 +54,7 @@ class CocoAnnotations:
         notes: what is valid but unusual in the file.
     """
 
-    path: Path
+    path: Location
     is_json: bool
     image_ids: np.ndarray
     file_names: np.ndarray
@@ -160,10 +161,10 @@ class CocoAnnotations:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | Path | Url,
         categories: Sequence[dict[str, Any]] | None = None,
         on_error: OnError = "raise",
-        folder: str | Path | None = None,
+        folder: str | Path | Url | None = None,
         min_box_size: float = 0.0,
     ) -> "CocoAnnotations":
         """Read and check a COCO-style json file.
@@ -178,7 +179,8 @@ class CocoAnnotations:
         Raises:
             UserError: the file cannot be read or is not in COCO's format, or :meth:`check` refuses it.
         """
-        return cls.check(RawAnnotations.from_json(Path(path)), categories, on_error, folder, min_box_size)
+        raw = RawAnnotations.from_json(Path(path) if isinstance(path, str) else path)
+        return cls.check(raw, categories, on_error, folder, min_box_size)
 
     @classmethod
     def check(
@@ -186,7 +188,7 @@ class CocoAnnotations:
         raw: RawAnnotations,
         categories: Sequence[dict[str, Any]] | None = None,
         on_error: OnError = "raise",
-        folder: str | Path | None = None,
+        folder: str | Path | Url | None = None,
         min_box_size: float = 0.0,
         classes: ClassSelection | None = None,
         warn: Callable[[str], None] = _log.warning,
@@ -203,7 +205,8 @@ class CocoAnnotations:
                 (:func:`~cpm_rcnn.data.classes.match_categories`). None takes the categories of the file.
             on_error: ``raise``, or ``skip``: skip invalid images and annotations and log a warning with their number.
                 Of several entries with the same id, the first is kept.
-            folder: where the images are. Absolute file names inside it become relative to it, all others are invalid.
+            folder: where the images are. Absolute file names inside a local one become relative to it, all others are
+                invalid.
             min_box_size: objects whose width or height inside their image is at most this many pixels are not usable.
             classes: the classes to keep, with the names that they have in the file; needs ``categories``. None keeps
                 all.
@@ -217,9 +220,8 @@ class CocoAnnotations:
         if categories is not None:
             check_categories("categories", categories)
         path, content = raw.path, raw.content
-        found = check_json(
-            content, categories, None if folder is None else Path(folder), classes, raw.image_name, raw.object_name
-        )
+        local = Path(folder) if isinstance(folder, (str, Path)) else None
+        found = check_json(content, categories, local, classes, raw.image_name, raw.object_name)
         faults = raw.faults + found.faults
         if found.fatal or (faults and on_error == "raise"):
             advice = [] if found.fatal else ["correct the file, or skip these with on_error=skip"]
@@ -249,7 +251,7 @@ class CocoAnnotations:
         numbers, number_format = _numbers(raw, objects)
         return cls(
             path=path,
-            is_json=raw.object_name is None and classes is None,
+            is_json=raw.object_name is None and classes is None and isinstance(path, Path),
             image_ids=found.image_ids[images],
             file_names=np.array(found.file_names, dtype=str)[images],
             heights=heights,

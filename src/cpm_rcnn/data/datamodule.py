@@ -26,6 +26,7 @@ from cpm_rcnn.data.splits import DataSplits
 from cpm_rcnn.data.tiles import Tiles
 from cpm_rcnn.data.transforms import Augmentation, Resize
 from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
+from cpm_rcnn.remote.urls import Location, Url
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ class CocoDataModule(pl.LightningDataModule):
 
     Its loaders shard by rank themselves, so the Trainer needs ``use_distributed_sampler=False``. They yield batches of
     :class:`~cpm_rcnn.data.CocoDataset` as :func:`~cpm_rcnn.data.samplers.collate` builds them. No file is read before
-    it is needed. Before a Trainer's first step, :meth:`setup` checks that all images exist.
+    it is needed. Before a Trainer's first step, :meth:`setup` checks that all images exist; of a remote folder, only
+    that the first one does.
 
     Args:
         categories: the categories of the labels, each with ``id`` and ``name``. None takes them from the settings or
@@ -104,11 +106,12 @@ class CocoDataModule(pl.LightningDataModule):
         same validation and test data. ``root`` is absolute, since evaluation may run in another folder.
         """
         values = self.settings.to_dict()
-        return {name: values[name] for name in DataSettings.names("inference")} | {"root": str(self.root.absolute())}
+        root = self.root.text if isinstance(self.root, Url) else str(self.root.absolute())
+        return {name: values[name] for name in DataSettings.names("inference")} | {"root": root}
 
     @property
-    def root(self) -> Path:
-        """``settings.root`` as a path, with ``~`` expanded."""
+    def root(self) -> Location:
+        """``settings.root`` as a URL, or as a path with ``~`` expanded."""
         return self.splits.root
 
     @property
@@ -155,7 +158,7 @@ class CocoDataModule(pl.LightningDataModule):
             self._tiles = Tiles.of(whole, settings.tile, settings.tile_overlap, settings.min_box_size)
         return self._tiles
 
-    def images_folder(self, split: Split) -> Path | None:
+    def images_folder(self, split: Split) -> Location | None:
         """The folder of a split's images, which may be a zip file of that name; None if none is given."""
         return self.splits.images_folder(split)
 
@@ -170,6 +173,7 @@ class CocoDataModule(pl.LightningDataModule):
 
         Raises:
             UserError: a file is missing or invalid; an image is, or with ``on_error=skip``, all are.
+            UnavailableError: the server of remote files refuses or does not answer.
         """
         stages: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
         splits = stages.get(stage, [])
@@ -374,4 +378,4 @@ class ShapesDataModule(CocoDataModule):
         Raises:
             ArgumentError: ``root`` contains something else.
         """
-        write_shapes(self.root, self.settings.train_count, self.settings.val_count)
+        write_shapes(Path(self.settings.root).expanduser(), self.settings.train_count, self.settings.val_count)

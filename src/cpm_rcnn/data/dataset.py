@@ -105,6 +105,8 @@ class CocoDataset(Dataset[tuple[Tensor, dict[str, Any]]]):
             IndexError: there is no such row.
             UserError: the image cannot be read or does not have the size given in the json; with ``skip`` in
                 training, no image can be read.
+            UnavailableError: the server of a remote image refuses or does not answer, also with ``skip``: which images
+                are replaced must not depend on that.
         """
         sample = index if isinstance(index, Sample) else Sample(int(index), int(index))
         if not 0 <= sample.image < len(self):

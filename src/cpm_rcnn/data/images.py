@@ -1,15 +1,11 @@
-"""Reading images from a folder or from a zip archive, which is not unpacked."""
+"""Reading images from a folder or from a zip archive, which is not unpacked. Both may be remote."""
 
 import io
 import logging
-import os
-import stat
-import zipfile
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -18,7 +14,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cpm_rcnn.data.channels import check_gray_range, check_tiff_channels
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.data.image_files import image_files, short
+from cpm_rcnn.errors import UnavailableError, UserError
+from cpm_rcnn.remote.urls import Url
 
 _log = logging.getLogger(__name__)
 
@@ -31,33 +29,20 @@ class ImageSource:
     contains ``train2017/000000000009.jpg``), then by the end of its path. The archive is opened once per process, at
     the first read, so that DataLoader workers never share a file position.
 
+    A remote file is read once and then taken from a local cache (:mod:`cpm_rcnn.remote`); the server is asked once per
+    source whether it has changed. Of a remote archive, only the directory and the members are read.
+
     Args:
-        path: a folder or a .zip file; if ``path`` does not exist, ``path.zip`` is used.
+        path: a folder or a .zip file; if a local ``path`` does not exist, ``path.zip`` is used.
 
     Raises:
         UserError: neither exists, or the archive cannot be read.
+        UnavailableError: the server of a remote archive refuses or does not answer. Reading a file can also raise it.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        path = Path(path)
-        archive = Path(f"{path}.zip")
-        if not path.exists() and archive.is_file():
-            path = archive
-        self.path = path
-        self._archive: tuple[int, zipfile.ZipFile] | None = None
-        self._members: dict[str, list[str]] | None = None
-        self._full_names: set[str] = set()
-        if path.is_file():
-            by_name = defaultdict(list)
-            for member in self._open().namelist():
-                by_name[member.rpartition("/")[2]].append(member)
-            self._members = dict(by_name)
-            self._full_names = set(self._open().namelist())
-        elif not path.is_dir():
-            raise UserError(f"{path}: no such image folder, and no {archive.name} next to it")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_archive": None}
+    def __init__(self, path: str | Path | Url) -> None:
+        self._files = image_files(Path(path) if isinstance(path, str) else path)
+        self.path = self._files.path
 
     def read(
         self,
@@ -91,7 +76,7 @@ class ImageSource:
         Raises:
             UserError: it is missing or cannot be read.
         """
-        return self._read_folder(file_name) if self._members is None else self._read_archive(file_name)
+        return self._files.read(file_name)
 
     def decode(
         self,
@@ -104,36 +89,19 @@ class ImageSource:
         try:
             image, lost = _decode(raw, size)
         except UserError as error:
-            raise UserError(f"{self.path}: {_short(file_name)} {error}") from error.__cause__
+            raise UserError(f"{self.path}: {short(file_name)} {error}") from error.__cause__
         if lost is not None:
             what = f"the last {lost:.1%} of its pixels are lost" if lost else "no pixel is lost"
-            warn(f"{self.path}: {_short(file_name)} ends early; {what}")
+            warn(f"{self.path}: {short(file_name)} ends early; {what}")
         return image
 
     def missing(self, file_names: Sequence[str]) -> dict[int, str]:
-        """Which files do not exist, found by listing each folder once.
+        """Which files do not exist, found by listing each folder once; of a remote folder, only the first is asked for.
 
         Returns:
             From the position of each such name to a phrase that says why it cannot be read.
         """
-        if self._members is not None:
-            problems = {}
-            for position, name in enumerate(file_names):
-                try:
-                    self._member(name)
-                except UserError as error:
-                    problems[position] = str(error).removeprefix(f"{self.path}: ")
-            return problems
-        listed: dict[str, set[str]] = {}
-        problems = {}
-        for position, name in enumerate(file_names):
-            folder, _, last = name.rpartition("/")
-            if folder not in listed:
-                listed[folder] = _listed(self.path / folder)
-            # Asks for the file itself as well: the system may ignore case, or not allow the folder to be listed.
-            if last not in listed[folder] and not _exists(self.path, name):
-                problems[position] = f"image {_short(name)} not found"
-        return problems
+        return self._files.missing(file_names)
 
     def header_problem(self, file_name: str, size: tuple[int, int]) -> str | None:
         """Why an existing file cannot be an image of ``size`` (height, width); None if its header is as expected.
@@ -141,22 +109,19 @@ class ImageSource:
         The pixels are decoded only if a JPEG or PNG in a folder does not end as such files do.
         """
         try:
-            if self._members is None:
-                with _first_existing(self.path, file_name).open("rb") as file:
-                    _check_header(file, size)
-                    ends_early = _ends_early(file)
-            else:
-                with self._open().open(self._member(file_name)) as file:
-                    _check_header(file, size)
-                    ends_early = False
+            with self._files.open(file_name) as file:
+                _check_header(file, size)
+                ends_early = not self._files.is_archive and _ends_early(file)
             if ends_early:
                 self.read(file_name, size, warn=lambda message: None)
         except UserError as error:
             message = str(error)
             prefix = f"{self.path}: "
-            return message.removeprefix(prefix) if message.startswith(prefix) else f"{_short(file_name)} {message}"
+            return message.removeprefix(prefix) if message.startswith(prefix) else f"{short(file_name)} {message}"
+        except UnavailableError:
+            raise
         except Exception as error:  # of the file system, and any type of a damaged archive
-            return f"{_short(file_name)} cannot be read ({getattr(error, 'strerror', None) or error})"
+            return f"{short(file_name)} cannot be read ({getattr(error, 'strerror', None) or error})"
         return None
 
     @contextmanager
@@ -167,65 +132,21 @@ class ImageSource:
             UserError: the image is missing, damaged, or has an unsupported format, which may show inside the context.
         """
         try:
-            if self._members is None:
-                file: IO[bytes] = _first_existing(self.path, file_name).open("rb")
-            else:
-                file = self._open().open(self._member(file_name))
-            with file:
+            with self._files.open(file_name) as file:
                 image = _opened(file)
                 yield image, _exif_transpose(image)
         except UserError as error:
             message = str(error)
             prefix = f"{self.path}: "
             raise UserError(
-                message if message.startswith(prefix) else f"{prefix}{_short(file_name)} {message}"
+                message if message.startswith(prefix) else f"{prefix}{short(file_name)} {message}"
             ) from error
-        except FileNotFoundError:
-            raise UserError(f"{self.path}: image {_short(file_name)} not found") from None
-        except Exception as error:  # of Pillow's readers, the file system, and any type of a damaged archive
-            raise UserError(f"{self.path}: {_short(file_name)} {_DAMAGED}") from error
-
-    def _read_folder(self, file_name: str) -> bytes:
-        try:
-            return _first_existing(self.path, file_name).read_bytes()
-        except FileNotFoundError:
-            raise UserError(f"{self.path}: image {_short(file_name)} not found") from None
-        except (OSError, ValueError) as error:  # ValueError for names that the file system does not allow
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{self.path}: {_short(file_name)} cannot be read ({reason})") from error
-
-    def _read_archive(self, file_name: str) -> bytes:
-        member = self._member(file_name)
-        try:
-            return self._open().read(member)
-        except UserError:
+        except UnavailableError:
             raise
-        except Exception as error:  # damaged and encrypted members raise many types, also those of zlib and lzma
-            raise UserError(f"{self.path}: {_short(file_name)} cannot be read from the archive") from error
-
-    def _member(self, file_name: str) -> str:
-        assert self._members is not None
-        found: list[str] = []
-        for name in _spellings(file_name):
-            for exact in (name, f"{self.path.stem}/{name}"):
-                if exact in self._full_names:
-                    return exact
-            candidates = self._members.get(PurePosixPath(name).name, [])
-            found = found or [member for member in candidates if member.endswith("/" + name)]
-        if not found:
-            raise UserError(f"{self.path}: image {_short(file_name)} not found")
-        if len(found) > 1:
-            raise UserError(f"{self.path}: image {_short(file_name)} is ambiguous: {found[0]} or {found[1]}")
-        return found[0]
-
-    def _open(self) -> zipfile.ZipFile:
-        # A handle opened before a fork shares its file position with the parent, hence the process id.
-        if self._archive is None or self._archive[0] != os.getpid():
-            try:
-                self._archive = os.getpid(), zipfile.ZipFile(self.path)
-            except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-                raise UserError(f"{self.path}: not a readable zip archive") from error
-        return self._archive[1]
+        except FileNotFoundError:
+            raise UserError(f"{self.path}: image {short(file_name)} not found") from None
+        except Exception as error:  # of Pillow's readers, the file system, and any type of a damaged archive
+            raise UserError(f"{self.path}: {short(file_name)} {_DAMAGED}") from error
 
 
 # Common formats only; for some of the others, Pillow would start a PostScript interpreter.
@@ -434,37 +355,3 @@ def eight_bits(image: Image.Image) -> Image.Image:
         raise UserError("has 32 bits per channel with an unknown range; save it with 8 or 16")
     check_gray_range(pixels)
     return Image.fromarray((pixels >> 8).astype(np.uint8))
-
-
-def _short(file_name: str) -> str:
-    return file_name if len(file_name) <= 200 else f"{file_name[:100]}...{file_name[-50:]}"
-
-
-def _spellings(file_name: str) -> list[str]:
-    """The names under which a file may exist: as given, and with the backslashes of Windows as slashes."""
-    return [file_name, file_name.replace("\\", "/")] if "\\" in file_name else [file_name]
-
-
-def _first_existing(folder: Path, file_name: str) -> Path:
-    """The path of a file in ``folder`` under the first of its spellings that exists, or else under the first."""
-    paths = [folder / name for name in _spellings(file_name)]
-    return paths[0] if len(paths) == 1 or paths[0].exists() or not paths[1].exists() else paths[1]
-
-
-def _listed(folder: Path) -> set[str]:
-    """The names of the files in a folder; empty if it cannot be listed."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except (OSError, ValueError):
-        return set()
-
-
-def _exists(folder: Path, file_name: str) -> bool:
-    """Whether there is such a file, also if it is not certain because a folder on the way cannot be entered."""
-    try:
-        return stat.S_ISREG(_first_existing(folder, file_name).stat().st_mode)
-    except PermissionError:
-        return True
-    except (OSError, ValueError):
-        return False

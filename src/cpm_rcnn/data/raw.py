@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from cpm_rcnn.data.problem import Problem, counted
 from cpm_rcnn.data.validation import read_json
+from cpm_rcnn.remote.urls import Location
 
 
 class ProblemCollector:
@@ -42,7 +42,7 @@ class RawAnnotations:
         notes: what is valid but unusual.
     """
 
-    path: Path
+    path: Location
     content: dict[str, Any]
     image_name: Callable[[int], str] | None = None
     object_name: Callable[[int], str] | None = None
@@ -50,10 +50,11 @@ class RawAnnotations:
     notes: list[Problem] = field(default_factory=list)
 
     @classmethod
-    def from_json(cls, path: Path) -> "RawAnnotations":
+    def from_json(cls, path: Location) -> "RawAnnotations":
         """The content of a COCO-style json.
 
         Raises:
             UserError: the file cannot be read or has another structure.
+            UnavailableError: the server of a remote file refuses or does not answer.
         """
         return cls(path, read_json(path))

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from cpm_rcnn.data.classes import check_classes
 from cpm_rcnn.errors import ArgumentError, shown
+from cpm_rcnn.remote.urls import check_url, is_url
 from cpm_rcnn.settings import (
     Check,
     Settings,
@@ -49,13 +50,26 @@ def check_tile_overlap(argument: str, value: Any) -> None:
     _below(0.9)(argument, value)
 
 
+def _path(argument: str, value: Any) -> None:
+    """A local path or a URL."""
+    text(argument, value)
+    check_url(argument, value)
+
+
+def _local_path(argument: str, value: Any) -> None:
+    """A local path."""
+    text(argument, value)
+    if is_url(value):
+        raise ArgumentError(argument, f"={value}: must be a local folder, into which the images are rendered")
+
+
 @dataclass(frozen=True)
 class DataSettings(Settings):
     """Settings of :class:`~cpm_rcnn.data.CocoDataModule`.
 
-    Relative paths start from ``root``. If neither ``train_json`` nor ``val_json`` is set, the annotations and images of
-    all splits are found in ``root`` (:mod:`cpm_rcnn.data.formats`). Otherwise, a split can only be used if its two
-    paths are set.
+    Paths may be URLs (:mod:`cpm_rcnn.remote`), and relative paths start from ``root``. If neither ``train_json`` nor
+    ``val_json`` is set, the annotations and images of all splits are found in ``root``, which must then be local
+    (:mod:`cpm_rcnn.data.formats`). Otherwise, a split can only be used if its two paths are set.
 
     Attributes:
         root: folder of the data set; None is the current working directory.
@@ -103,14 +117,14 @@ class DataSettings(Settings):
             only whether it exists.
     """
 
-    root: str | None = inference(None, check=optional(text))
+    root: str | None = inference(None, check=optional(_path))
     # Those of the training images are needed in an evaluation too, if the validation images are a part of them.
-    train_json: str | None = inference(None, check=optional(text))
-    train_images: str | None = inference(None, check=optional(text))
-    val_json: str | None = inference(None, check=optional(text))
-    val_images: str | None = inference(None, check=optional(text))
-    test_json: str | None = inference(None, check=optional(text))
-    test_images: str | None = inference(None, check=optional(text))
+    train_json: str | None = inference(None, check=optional(_path))
+    train_images: str | None = inference(None, check=optional(_path))
+    val_json: str | None = inference(None, check=optional(_path))
+    val_images: str | None = inference(None, check=optional(_path))
+    test_json: str | None = inference(None, check=optional(_path))
+    test_images: str | None = inference(None, check=optional(_path))
     format: str = inference("auto", check=choice("auto", *FORMATS))
     classes: Sequence[str | Mapping[str, Any]] | None = inference(None, check=optional(check_classes))
     val_fraction: float | None = inference(None, check=optional(_below(1)))
@@ -163,6 +177,6 @@ class ShapesSettings(DataSettings):
         val_count: number of validation images.
     """
 
-    root: str = inference("data/shapes", check=text)
+    root: str = inference("data/shapes", check=_local_path)
     train_count: int = training(600, check=integer())
     val_count: int = training(100, check=integer())

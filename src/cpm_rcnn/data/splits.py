@@ -4,7 +4,6 @@ import difflib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ from cpm_rcnn.data.raw import RawAnnotations
 from cpm_rcnn.data.settings import DataSettings, Split
 from cpm_rcnn.data.validation import check_categories
 from cpm_rcnn.errors import ArgumentError, UserError
+from cpm_rcnn.remote.urls import Location, Url, join, location
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class DataSplits:
         warn: receives one line about each annotation file in which entries were skipped or are unusual.
 
     Attributes:
-        root: ``settings.root`` as a path, with ``~`` expanded.
+        root: ``settings.root`` as a URL, or as a path with ``~`` expanded.
 
     Raises:
         ArgumentError: ``categories`` are invalid, or lack one of ``settings.classes``.
@@ -57,7 +57,7 @@ class DataSplits:
     ) -> None:
         if categories is not None:
             check_categories("categories", categories)
-        self.root = Path(settings.root or "").expanduser()
+        self.root = location(settings.root or "")
         self._settings = settings
         self._classes = None if settings.classes is None else ClassSelection.from_setting(settings.classes)
         self._given_categories = categories
@@ -131,12 +131,15 @@ class DataSplits:
             self._sources[origin] = ImageSource(path)
         return self._sources[origin]
 
-    def images_folder(self, split: Split) -> Path | None:
+    def images_folder(self, split: Split) -> Location | None:
         """The folder of a split's images, which may be a zip file of that name; None if none is given."""
         origin = self._origin(split)
         if self._is_named(origin):
             images = getattr(self._settings, f"{origin}_images")
-            return None if images is None else self.root / images.removesuffix(".zip")
+            if images is None:
+                return None
+            path = join(self.root, images)
+            return path if isinstance(path, Url) else path.with_name(path.name.removesuffix(".zip"))
         return self._found[origin].images if origin in self._found else None
 
     def _origin(self, split: Split) -> Split:
@@ -235,8 +238,8 @@ class DataSplits:
         """The split whose annotations define the categories unless they were given."""
         return "train" if self.has("train") else "val"
 
-    def _existing(self, split: Split, kind: Literal["json", "images"]) -> Path:
-        """The existing path that a setting refers to; images may be a folder or its .zip.
+    def _existing(self, split: Split, kind: Literal["json", "images"]) -> Location:
+        """The existing path or the URL that a setting refers to; images may be a folder or its .zip.
 
         Raises:
             ArgumentError: the setting is None, or the path does not exist.
@@ -245,8 +248,8 @@ class DataSplits:
         name = getattr(self._settings, argument)
         if name is None:
             raise ArgumentError(argument, f"=null: set it to use the {split} split")
-        path = self.root / name
-        if path.exists() or (kind == "images" and path.with_name(path.name + ".zip").exists()):
+        path = join(self.root, name)
+        if isinstance(path, Url) or path.exists() or (kind == "images" and path.with_name(path.name + ".zip").exists()):
             return path
         source = _COCO_SOURCE if name in _COCO_FILES else ""
         raise ArgumentError(argument, f"={path}: no such file or folder; {self._expected_files()}{source}")

@@ -16,6 +16,8 @@ import numpy as np
 from cpm_rcnn.data.classes import ClassSelection, match_categories
 from cpm_rcnn.data.problem import PLACES, Problem, counted
 from cpm_rcnn.errors import ArgumentError, UserError, check_list
+from cpm_rcnn.remote.files import local_copy
+from cpm_rcnn.remote.urls import Location, Url
 
 # In pixels. No image format allows more, and arithmetic with smaller numbers does not overflow.
 _LONGEST_SIDE = 10**6
@@ -67,16 +69,18 @@ class CheckedJson:
     fatal: list[str]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Location) -> dict[str, Any]:
     """The content of a COCO-style json: an object whose ``images``, ``annotations`` and ``categories`` are lists.
 
     A file without ``annotations`` may also omit ``categories``. NaN and Infinity are accepted, as Python writes them.
 
     Raises:
         UserError: the file cannot be read, is not valid JSON, or has another structure.
+        UnavailableError: the server of a remote file refuses or does not answer.
     """
+    file = local_copy(path) if isinstance(path, Url) else path
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except RecursionError:

@@ -14,6 +14,7 @@ from cpm_rcnn.errors import UserError
 from cpm_rcnn.evaluation.coco_metric import CocoMetric, evaluation_data
 from cpm_rcnn.evaluation.engines import EvaluationData
 from cpm_rcnn.evaluation.found import FoundDetections
+from cpm_rcnn.remote.urls import Location, location
 
 RECORD = "evaluated.json"
 DETECTIONS = "detections.json"
@@ -38,12 +39,12 @@ class Evaluation:
     detections: Path
     annotations: Path
     sha256: str
-    folder: Path | None = None
+    folder: Location | None = None
     image_ids: np.ndarray | None = None
     categories: list[dict[str, Any]] | None = None
 
 
-def record_evaluation(metric: CocoMetric, folder: Path, images: Path | None = None) -> None:
+def record_evaluation(metric: CocoMetric, folder: Path, images: Location | None = None) -> None:
     """Write ``evaluated.json`` for the last metrics that ``metric`` has computed.
 
     Annotations that are not in one COCO-style json are written to ``annotations.json`` beside it.
@@ -54,8 +55,9 @@ def record_evaluation(metric: CocoMetric, folder: Path, images: Path | None = No
         images: the folder of the images.
     """
     annotations = metric.annotations
-    path = annotations.path.absolute()
-    if not annotations.is_json:
+    if annotations.is_json:
+        path = Path(annotations.path).absolute()  # type: ignore[arg-type]
+    else:
         path = folder / ANNOTATIONS
         path.write_text(json.dumps(annotations.to_coco()))
     image_ids = metric.evaluated_images().tolist()
@@ -99,7 +101,7 @@ def read_evaluation(source: Path, annotations: Path | None = None) -> Evaluation
             detections,
             annotations or source / content["annotations"],
             str(content["sha256"]),
-            None if content["images_folder"] is None else Path(content["images_folder"]),
+            None if content["images_folder"] is None else location(content["images_folder"]),
             np.unique(np.array(content["image_ids"], dtype=np.int64)),
             [{"id": int(category["id"]), "name": str(category["name"])} for category in content["categories"]],
         )

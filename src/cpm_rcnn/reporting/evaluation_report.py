@@ -10,6 +10,7 @@ from cpm_rcnn.data.images import ImageSource
 from cpm_rcnn.evaluation.analysis.report import analyze
 from cpm_rcnn.evaluation.coco_metric import CocoMetric
 from cpm_rcnn.models.settings import ModelSettings
+from cpm_rcnn.remote.urls import Location
 from cpm_rcnn.reporting.report import write_report
 
 
@@ -18,7 +19,7 @@ def report_evaluation(
     operating_points: dict[str, Any] | None,
     model: str,
     settings: ModelSettings,
-    images: Path | None,
+    images: Location | None,
     folder: Path,
 ) -> dict[str, Any] | None:
     """Write the report of the last metrics that ``metric`` has computed.
@@ -79,7 +80,7 @@ def _head(settings: ModelSettings) -> str:
     return ", ".join(parts)
 
 
-def _relative(path: Path) -> str:
+def _relative(path: Location) -> str:
     """The path from the working directory, if it is inside."""
     here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return str(path.relative_to(here) if isinstance(path, Path) and path.is_relative_to(here) else path)

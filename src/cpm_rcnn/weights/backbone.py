@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cpm_rcnn.errors import ArgumentError, check_file
+from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.models.backbones import BackboneSettings
 from cpm_rcnn.models.backbones.resnet import ResNet
 from cpm_rcnn.models.backbones.timm import TimmBackbone, import_timm, timm_input_format
+from cpm_rcnn.remote.files import local_file
 from cpm_rcnn.weights.imagenet import check_pixel_range, resnet_weights
 from cpm_rcnn.weights.reading import check_names, read_weights
 
@@ -24,7 +25,7 @@ def load_backbone(body: nn.Module, settings: BackboneSettings, weights: str) -> 
         body: the backbone, built from ``settings``.
         settings: settings of the backbone; its ``input_format`` must be the one that the weights were trained with.
         weights: a weight name of torchvision, a name in :data:`~cpm_rcnn.weights.imagenet.TIMM_FILES`, ``pretrained``
-            (timm), or a local file.
+            (timm), or a file or URL.
 
     Raises:
         UserError: the weights are unknown, or the file does not exist, is damaged, does not fit the backbone, or was
@@ -85,7 +86,7 @@ def _pretrained_timm(timm: Any, body: TimmBackbone, weights: str) -> Any:
                 _ARGUMENT,
                 f"=pretrained: timm cannot download {name} ({_reason(error)}); download it elsewhere and give the file",
             ) from None
-    check_file(_ARGUMENT, weights, "null, pretrained (from timm), a local file")
+    local_file(_ARGUMENT, weights, "null, pretrained (from timm), a local file or a URL")
     state = read_weights(weights, _ARGUMENT)
     net = timm.create_model(name, **arguments)
     renamed = isinstance(net, (timm.models.FeatureListNet, timm.models.FeatureDictNet, timm.models.FeatureHookNet))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cpm_rcnn.errors import ArgumentError, UserError, check_path
 from cpm_rcnn.models.settings import ModelSettings
+from cpm_rcnn.remote.urls import is_url
 from cpm_rcnn.weights.reading import named_tensors, read_file
 from cpm_rcnn.weights.writing import write_atomically
 
@@ -53,14 +54,13 @@ def checkpoint_file(value: Any, argument: str) -> Any:
     Of a folder, it is the checkpoint that the run's ``metrics.json`` reports, otherwise the best, otherwise the last.
 
     Args:
-        value: a path.
+        value: a path, or the URL of a file.
         argument: the argument that named it, for messages.
 
     Raises:
         UserError: a folder without a checkpoint.
     """
-    path = check_path(argument, value)
-    if not path.is_dir():
+    if is_url(value) or not (path := check_path(argument, value)).is_dir():
         return value
     names = ["last", "best"] if _selected(path) == "last" else ["best", "last"]
     for file in [*(path / "checkpoints" / f"{name}.ckpt" for name in names), path / "best.ckpt", path / "last.ckpt"]:

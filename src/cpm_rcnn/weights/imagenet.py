@@ -15,9 +15,10 @@ from torch.hub import load_state_dict_from_url
 from torchvision.models import get_model_weights, list_models
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from cpm_rcnn.errors import ArgumentError, check_file
+from cpm_rcnn.errors import ArgumentError
 from cpm_rcnn.models.backbones import BackboneSettings, InputFormat
 from cpm_rcnn.models.backbones.resnet import RESNETS
+from cpm_rcnn.remote.files import local_file
 from cpm_rcnn.weights.reading import read_weights
 
 # Standard deviation of ImageNet's pixels in 0..255.
@@ -60,7 +61,7 @@ def resnet_weights(name: str, weights: str) -> tuple[dict[str, Tensor], WeightSo
 
     Args:
         name: torchvision's name of the network, or another name if it has none.
-        weights: torchvision's weight name, a name in :data:`TIMM_FILES`, or a local file: a ``.pth`` or
+        weights: torchvision's weight name, a name in :data:`TIMM_FILES`, or a file or URL: a ``.pth`` or
             ``.safetensors`` of torchvision, timm or the CPM R-CNN release (they share their names), or a ``.pkl`` of
             detectron2 or Caffe2.
 
@@ -72,7 +73,7 @@ def resnet_weights(name: str, weights: str) -> tuple[dict[str, Tensor], WeightSo
     if weights in known or weights in others:
         state = _download(weights, known, others)
     else:
-        check_file("backbone.weights", weights, ", ".join(["null", *others, *known, "a local file"]))
+        local_file("backbone.weights", weights, ", ".join(["null", *others, *known, "a local file or a URL"]))
         state = read_weights(weights, "backbone.weights")
     caffe2 = "conv1_w" in state
     if caffe2:

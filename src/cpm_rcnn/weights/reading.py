@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpm_rcnn.errors import UserError, check_file
+from cpm_rcnn.errors import UserError
+from cpm_rcnn.remote.files import local_file
+from cpm_rcnn.remote.urls import location
 
 # The keys under which Lightning, most other programs and Caffe2 store the weights.
 _WRAPPERS = ("state_dict", "model", "blobs")
@@ -94,19 +96,21 @@ def read_file(path: str | Path, argument: str) -> Any:
     """The content of a weight file or checkpoint: tensors and plain values.
 
     Args:
-        path: a ``torch.save`` file, ``.safetensors``, or a ``.pkl`` of numpy arrays.
+        path: a ``torch.save`` file, ``.safetensors``, or a ``.pkl`` of numpy arrays; a path or a URL.
         argument: name of the argument that ``path`` comes from, for messages.
 
     Raises:
         UserError: the file does not exist, is damaged, or refers to code.
+        UnavailableError: the server of a remote file refuses or does not answer.
     """
-    file, source = check_file(argument, path), f"{argument}={path}"
+    file, source = local_file(argument, path), f"{argument}={path}"
+    suffix = location(str(path)).suffix  # a copy of a remote file has none
     try:
-        if file.suffix == ".safetensors":
+        if suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(file)
-        if file.suffix == ".pkl":
+        if suffix == ".pkl":
             with file.open("rb") as stream:
                 return _ArrayUnpickler(stream, encoding="latin1").load()
         _check_archive(file)
@@ -171,7 +175,7 @@ def check_published_name(path: str | Path, argument: str) -> None:
     stated = re.search(r"-([0-9a-f]{8})\.pth$", str(path))
     if not stated:
         return
-    with check_file(argument, path).open("rb") as stream:
+    with local_file(argument, path).open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if not actual.startswith(stated[1]):
         raise UserError(

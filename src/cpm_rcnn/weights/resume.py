@@ -9,9 +9,12 @@ from typing import Any
 
 import torch
 
-from cpm_rcnn.errors import UserError, check_choice, check_path, shown
+from cpm_rcnn.errors import UserError, check_choice, shown
 from cpm_rcnn.models.settings import ModelSettings
-from cpm_rcnn.weights.checkpoints import read_checkpoint, stored_settings
+from cpm_rcnn.remote.files import local_file
+from cpm_rcnn.remote.urls import without_secrets
+from cpm_rcnn.weights.checkpoints import check_checkpoint, stored_settings
+from cpm_rcnn.weights.reading import read_file
 
 _log = logging.getLogger(__name__)
 # Options without which the state of the optimizer or the position in the run have no meaning.
@@ -23,12 +26,14 @@ class ResumePoint:
     """A checkpoint to resume from.
 
     Attributes:
-        path: the file.
+        path: the file, which is a local copy if it is remote.
         checkpoint: its content, so that the file is read only once.
+        source: the argument and its value, for messages.
     """
 
     path: Path
     checkpoint: dict[str, Any]
+    source: str
 
     @property
     def step(self) -> int:
@@ -38,7 +43,7 @@ class ResumePoint:
     @property
     def settings(self) -> ModelSettings:
         """The model settings of the run."""
-        return stored_settings(self.checkpoint, f"resume={self.path}")
+        return stored_settings(self.checkpoint, self.source)
 
 
 def find_resume_point(resume: str | bool | None, run_dir: Path) -> ResumePoint | None:
@@ -46,19 +51,20 @@ def find_resume_point(resume: str | bool | None, run_dir: Path) -> ResumePoint |
 
     Args:
         resume: None or False; ``auto`` or True (the newest intact checkpoint of the run's folder, if there is one); or
-            a file.
+            a file, by its path or URL.
         run_dir: the run's folder.
 
     Raises:
         UserError: the file does not exist, is damaged, or contains weights but no training state.
+        UnavailableError: the server of a remote file refuses or does not answer.
     """
     if resume is None or resume is False:
         return None
     if resume not in ("auto", True):
-        return _read(check_path("resume", resume))
+        return _read(local_file("resume", resume), without_secrets(f"resume={resume}"))
     for path in sorted((run_dir / "checkpoints").glob("*.ckpt"), key=_newest_first):
         try:
-            return _read(path)
+            return _read(path, f"resume={path}")
         except UserError as error:
             _log.warning("%s; skipped", error)
     _log.warning("resume=auto: no checkpoint in %s yet, starting at step 0", run_dir)
@@ -72,9 +78,9 @@ def checkpoint_step(path: Path) -> int:
 
 def check_same_run(point: ResumePoint, settings: ModelSettings, categories: Sequence[Mapping[str, Any]]) -> None:
     """Raise :class:`UserError` unless a run with this model and these classes can resume from ``point``."""
-    check_same_model(point.checkpoint, settings, f"resume={point.path}")
+    check_same_model(point.checkpoint, settings, point.source)
     if point.checkpoint["hyper_parameters"]["categories"] != list(categories):
-        raise UserError(f"resume={point.path}: its classes differ from those of the training data")
+        raise UserError(f"{point.source}: its classes differ from those of the training data")
 
 
 def check_same_model(checkpoint: Mapping[str, Any], settings: ModelSettings, source: str) -> None:
@@ -120,21 +126,21 @@ def check_recipe(point: ResumePoint, recipe: Mapping[str, Any], changes: str) ->
         f"{name} is {shown(stored[name])} there and {shown(recipe[name])} here" for name in fixed or changed
     )
     if fixed:
-        raise UserError(
-            f"resume={point.path}: {values}; a run that resumes cannot change this: start from it with init="
-        )
+        raise UserError(f"{point.source}: {values}; a run that resumes cannot change this: start from it with init=")
     if changed and changes == "refuse":
-        raise UserError(f"resume={point.path}: {values}; resume_changes=allow continues with the values here")
+        raise UserError(f"{point.source}: {values}; resume_changes=allow continues with the values here")
     if changed:
-        _log.warning("resume=%s: %s; the values here are used from step %d", point.path, values, point.step)
+        _log.warning("%s: %s; the values here are used from step %d", point.source, values, point.step)
     return changed
 
 
-def _read(path: Path) -> ResumePoint:
-    checkpoint = read_checkpoint(path, "resume")
+def _read(path: Path, source: str) -> ResumePoint:
+    checkpoint = read_file(path, "resume")
+    check_checkpoint(checkpoint, source)
     if "optimizer_states" not in checkpoint:
-        raise UserError(f"resume={path}: contains weights, but no training state; start from it with init={path}")
-    return ResumePoint(path, checkpoint)
+        file = source.removeprefix("resume=")
+        raise UserError(f"{source}: contains weights, but no training state; start from it with init={file}")
+    return ResumePoint(path, checkpoint, source)
 
 
 def _newest_first(path: Path) -> tuple[int, bool]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from cpm_rcnn.data.formats import coco, cvat, voc, yolo
 from cpm_rcnn.data.formats.layout import Layout
 from cpm_rcnn.errors import ArgumentError
+from cpm_rcnn.remote.urls import Location, Url
 
 _FINDERS = {"coco": coco.find, "yolo": yolo.find, "voc": voc.find, "cvat": cvat.find}
 _EXPECTED = {
@@ -21,17 +22,23 @@ _EXPECTED = {
 }
 
 
-def find_layout(root: Path, name: str = "auto") -> Layout:
+def find_layout(root: Location, name: str = "auto") -> Layout:
     """The data set in a folder.
 
     Args:
-        root: the folder.
+        root: the folder, which must be local.
         name: its format, or ``auto``.
 
     Raises:
         ArgumentError: there is no such folder, no data set in this format in it, or with ``auto`` several.
         UserError: a file that describes the layout is invalid.
     """
+    if isinstance(root, Url):
+        raise ArgumentError(
+            "root",
+            f"={root}: remote folders are not searched for data sets; name the COCO-style jsons and the images of the "
+            "splits, train_json=FILE.json train_images=FOLDER_OR_ZIP val_json=FILE.json val_images=FOLDER_OR_ZIP",
+        )
     if not root.is_dir():
         raise ArgumentError("root", f"={root}: {'is a file, not a folder' if root.exists() else 'no such folder'}")
     if name != "auto":

@@ -17,9 +17,10 @@ from cpm_rcnn.data.formats.layout import (
 from cpm_rcnn.data.raw import RawAnnotations
 from cpm_rcnn.data.settings import Split
 from cpm_rcnn.errors import UserError
+from cpm_rcnn.remote.urls import Location
 
 
-def split_files(json: Path, images: Path) -> SplitFiles:
+def split_files(json: Location, images: Location) -> SplitFiles:
     """The split of a json and the folder or archive of its images."""
     return SplitFiles(json, images, lambda progress: RawAnnotations.from_json(json))
 

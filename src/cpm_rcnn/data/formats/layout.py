@@ -8,6 +8,7 @@ from pathlib import Path
 from cpm_rcnn.data.raw import RawAnnotations
 from cpm_rcnn.data.settings import Split
 from cpm_rcnn.errors import UserError
+from cpm_rcnn.remote.urls import Location
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Usual names of folders and of splits in list files and attributes, in lower case.
@@ -30,8 +31,8 @@ class SplitFiles:
         absent: why the split cannot be read, if the data set states it, but its files do not exist.
     """
 
-    path: Path
-    images: Path
+    path: Location
+    images: Location
     read: Callable[[bool], RawAnnotations]
     absent: str | None = None
 

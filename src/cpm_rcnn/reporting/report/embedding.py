@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cpm_rcnn.errors import UserError
+from cpm_rcnn.errors import UnavailableError, UserError
 
 OpenImage = Callable[[str], np.ndarray]
 Box = tuple[float, float, float, float]
@@ -53,7 +53,7 @@ def embed(entries: Iterable[dict[str, Any]], views: Iterable[Box], open_image: O
     for file_name, parts in wanted.items():
         try:
             image = Image.fromarray(open_image(file_name))
-        except UserError as error:
+        except (UserError, UnavailableError) as error:
             for numbers in parts.values():
                 for number in numbers:
                     pictures[number] = Picture(pictures[number].view, error=f"The picture could not be read: {error}")

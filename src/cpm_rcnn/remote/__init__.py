@@ -1,0 +1,1 @@
+"""Remote files by URL: addresses, requests that are repeated, a bounded local cache, and zip archives."""
