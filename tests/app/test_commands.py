@@ -1,9 +1,11 @@
 """The commands, run on a small data set: what they write and print, and how they refuse wrong input."""
 
 import contextlib
+import csv
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -197,6 +199,50 @@ def test_eval_and_predict_say_on_request_how_each_score_was_computed(command, ch
     keys = {"image_id", "category_id", "bbox", "score"}
     assert [set(row) for row in json.loads((plain.folder / "detections.json").read_text())] == [keys] * len(found)
     assert "details=1: must be true or false" in refused(command("eval", *options, "details=1"))
+
+
+def test_predict_writes_each_kind_of_output_for_the_images_of_a_pattern(command, checkpoint, workplace):
+    kinds = "[csv,yolo,crops,coco]"
+    options = [f"ckpt={checkpoint}", "device=cpu", "detector.score_threshold=0.01", f"output={kinds}", "min_score=0.1"]
+    answer = command("predict", *options, "source=data/shapes/val/00000?.jpg", "batch_size=2")
+    assert answer.status == 0, answer.err
+    assert re.search(r"5 images, \d+ detections; milliseconds per image: read [\d.]+, detect [\d.]+, write", answer.out)
+    assert not (answer.folder / "images").exists()
+    found = json.loads((answer.folder / "detections.json").read_text())
+    shown = [row for row in found if row["score"] >= 0.1]
+    assert 0 < len(shown) < len(found)
+    with (answer.folder / "detections.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["score"]) for row in table] == pytest.approx([row["score"] for row in shown], rel=1e-5)
+    names = (answer.folder / "classes.txt").read_text().split()
+    for number in range(1, 6):
+        name = f"00000{number}.jpg"
+        lines = (answer.folder / "labels" / f"00000{number}.txt").read_text().splitlines()
+        own = [row for row in shown if row["file_name"] == name]
+        assert len(lines) == len(own)
+        size = Image.open(workplace / "data/shapes/val" / name).size
+        for line, row, cells in zip(lines, own, (cells for cells in table if cells["file_name"] == name)):
+            label, x, y, width, height, _ = line.split()
+            assert names[int(label)] == cells["class"]
+            corner = [(float(x) - float(width) / 2) * size[0], (float(y) - float(height) / 2) * size[1]]
+            assert corner == pytest.approx(row["bbox"][:2], abs=1e-3)
+    crops = list((answer.folder / "crops").rglob("*.png"))
+    assert len(crops) == len(shown)
+    assert {crop.parent.name for crop in crops} == {cells["class"] for cells in table}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["output=picture"], "output=picture: must be one of pictures, coco, csv, yolo, crops"),
+        (["output=[]"], "output=[]"),
+        (["batch_size=0"], "batch_size=0: must be an integer, at least 1"),
+        (["source=data/shapes/val/*.gif"], "source=data/shapes/val/*.gif: matches no image"),
+    ],
+)
+def test_predict_refuses_wrong_outputs_batches_and_patterns(command, checkpoint, arguments, line):
+    arguments = [f"ckpt={checkpoint}", "device=cpu", "source=data/shapes/val", *arguments]
+    assert line in refused(command("predict", *arguments))
 
 
 def test_predict_counts_one_image_as_one_image(command, checkpoint):

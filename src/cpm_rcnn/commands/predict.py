@@ -1,15 +1,19 @@
 """Draw the detections on copies of images."""
 
-import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from math import inf
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.progress import track
+from torch import Tensor
 
 from cpm_rcnn.cli.assembly import load_detector
 from cpm_rcnn.cli.config import overrides_in
@@ -18,7 +22,7 @@ from cpm_rcnn.data.problem import counted
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.inference import Detector
 from cpm_rcnn.ops import use_deform_backend
-from cpm_rcnn.reporting.pictures import draw, save
+from cpm_rcnn.reporting.predictions import OUTPUTS
 
 _log = logging.getLogger(__name__)
 
@@ -26,49 +30,83 @@ _log = logging.getLogger(__name__)
 DEFAULT_MIN_SCORE = 0.3
 
 
-def predict_images(config: DictConfig, path: Path, names: list[str]) -> None:
-    """Detect in images; write ``images/`` and ``detections.json`` to Hydra's output folder.
+def predict_images(config: DictConfig, folder: Path, names: list[str]) -> None:
+    """Detect in images; write the results to Hydra's output folder.
 
-    Images of a folder that cannot be read are reported and skipped; the exit status is then 1.
+    If there are several images, those that cannot be read are reported and skipped; the exit status is then 1.
 
     Args:
         config: the config of ``predict``.
-        path: the image, or the folder of images, that the user named.
-        names: the images to read, relative to ``path`` if it is a folder; otherwise only its name.
+        folder: the folder of the images.
+        names: the images to read, relative to it.
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
-    folder = path if path.is_dir() else path.parent
     device = choose_device(config.device)
     detector, _ = load_detector(config)
     if detector.tile is not None:
         overlap = f"an overlap of {detector.tile_overlap:g}"
         print(f"tiles of {detector.tile} pixels with {overlap}; data.tile=null detects in whole images")
-    min_score = automatic_scores(config, detector) if isinstance(config.min_score, str) else config.min_score
+    scores = automatic_scores(config, detector) if isinstance(config.min_score, str) else config.min_score
+    min_scores = scores if isinstance(scores, list) else [scores] * len(detector.class_names)
     detector.to(device)
+    kinds = [config.output] if isinstance(config.output, str) else dict.fromkeys(config.output)
+    outputs = [OUTPUTS[kind](run_dir, detector.class_names, min_scores) for kind in kinds]
+    watch = Stopwatch()
     source = ImageSource(folder)
-    results = []
-    skipped = 0
-    for image_id, name in enumerate(track(names, description="predict"), start=1):
-        try:
-            image = source.read(name)
-        except UserError as error:
-            if folder / name == path:
-                raise UserError(f"source={path}: {str(error).removeprefix(f'{folder}: ')}") from error
-            skipped += 1
-            _log.warning("%s; skipped", error)
-            continue
-        (found,) = detector.detect([image], details=config.details)
-        results += [{"file_name": name, **row} for row in found.to_coco(image_id)]
-        target = run_dir / "images" / f"{name}.png"
-        save(draw(image, found.to_dict(), detector.class_names, min_score=min_score), target)
-    (run_dir / "detections.json").write_text(json.dumps(results))
-    images = counted(len(names) - skipped, "image", "images")
-    print(f"{images}, {counted(len(results), 'detection', 'detections')}")
+    skipped = count = 0
+
+    def images() -> Iterator[tuple[int, str, Tensor]]:
+        nonlocal skipped
+        for image_id, name in enumerate(track(names, description="predict"), start=1):
+            try:
+                with watch("read"):
+                    image = source.read(name)
+            except UserError as error:
+                if len(names) == 1:
+                    raise UserError(f"source={folder / name}: {str(error).removeprefix(f'{folder}: ')}") from error
+                skipped += 1
+                _log.warning("%s; skipped", error)
+                continue
+            yield image_id, name, image
+
+    readable = images()
+    while batch := list(islice(readable, config.batch_size)):
+        with watch("detect"):
+            tensors = [image for _, _, image in batch]
+            results = detector.detect(tensors, batch_size=config.batch_size, details=config.details)
+        with watch("write"):
+            for (image_id, name, image), found in zip(batch, results):
+                count += len(found)
+                for output in outputs:
+                    output.add(image_id, name, image, found)
+    for output in outputs:
+        output.close()
+    read = len(names) - skipped
+    times = f"; milliseconds per image: {watch.per(read)}" if read else ""
+    print(f"{counted(read, 'image', 'images')}, {counted(count, 'detection', 'detections')}{times}")
     print(run_dir)
     if skipped:
         print(f"error: skipped {skipped} of {counted(len(names), 'image', 'images')}, see above", file=sys.stderr)
         sys.exit(1)
+
+
+class Stopwatch:
+    """Sums up the seconds of several parts by name."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Measure a part."""
+        begun = perf_counter()
+        yield
+        self._seconds[part] = self._seconds.get(part, 0.0) + perf_counter() - begun
+
+    def per(self, count: int) -> str:
+        """The milliseconds of each part divided by ``count``."""
+        return ", ".join(f"{part} {1000 * seconds / count:.1f}" for part, seconds in self._seconds.items())
 
 
 def automatic_scores(config: DictConfig, detector: Detector) -> list[float]:

@@ -1,6 +1,7 @@
 """The detections in one image, and their forms in other programs."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,18 @@ class ImageDetections:
         """``boxes``, ``scores``, ``labels`` and the details that are not None, as the model returns them."""
         columns = {name: getattr(self, name) for name in COLUMNS}
         return {name: column for name, column in columns.items() if column is not None}
+
+    def above(self, thresholds: Sequence[float]) -> "ImageDetections":
+        """Those detections whose score is at least the threshold of their class.
+
+        Args:
+            thresholds: one for each class 1..C.
+        """
+        kept = self.scores >= self.scores.new_tensor(thresholds)[self.labels - 1]
+        rows = kept.nonzero().squeeze(1).tolist()
+        names, ids = ([column[row] for row in rows] for column in (self.names, self.category_ids))
+        columns: dict[str, Any] = {name: column[kept] for name, column in self.to_dict().items()}
+        return replace(self, **columns, names=names, category_ids=ids)
 
     def to_coco(self, image_id: int | str) -> list[dict[str, Any]]:
         """The detections in COCO's format of results, one dict each.
