@@ -15,6 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from cpm_rcnn.data.channels import check_gray_range, check_tiff_channels
 from cpm_rcnn.data.image_files import image_files, short
+from cpm_rcnn.data.jpeg import complete_jpeg, decode_plain_jpeg
 from cpm_rcnn.errors import UnavailableError, UserError
 from cpm_rcnn.remote.urls import Url
 
@@ -54,7 +55,7 @@ class ImageSource:
 
         The image is rotated as its EXIF orientation says, as viewers and most annotation tools do, unless only the
         stored pixels have the expected ``size``. A JPEG that ends early is read if at most 5% of its pixels are lost
-        (:func:`_complete_jpeg`).
+        (:func:`~cpm_rcnn.data.jpeg.complete_jpeg`).
 
         Args:
             file_name: name in the json, relative to the folder or the archive.
@@ -170,8 +171,8 @@ SWAPS_SIDES = {_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8)}
 def _decode(raw: bytes, size: tuple[int, int] | None) -> tuple[Tensor, float | None]:
     """(3, H, W) uint8 RGB from the bytes of an image file, and the fraction of its pixels that is lost.
 
-    The fraction is None if the file is complete. Uses Pillow: torchvision's own decoders are being removed, and return
-    the same pixels no faster.
+    The fraction is None if the file is complete. Pillow decodes everything but upright JPEGs, which have a faster way to
+    the same pixels.
 
     Raises:
         UserError: the image is invalid; the message continues a sentence that starts with the image's name.
@@ -179,22 +180,25 @@ def _decode(raw: bytes, size: tuple[int, int] | None) -> tuple[Tensor, float | N
     if not raw:
         raise UserError("is empty, a file of 0 bytes")
     try:
-        image, lost = _opened(io.BytesIO(raw)), None
+        image, pixels, lost = _opened(io.BytesIO(raw)), None, None
         if size is not None and sorted(size) != sorted(image.size):
             raise UserError(_wrong_size(image.size, size))  # without decoding it
+        if isinstance(image, JpegImageFile) and _exif_transpose(image) is None:
+            pixels = decode_plain_jpeg(raw, image)
         try:
-            image.load()
+            if pixels is None:
+                image.load()
         except OSError:
             if not isinstance(image, JpegImageFile):
                 raise
-            image, lost = _complete_jpeg(raw)
+            image, lost = complete_jpeg(raw)
         transpose = _exif_transpose(image)
         upright_size = image.size if transpose in SWAPS_SIDES else image.size[::-1]
         if size not in (None, upright_size, image.size[::-1]):
             raise UserError(_wrong_size(image.size, size))
         if transpose is not None and size in (None, upright_size):
             image = image.transpose(transpose)
-        return rgb_tensor(image), lost
+        return rgb_tensor(image) if pixels is None else pixels, lost
     except UserError:
         raise
     except Image.DecompressionBombError as error:
@@ -239,86 +243,6 @@ def _ends_early(file: IO[bytes]) -> bool:
     # Some cameras and tools append a few bytes.
     file.seek(max(0, file.seek(0, io.SEEK_END) - 64))
     return end not in file.read()
-
-
-# A JPEG that has lost more than this fraction of its pixels is an error.
-_LARGEST_LOSS = 0.05
-_END_OF_IMAGE = b"\xff\xd9"
-
-
-def _complete_jpeg(raw: bytes) -> tuple[Image.Image, float]:
-    """A JPEG whose last bytes are missing, and the fraction of its pixels that is lost.
-
-    Decodes it with an end marker added, as other programs do. (Pillow's own option for that is a global variable, which
-    threads would have to share.) The lost pixels are those that change if random data follow instead of the marker, and
-    all after them.
-
-    Raises:
-        UserError: more than 5% of the pixels are lost, or a whole scan; the message continues a sentence.
-        OSError: the data are damaged in another way.
-    """
-    raw = raw.rstrip(b"\xff")  # which would make a marker of the byte that follows
-    image = _opened(io.BytesIO(raw + _END_OF_IMAGE))
-    image.load()
-    if not _has_all_scans(raw):
-        raise UserError("ends early, before the last scan of its pixels")
-    pixels = np.asarray(image)
-    changed = np.zeros(pixels.shape[:2], dtype=bool)
-    for seed in range(3):
-        # No 0xff, which starts a marker. 0.25 bytes per pixel are enough for more than the largest loss.
-        noise = np.random.default_rng(seed).integers(0, 255, 1024 + changed.size // 4, dtype=np.uint8).tobytes()
-        other = _opened(io.BytesIO(raw + noise + _END_OF_IMAGE))
-        other.load()
-        difference = np.asarray(other) != pixels
-        changed |= difference.any(axis=2) if difference.ndim == 3 else difference
-    # Pixels are stored in blocks of 8 x 8, or of more where colors have a lower resolution.
-    assert isinstance(image, JpegImageFile)
-    block = 8 * max(vertical for _, _, vertical, *_ in image.layer)
-    lost = _pixels_from_first(changed, block) / changed.size
-    if lost > _LARGEST_LOSS:
-        raise UserError(f"ends early; {lost:.1%} of its pixels are lost (at most 5% are allowed)")
-    return image, lost
-
-
-def _pixels_from_first(changed: np.ndarray, block: int) -> int:
-    """How many pixels follow the first True of ``changed`` (H, W) bool in the order of rows of blocks."""
-    rows = np.flatnonzero(changed.any(axis=1))
-    if not rows.size:
-        return 0
-    height, width = changed.shape
-    # Smoothing can change one row of the blocks above.
-    top = (rows[0] + 1) // block * block
-    bottom = min(top + block, height)
-    columns = np.flatnonzero(changed[top:bottom].any(axis=0))
-    return int((bottom - top) * (width - columns[:1].sum()) + (height - bottom) * width)
-
-
-def _has_all_scans(raw: bytes) -> bool:
-    """Whether a JPEG has started the scans that complete every coefficient of every component.
-
-    A progressive JPEG stores the whole image several times, each time with more detail.
-    """
-    components: set[int] = set()
-    complete: dict[int, set[int]] = {}
-    position = 2
-    while (position := raw.find(b"\xff", position)) >= 0 and position + 4 <= len(raw):
-        kind = raw[position + 1]
-        if kind == 0xFF:  # padding
-            position += 1
-            continue
-        if kind in (0x00, 0x01) or 0xD0 <= kind <= 0xD8:  # no marker, or one without content
-            position += 2
-            continue
-        content = raw[position + 4 : position + 2 + int.from_bytes(raw[position + 2 : position + 4], "big")]
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC) and len(content) > 5:
-            components = set(content[6 : 6 + 3 * content[5] : 3])
-        elif kind == 0xDA and len(content) >= 4:
-            first, last, precision = content[-3:]
-            if precision & 15 == 0:  # the lowest bit of these coefficients
-                for component in content[1 : 1 + 2 * content[0] : 2]:
-                    complete.setdefault(component, set()).update(range(first, last + 1))
-        position += 4 + len(content)
-    return bool(components) and all(complete.get(component) == set(range(64)) for component in components)
 
 
 def rgb_tensor(image: Image.Image) -> Tensor:

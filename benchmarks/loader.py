@@ -1,0 +1,311 @@
+"""Images per CPU second of the data loader, beside torchvision's reference pipeline; memory of its workers.
+
+    python benchmarks/loader.py [--large] [--images FOLDER] [--rounds 9]
+    python benchmarks/loader.py --memory [--epochs 2]
+
+The images are JPEGs of noise with the spectrum of photographs, drawn into a temporary folder: 640 x 480 pixels and
+similar, about 170 kB, or with ``--large`` 4000 x 3000 pixels. ``--images`` takes those of a folder instead. All are
+resized to a shorter side of 800 and a longer side of at most 1333 pixels, and half of them are flipped.
+
+torchvision's pipeline is that of its references/detection: ``CocoDetection`` (Pillow), ``RandomHorizontalFlip``,
+``ToImage``, ``ToDtype``. Its data loader returns float32 images in their own size, and ``GeneralizedRCNNTransform``, the
+first part of its models, normalizes, resizes and pads them. Here, the data loader returns resized uint8 images, and
+``ImagePreprocessor`` normalizes and pads them on the device. So two comparisons are made: up to the batch that enters
+the backbone, all of it on the CPU, and the data loaders alone. ``uint8`` is a pipeline of torchvision's transforms
+that resizes before the conversion to float32, which torchvision's references do not do.
+
+In the first table everything runs in one thread of one process. In the second, the data loaders have one worker
+process and batches of two images; the CPU time of the worker and of the main process is added. All pipelines take turns;
+times are medians over the rounds, and ratios are medians of the ratios within a round.
+
+With ``--memory``, a json of 118,287 images and 860,001 objects is written, whose images are 24 small files. Eight workers
+read it for some epochs. PSS is the memory of a process in which a page that n processes share counts as 1/n, so its sum
+is what the processes take together.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from annotations import content
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.transforms import v2
+
+from cpm_rcnn.boxes import CONTINUOUS
+from cpm_rcnn.data import CocoDataModule
+from cpm_rcnn.models.backbones.input_format import RGB
+from cpm_rcnn.models.preprocess import ImagePreprocessor
+
+SHORT_SIDE, MAX_SIZE, OBJECTS, BATCH = 800, 1333, 7, 2
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+OURS, OURS_INPUT = "ours: data loader", "ours: with ImagePreprocessor"
+PEER, PEER_INPUT = "torchvision: data loader", "torchvision: with GeneralizedRCNNTransform"
+PEER_UINT8 = "torchvision: uint8, resized and normalized"
+WORK = {PEER: OURS, PEER_INPUT: OURS_INPUT, PEER_UINT8: OURS_INPUT}
+
+
+def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    """Noise whose amplitudes fall with the frequency, as those of photographs do."""
+    if max(width, height) > 2000:  # large photographs are less sharp
+        return photograph(rng, width // 2, height // 2).resize((width, height), Image.Resampling.BICUBIC)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
+    frequency[0, 0] = np.inf
+    waves = rng.standard_normal((3, *frequency.shape)) + 1j * rng.standard_normal((3, *frequency.shape))
+    gray, red, blue = (plane / plane.std() for plane in np.fft.irfft2(waves / frequency, (height, width)))
+    pixels = 128 + 45 * np.stack([gray + 0.3 * red, gray, gray + 0.3 * blue], axis=-1)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def draw(folder: Path, sizes: Sequence[tuple[int, int]]) -> None:
+    """Write a JPEG for each (width, height) into a new folder."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number, (width, height) in enumerate(sizes):
+        photograph(rng, width, height).save(folder / f"{number:012d}.jpg", quality=90)
+
+
+def write_json(path: Path, folder: Path) -> None:
+    """Annotations with random objects for the images of a folder."""
+    rng = np.random.default_rng(0)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for file in sorted(folder.iterdir()):
+        with Image.open(file) as image:
+            width, height = image.size
+        images.append({"id": len(images), "file_name": file.name, "width": width, "height": height})
+        for _ in range(OBJECTS):
+            corner, side = rng.random(2) * (width, height) * 0.6, rng.random(2) * (width, height) * 0.3 + 4
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": images[-1]["id"],
+                    "category_id": int(rng.integers(1, 81)),
+                    "bbox": [*corner.tolist(), *side.tolist()],
+                    "area": float(side.prod()),
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": key, "name": f"class {key}"} for key in range(1, 81)]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+
+
+def our_module(folder: Path, file: Path, **options: Any) -> CocoDataModule:
+    """The data module of a folder of images and its json, which is beside the folder."""
+    return CocoDataModule(root=str(folder.parent), train_json=file.name, train_images=folder.name, **options)
+
+
+def peer_dataset(folder: Path, file: Path, *resizing: v2.Transform) -> Dataset:
+    """torchvision's data set of the same files; ``resizing`` comes before the conversion to float32."""
+    normalizing = [v2.Normalize(MEAN, STD)] if resizing else []
+    transforms = v2.Compose(
+        [
+            v2.RandomHorizontalFlip(0.5),
+            v2.ToImage(),
+            *resizing,
+            v2.ToDtype(torch.float32, scale=True),
+            *normalizing,
+            v2.ConvertBoundingBoxFormat(tv_tensors.BoundingBoxFormat.XYXY),
+            v2.SanitizeBoundingBoxes(),
+            v2.ToPureTensor(),
+        ]
+    )
+    dataset = CocoDetection(folder, file, transforms=transforms)
+    return wrap_dataset_for_transforms_v2(dataset, target_keys={"boxes", "labels", "image_id"})
+
+
+def pairs(batch: list[Any]) -> tuple[Any, ...]:
+    """The ``collate_fn`` of torchvision's references."""
+    return tuple(zip(*batch))
+
+
+def in_process(folder: Path, file: Path) -> dict[str, Callable[[int], Any]]:
+    """The pipelines, each a function of the number of an image."""
+    ours: Any = our_module(folder, file, max_steps=1).train_dataloader().dataset
+    preprocess = ImagePreprocessor(RGB, CONTINUOUS)
+    reference: Any = peer_dataset(folder, file)
+    resized: Any = peer_dataset(folder, file, v2.Resize(SHORT_SIDE, max_size=MAX_SIZE, antialias=True))
+    transform = GeneralizedRCNNTransform(SHORT_SIDE, MAX_SIZE, MEAN, STD)
+
+    def to_input(number: int) -> Any:
+        image, target = reference[number]
+        return transform([image], [target])
+
+    return {
+        OURS: ours.__getitem__,
+        OURS_INPUT: lambda number: preprocess([ours[number][0]]),
+        PEER: reference.__getitem__,
+        PEER_INPUT: to_input,
+        PEER_UINT8: resized.__getitem__,
+    }
+
+
+def measure_in_process(folder: Path, file: Path, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds per image of each round, by pipeline."""
+    pipelines = in_process(folder, file)
+    count = len(list(folder.iterdir()))
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for number in range(rounds + 1):
+        for name, load in pipelines.items():
+            start = time.process_time()
+            for image in range(count):
+                load(image)
+            if number:
+                seconds[name].append((time.process_time() - start) / count)
+    return seconds
+
+
+def cpu_seconds(process: int) -> float:
+    """User and system time of a process, in units of 10 ms."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def measure_with_worker(folder: Path, file: Path, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds per image of each round, of a worker and the main process together, by data loader."""
+    count = len(list(folder.iterdir()))
+    repeats = 8  # the CPU time of the worker is read in units of 10 ms
+    resizing = v2.Resize(SHORT_SIDE, max_size=MAX_SIZE, antialias=True)
+    options: dict[str, Any] = {
+        "batch_size": BATCH, "num_workers": 1, "collate_fn": pairs, "persistent_workers": True
+    }  # fmt: skip
+    steps = count * repeats // BATCH
+    datasets = {PEER: peer_dataset(folder, file), PEER_UINT8: peer_dataset(folder, file, resizing)}
+    loaders: dict[str, tuple[DataLoader, int]] = {
+        OURS: (our_module(folder, file, max_steps=steps, batch_size=BATCH, num_workers=1).train_dataloader(), 1)
+    }
+    for name, dataset in datasets.items():
+        loaders[name] = DataLoader(dataset, shuffle=True, **options), repeats
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for number in range(rounds + 1):
+        for name, (loader, passes) in loaders.items():
+            workers = worker_ids(loader) if number else []
+            start = time.process_time() + sum(map(cpu_seconds, workers))
+            images = sum(len(batch[0]) for _ in range(passes) for batch in loader)
+            if number:
+                seconds[name].append((time.process_time() + sum(map(cpu_seconds, workers)) - start) / images)
+    return seconds
+
+
+def worker_ids(loader: DataLoader) -> list[int]:
+    """The process ids of the persistent workers of a data loader that has been used."""
+    iterator: Any = loader._iterator
+    return [worker.pid for worker in iterator._workers]
+
+
+def show(seconds: dict[str, list[float]], title: str, peers: dict[str, str]) -> None:
+    """Print milliseconds, images per second, and how many times as many images ours reads as each peer."""
+    table = Table(title=title, title_justify="left")
+    for column in ("pipeline", "CPU ms per image", "images/s per core", "ours is faster by"):
+        table.add_column(column, justify="left" if column == "pipeline" else "right")
+    for name, values in seconds.items():
+        mean = statistics.median(values)
+        own = peers.get(name)
+        ratio = statistics.median(peer / ours for peer, ours in zip(values, seconds[own])) if own else None
+        table.add_row(name, f"{1e3 * mean:.2f}", f"{1 / mean:.0f}", f"{ratio:.2f}" if ratio else "")
+    Console(width=120).print(table)
+
+
+def speed(folder: Path, file: Path, rounds: int) -> None:
+    """Print the two tables."""
+    files = list(folder.iterdir())
+    kilobytes = sum(path.stat().st_size for path in files) / len(files) / 1e3
+    what = f"{len(files)} images of {kilobytes:.0f} kB"
+    show(measure_in_process(folder, file, rounds), f"{what}, one thread", WORK)
+    peers = {PEER: OURS, PEER_UINT8: OURS}
+    show(measure_with_worker(folder, file, rounds), f"{what}, one worker and the main process", peers)
+
+
+def pss(process: int) -> float:
+    """Proportional set size of a process in MB."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1e3
+
+
+def watch(name: str, batches: Iterable[Any], workers: Callable[[], list[int]], images: int, epochs: int) -> None:
+    """Print the memory of the main process and the workers at the start and after each quarter of an epoch."""
+    table = Table(title=name, title_justify="left")
+    for column in ("epochs read", "main process, MB", "8 workers, MB", "together, MB"):
+        table.add_column(column, justify="right")
+    seen, due = 0, 0.0
+    for batch in batches:
+        seen += len(batch[0])
+        if seen >= due * images or seen == images * epochs:
+            main, others = pss(os.getpid()), sum(map(pss, workers()))
+            table.add_row(f"{seen / images:.2f}", f"{main:.0f}", f"{others:.0f}", f"{main + others:.0f}")
+            due += 0.25
+    Console(width=120).print(table)
+
+
+def memory(root: Path, epochs: int) -> None:
+    """Print the memory of eight workers that read a json of the size of COCO's."""
+    draw(root / "images", [(160, 160)] * 24)
+    data = content(118_287, 860_001)
+    for number, image in enumerate(data["images"]):
+        image.update(file_name=f"{number % 24:012d}.jpg", width=160, height=160)
+    for item in data["annotations"]:
+        item["bbox"] = [value / 4 for value in item["bbox"]]
+    file = root / "train.json"
+    file.write_text(json.dumps(data))
+    images = len({item["image_id"] for item in data["annotations"]})
+    del data, image, item
+
+    batch, workers = 16, 8
+    module = our_module(
+        root / "images", file, max_steps=images * epochs // batch, batch_size=batch, num_workers=workers,
+        short_sides=(160,), max_size=160,
+    )  # fmt: skip
+    loader = module.train_dataloader()
+    watch("ours", loader, lambda: worker_ids(loader), images, epochs)
+    del module, loader
+
+    dataset = peer_dataset(root / "images", file)
+    # One data loader for all epochs, so that its workers live as long as ours.
+    order = torch.cat([torch.randperm(len(dataset)) for _ in range(epochs)]).tolist()  # type: ignore[arg-type]
+    peer = DataLoader(
+        dataset, sampler=order, batch_size=batch, num_workers=workers, collate_fn=pairs, persistent_workers=True
+    )
+    watch("torchvision's CocoDetection", peer, lambda: worker_ids(peer), len(dataset), epochs)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="use the JPEGs of a folder")
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--epochs", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        if options.memory:
+            memory(root, options.epochs)
+            return
+        if options.images:
+            (root / "images").symlink_to(options.images.absolute())
+        else:
+            landscape = [(4000, 3000)] * 4 if options.large else [(640, 480), (640, 427), (480, 640), (427, 640)] * 6
+            draw(root / "images", landscape)
+        write_json(root / "train.json", root / "images")
+        speed(root / "images", root / "train.json", options.rounds)
+
+
+if __name__ == "__main__":
+    main()
