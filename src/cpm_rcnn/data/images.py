@@ -171,8 +171,8 @@ SWAPS_SIDES = {_TRANSPOSE[orientation] for orientation in (5, 6, 7, 8)}
 def _decode(raw: bytes, size: tuple[int, int] | None) -> tuple[Tensor, float | None]:
     """(3, H, W) uint8 RGB from the bytes of an image file, and the fraction of its pixels that is lost.
 
-    The fraction is None if the file is complete. Pillow decodes everything but upright JPEGs, which have a faster way to
-    the same pixels.
+    The fraction is None if the file is complete. Pillow decodes everything but upright JPEGs, for which there is a
+    faster way to the same pixels.
 
     Raises:
         UserError: the image is invalid; the message continues a sentence that starts with the image's name.
@@ -180,14 +180,18 @@ def _decode(raw: bytes, size: tuple[int, int] | None) -> tuple[Tensor, float | N
     if not raw:
         raise UserError("is empty, a file of 0 bytes")
     try:
-        image, pixels, lost = _opened(io.BytesIO(raw)), None, None
+        image, lost = _opened(io.BytesIO(raw)), None
         if size is not None and sorted(size) != sorted(image.size):
             raise UserError(_wrong_size(image.size, size))  # without decoding it
-        if isinstance(image, JpegImageFile) and _exif_transpose(image) is None:
-            pixels = decode_plain_jpeg(raw, image)
+        if (
+            isinstance(image, JpegImageFile)
+            and size in (None, image.size[::-1])
+            and _exif_transpose(image) is None
+            and (pixels := decode_plain_jpeg(raw, image)) is not None
+        ):
+            return pixels, None
         try:
-            if pixels is None:
-                image.load()
+            image.load()
         except OSError:
             if not isinstance(image, JpegImageFile):
                 raise
@@ -198,7 +202,7 @@ def _decode(raw: bytes, size: tuple[int, int] | None) -> tuple[Tensor, float | N
             raise UserError(_wrong_size(image.size, size))
         if transpose is not None and size in (None, upright_size):
             image = image.transpose(transpose)
-        return rgb_tensor(image) if pixels is None else pixels, lost
+        return rgb_tensor(image), lost
     except UserError:
         raise
     except Image.DecompressionBombError as error:

@@ -1,4 +1,4 @@
-"""JPEG files: the fast way to decode most of them, and files whose last bytes are missing."""
+"""JPEG files: a fast decoder for most of them, and files whose last bytes are missing."""
 
 import io
 
@@ -12,23 +12,23 @@ from cpm_rcnn.errors import UserError
 
 try:
     from simplejpeg import decode_jpeg
-except ImportError:  # its wheels cover fewer platforms than torch's
+except ImportError:  # there is no wheel for this platform
     decode_jpeg = None
 
 
-def decode_plain_jpeg(raw: bytes, header: Image.Image) -> Tensor | None:
-    """The pixels of an ordinary JPEG, which are those of Pillow, decoded without Pillow's copies.
+def decode_plain_jpeg(raw: bytes, header: JpegImageFile) -> Tensor | None:
+    """The pixels of an ordinary JPEG, equal to those of Pillow, by simplejpeg, which copies them less often.
 
-    simplejpeg contains libjpeg-turbo, as Pillow's wheels do. Everything unusual and everything that it complains about
-    is left to Pillow, which also decides on the error.
+    simplejpeg contains libjpeg-turbo, as Pillow's wheels do. Unusual files and those that it complains about are left
+    to Pillow, which may be able to read them, or raises the error.
 
     Args:
-        raw: the file.
-        header: the same file, opened by Pillow, whose pixels need not be loaded.
+        raw: the content of the file.
+        header: the same file opened by Pillow; its pixels need not be loaded.
 
     Returns:
-        (3, H, W) uint8 RGB as stored, without regard to the EXIF orientation. None if simplejpeg is not installed, if
-        ``header`` is not a JPEG with 8 bits per channel in color or gray, or if the data are damaged.
+        (3, H, W) uint8 RGB, not rotated by the EXIF orientation. None if simplejpeg is not installed, the file is CMYK
+        or holds several pictures, or simplejpeg cannot decode it without a warning.
     """
     # The exact type, because a file with several pictures is a subclass.
     if decode_jpeg is None or type(header) is not JpegImageFile or header.mode not in ("RGB", "L"):

@@ -43,10 +43,11 @@ class ImagePreprocessor(nn.Module):
         """
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         height, width = (-(-max(side) // _DIVISOR) * _DIVISOR for side in zip(*sizes))
-        batch = self.mean.new_zeros(len(images), 3, height, width)
-        if self.convention.pads_raw and not self.training:
-            batch -= self.mean / self.std
+        batch = self.mean.new_empty(len(images), 3, height, width)
+        padding = -self.mean / self.std if self.convention.pads_raw and not self.training else 0.0
         for row, image, (h, w) in zip(batch, images, sizes):
+            row[:, h:] = padding
+            row[:, :h, w:] = padding
             # In place: a temporary copy in float32 would take longer than the arithmetic.
             row[:, :h, :w].copy_(image.flip(0) if self.flip_channels else image).sub_(self.mean).div_(self.std)
         # Copied from host memory, so that nothing waits for the device.
