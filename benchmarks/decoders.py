@@ -3,8 +3,8 @@
     python benchmarks/decoders.py [--rounds 15]
 
 Decodes the images of ``benchmarks/loader.py`` to (3, H, W) uint8, in one thread, with each decoder that is installed
-(``pip install opencv-python-headless torchcodec``; PyTurboJPEG needs libturbojpeg 3). All decoders take turns; times are
-medians over the rounds of the CPU time, and ratios are medians of the ratios within a round.
+(``pip install opencv-python-headless torchcodec``). All decoders take turns; times are medians over the rounds of the
+CPU time, and ratios are medians of the ratios within a round.
 
 The second table is of large images that are then resized to 1067 x 800 pixels. JPEG decoders can return an image at
 half its size for less work (``draft`` in Pillow), after which the resized image differs.
@@ -25,12 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from loader import draw
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torchvision.transforms.v2 import functional
+
+from loader import draw
 
 Decoder = Callable[[bytes], Tensor]
 
@@ -51,35 +52,28 @@ def from_array(pixels: np.ndarray) -> Tensor:
 
 
 def with_simplejpeg() -> Decoder:
-    """simplejpeg."""
+    """Decode with simplejpeg."""
     decode = import_module("simplejpeg").decode_jpeg
     return lambda raw: from_array(decode(raw))
 
 
 def with_opencv() -> Decoder:
-    """OpenCV."""
+    """Decode with OpenCV."""
     cv2 = import_module("cv2")
     cv2.setNumThreads(1)
     return lambda raw: from_array(cv2.imdecode(np.frombuffer(raw, np.uint8), cv2.IMREAD_COLOR_RGB))
 
 
 def with_torchcodec() -> Decoder:
-    """torchcodec, which replaces torchvision.io."""
+    """Decode with torchcodec, which replaces torchvision.io."""
     decode: Any = import_module("torchcodec.decoders").decode_jpeg
     return partial(decode, mode="RGB")
 
 
 def with_torchvision() -> Decoder:
-    """torchvision.io."""
+    """Decode with torchvision.io."""
     decode = import_module("torchvision.io").decode_jpeg
     return lambda raw: decode(torch.frombuffer(raw, dtype=torch.uint8), mode="RGB")
-
-
-def with_pyturbojpeg() -> Decoder:
-    """PyTurboJPEG."""
-    module = import_module("turbojpeg")
-    decode = module.TurboJPEG().decode
-    return lambda raw: from_array(decode(raw, pixel_format=module.TJPF_RGB))
 
 
 OTHERS = {
@@ -87,7 +81,6 @@ OTHERS = {
     "torchcodec": with_torchcodec,
     "torchvision.io": with_torchvision,
     "OpenCV": with_opencv,
-    "PyTurboJPEG": with_pyturbojpeg,
 }
 
 

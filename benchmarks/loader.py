@@ -1,6 +1,6 @@
 """Images per CPU second of the data loader, beside torchvision's reference pipeline; memory of its workers.
 
-    python benchmarks/loader.py [--large] [--images FOLDER] [--rounds 9]
+    python benchmarks/loader.py [--large] [--images FOLDER] [--rounds 9] [--keep-memory]
     python benchmarks/loader.py --memory [--epochs 2]
 
 The images are JPEGs of noise with the spectrum of photographs, drawn into a temporary folder: 640 x 480 pixels and
@@ -8,19 +8,20 @@ similar, about 170 kB, or with ``--large`` 4000 x 3000 pixels. ``--images`` take
 resized to a shorter side of 800 and a longer side of at most 1333 pixels, and half of them are flipped.
 
 torchvision's pipeline is that of its references/detection: ``CocoDetection`` (Pillow), ``RandomHorizontalFlip``,
-``ToImage``, ``ToDtype``. Its data loader returns float32 images in their own size, and ``GeneralizedRCNNTransform``, the
-first part of its models, normalizes, resizes and pads them. Here, the data loader returns resized uint8 images, and
+``ToImage``, ``ToDtype``. Its data loader returns float32 images in their own size, and ``GeneralizedRCNNTransform``,
+the first part of its models, normalizes, resizes and pads them. Here, the data loader returns resized uint8 images, and
 ``ImagePreprocessor`` normalizes and pads them on the device. So two comparisons are made: up to the batch that enters
 the backbone, all of it on the CPU, and the data loaders alone. ``uint8`` is a pipeline of torchvision's transforms
 that resizes before the conversion to float32, which torchvision's references do not do.
 
 In the first table everything runs in one thread of one process. In the second, the data loaders have one worker
-process and batches of two images; the CPU time of the worker and of the main process is added. All pipelines take turns;
-times are medians over the rounds, and ratios are medians of the ratios within a round.
+process and batches of two images, and the main process does the rest; the CPU time of both processes is added. All
+pipelines take turns; times are medians over the rounds, and ratios are medians of the ratios within a round.
+``--keep-memory`` lets glibc keep freed memory, as the program's commands do, for all pipelines.
 
-With ``--memory``, a json of 118,287 images and 860,001 objects is written, whose images are 24 small files. Eight workers
-read it for some epochs. PSS is the memory of a process in which a page that n processes share counts as 1/n, so its sum
-is what the processes take together.
+With ``--memory``, a json of 118,287 images and 860,001 objects is written, whose images are 24 small files. Eight
+workers read it for some epochs. PSS is the memory of a process in which a page that n processes share counts as 1/n, so
+its sum is what the processes take together.
 """
 
 import argparse
@@ -30,29 +31,29 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from annotations import content
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
+from annotations import IMAGES, OBJECTS, content
 from cpm_rcnn.boxes import CONTINUOUS
+from cpm_rcnn.cli.memory import keep_freed_memory
 from cpm_rcnn.data import CocoDataModule
 from cpm_rcnn.models.backbones.input_format import RGB
 from cpm_rcnn.models.preprocess import ImagePreprocessor
 
-SHORT_SIDE, MAX_SIZE, OBJECTS, BATCH = 800, 1333, 7, 2
+SHORT_SIDE, MAX_SIZE, OBJECTS_PER_IMAGE, BATCH = 800, 1333, 7, 2
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 OURS, OURS_INPUT = "ours: data loader", "ours: with ImagePreprocessor"
 PEER, PEER_INPUT = "torchvision: data loader", "torchvision: with GeneralizedRCNNTransform"
@@ -89,7 +90,7 @@ def write_json(path: Path, folder: Path) -> None:
         with Image.open(file) as image:
             width, height = image.size
         images.append({"id": len(images), "file_name": file.name, "width": width, "height": height})
-        for _ in range(OBJECTS):
+        for _ in range(OBJECTS_PER_IMAGE):
             corner, side = rng.random(2) * (width, height) * 0.6, rng.random(2) * (width, height) * 0.3 + 4
             annotations.append(
                 {
@@ -111,7 +112,7 @@ def our_module(folder: Path, file: Path, **options: Any) -> CocoDataModule:
 
 
 def peer_dataset(folder: Path, file: Path, *resizing: v2.Transform) -> Dataset:
-    """torchvision's data set of the same files; ``resizing`` comes before the conversion to float32."""
+    """The same files as torchvision's data set; ``resizing`` comes before the conversion to float32."""
     normalizing = [v2.Normalize(MEAN, STD)] if resizing else []
     transforms = v2.Compose(
         [
@@ -132,6 +133,11 @@ def peer_dataset(folder: Path, file: Path, *resizing: v2.Transform) -> Dataset:
 def pairs(batch: list[Any]) -> tuple[Any, ...]:
     """The ``collate_fn`` of torchvision's references."""
     return tuple(zip(*batch))
+
+
+def peer_loader(dataset: Dataset, **options: Any) -> DataLoader:
+    """The data loader of torchvision's references, with workers that live on after an epoch."""
+    return DataLoader(dataset, collate_fn=pairs, persistent_workers=True, **options)
 
 
 def in_process(folder: Path, file: Path) -> dict[str, Callable[[int], Any]]:
@@ -177,28 +183,34 @@ def cpu_seconds(process: int) -> float:
 
 
 def measure_with_worker(folder: Path, file: Path, rounds: int) -> dict[str, list[float]]:
-    """CPU seconds per image of each round, of a worker and the main process together, by data loader."""
+    """CPU seconds per image of each round, of a worker and the main process together, by pipeline."""
     count = len(list(folder.iterdir()))
     repeats = 8  # the CPU time of the worker is read in units of 10 ms
-    resizing = v2.Resize(SHORT_SIDE, max_size=MAX_SIZE, antialias=True)
-    options: dict[str, Any] = {
-        "batch_size": BATCH, "num_workers": 1, "collate_fn": pairs, "persistent_workers": True
-    }  # fmt: skip
     steps = count * repeats // BATCH
-    datasets = {PEER: peer_dataset(folder, file), PEER_UINT8: peer_dataset(folder, file, resizing)}
-    loaders: dict[str, tuple[DataLoader, int]] = {
-        OURS: (our_module(folder, file, max_steps=steps, batch_size=BATCH, num_workers=1).train_dataloader(), 1)
+    ours = our_module(folder, file, max_steps=steps, batch_size=BATCH, num_workers=1).train_dataloader()
+    reference = peer_loader(peer_dataset(folder, file), num_workers=1, batch_size=BATCH, shuffle=True)
+    resizing = v2.Resize(SHORT_SIDE, max_size=MAX_SIZE, antialias=True)
+    resized = peer_loader(peer_dataset(folder, file, resizing), num_workers=1, batch_size=BATCH, shuffle=True)
+    preprocess = ImagePreprocessor(RGB, CONTINUOUS)
+    transform = GeneralizedRCNNTransform(SHORT_SIDE, MAX_SIZE, MEAN, STD)
+    pipelines: dict[str, tuple[DataLoader, int, Callable[[Any], Any]]] = {
+        OURS: (ours, 1, lambda batch: None),
+        OURS_INPUT: (ours, 1, lambda batch: preprocess(batch[0])),
+        PEER: (reference, repeats, lambda batch: None),
+        PEER_INPUT: (reference, repeats, lambda batch: transform(*batch)),
+        PEER_UINT8: (resized, repeats, lambda batch: transform.batch_images(batch[0])),
     }
-    for name, dataset in datasets.items():
-        loaders[name] = DataLoader(dataset, shuffle=True, **options), repeats
     seconds: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds + 1):
-        for name, (loader, passes) in loaders.items():
+        for name, (loader, passes, use) in pipelines.items():
             workers = worker_ids(loader) if number else []
             start = time.process_time() + sum(map(cpu_seconds, workers))
-            images = sum(len(batch[0]) for _ in range(passes) for batch in loader)
+            for _ in range(passes):
+                for batch in loader:
+                    use(batch)
             if number:
-                seconds[name].append((time.process_time() + sum(map(cpu_seconds, workers)) - start) / images)
+                used = time.process_time() + sum(map(cpu_seconds, workers)) - start
+                seconds[name].append(used / (count * repeats))
     return seconds
 
 
@@ -208,14 +220,14 @@ def worker_ids(loader: DataLoader) -> list[int]:
     return [worker.pid for worker in iterator._workers]
 
 
-def show(seconds: dict[str, list[float]], title: str, peers: dict[str, str]) -> None:
+def show(seconds: dict[str, list[float]], title: str) -> None:
     """Print milliseconds, images per second, and how many times as many images ours reads as each peer."""
     table = Table(title=title, title_justify="left")
     for column in ("pipeline", "CPU ms per image", "images/s per core", "ours is faster by"):
         table.add_column(column, justify="left" if column == "pipeline" else "right")
     for name, values in seconds.items():
         mean = statistics.median(values)
-        own = peers.get(name)
+        own = WORK.get(name)
         ratio = statistics.median(peer / ours for peer, ours in zip(values, seconds[own])) if own else None
         table.add_row(name, f"{1e3 * mean:.2f}", f"{1 / mean:.0f}", f"{ratio:.2f}" if ratio else "")
     Console(width=120).print(table)
@@ -226,9 +238,8 @@ def speed(folder: Path, file: Path, rounds: int) -> None:
     files = list(folder.iterdir())
     kilobytes = sum(path.stat().st_size for path in files) / len(files) / 1e3
     what = f"{len(files)} images of {kilobytes:.0f} kB"
-    show(measure_in_process(folder, file, rounds), f"{what}, one thread", WORK)
-    peers = {PEER: OURS, PEER_UINT8: OURS}
-    show(measure_with_worker(folder, file, rounds), f"{what}, one worker and the main process", peers)
+    show(measure_in_process(folder, file, rounds), f"{what}, one thread")
+    show(measure_with_worker(folder, file, rounds), f"{what}, one worker and the main process")
 
 
 def pss(process: int) -> float:
@@ -237,50 +248,51 @@ def pss(process: int) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1e3
 
 
-def watch(name: str, batches: Iterable[Any], workers: Callable[[], list[int]], images: int, epochs: int) -> None:
+def watch(name: str, loader: DataLoader, images: int, epochs: int) -> None:
     """Print the memory of the main process and the workers at the start and after each quarter of an epoch."""
     table = Table(title=name, title_justify="left")
     for column in ("epochs read", "main process, MB", "8 workers, MB", "together, MB"):
         table.add_column(column, justify="right")
     seen, due = 0, 0.0
-    for batch in batches:
+    for batch in loader:
         seen += len(batch[0])
         if seen >= due * images or seen == images * epochs:
-            main, others = pss(os.getpid()), sum(map(pss, workers()))
+            main, others = pss(os.getpid()), sum(map(pss, worker_ids(loader)))
             table.add_row(f"{seen / images:.2f}", f"{main:.0f}", f"{others:.0f}", f"{main + others:.0f}")
             due += 0.25
     Console(width=120).print(table)
 
 
-def memory(root: Path, epochs: int) -> None:
-    """Print the memory of eight workers that read a json of the size of COCO's."""
-    draw(root / "images", [(160, 160)] * 24)
-    data = content(118_287, 860_001)
+def write_large_json(path: Path) -> int:
+    """Annotations of the size of COCO's for 24 images of 160 x 160 pixels; returns how many images have objects."""
+    data = content(IMAGES, OBJECTS)
     for number, image in enumerate(data["images"]):
         image.update(file_name=f"{number % 24:012d}.jpg", width=160, height=160)
     for item in data["annotations"]:
         item["bbox"] = [value / 4 for value in item["bbox"]]
-    file = root / "train.json"
-    file.write_text(json.dumps(data))
-    images = len({item["image_id"] for item in data["annotations"]})
-    del data, image, item
+    path.write_text(json.dumps(data))
+    return len({item["image_id"] for item in data["annotations"]})
 
-    batch, workers = 16, 8
-    module = our_module(
-        root / "images", file, max_steps=images * epochs // batch, batch_size=batch, num_workers=workers,
-        short_sides=(160,), max_size=160,
-    )  # fmt: skip
-    loader = module.train_dataloader()
-    watch("ours", loader, lambda: worker_ids(loader), images, epochs)
-    del module, loader
 
-    dataset = peer_dataset(root / "images", file)
-    # One data loader for all epochs, so that its workers live as long as ours.
-    order = torch.cat([torch.randperm(len(dataset)) for _ in range(epochs)]).tolist()  # type: ignore[arg-type]
-    peer = DataLoader(
-        dataset, sampler=order, batch_size=batch, num_workers=workers, collate_fn=pairs, persistent_workers=True
-    )
-    watch("torchvision's CocoDetection", peer, lambda: worker_ids(peer), len(dataset), epochs)  # type: ignore[arg-type]
+def memory(root: Path, epochs: int) -> None:
+    """Print the memory of eight workers that read a json of the size of COCO's."""
+    folder, file, options = root / "images", root / "train.json", {"batch_size": 16, "num_workers": 8}
+    draw(folder, [(160, 160)] * 24)
+    images = write_large_json(file)
+
+    def ours() -> DataLoader:
+        steps = images * epochs // options["batch_size"]
+        module = our_module(folder, file, max_steps=steps, short_sides=(160,), max_size=160, **options)
+        return module.train_dataloader()
+
+    def peer() -> DataLoader:
+        dataset: Any = peer_dataset(folder, file)
+        # One data loader for all epochs, so that its workers live as long as ours.
+        order = torch.cat([torch.randperm(len(dataset)) for _ in range(epochs)]).tolist()
+        return peer_loader(dataset, sampler=order, **options)
+
+    watch("ours", ours(), images, epochs)
+    watch("torchvision's CocoDetection", peer(), IMAGES, epochs)
 
 
 def main() -> None:
@@ -291,7 +303,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--keep-memory", action="store_true")
     options = parser.parse_args()
+    if options.keep_memory:
+        keep_freed_memory()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -301,8 +316,8 @@ def main() -> None:
         if options.images:
             (root / "images").symlink_to(options.images.absolute())
         else:
-            landscape = [(4000, 3000)] * 4 if options.large else [(640, 480), (640, 427), (480, 640), (427, 640)] * 6
-            draw(root / "images", landscape)
+            sizes = [(4000, 3000)] * 4 if options.large else [(640, 480), (640, 427), (480, 640), (427, 640)] * 6
+            draw(root / "images", sizes)
         write_json(root / "train.json", root / "images")
         speed(root / "images", root / "train.json", options.rounds)
 
