@@ -25,7 +25,7 @@ from cpm_rcnn.data.shapes import CATEGORIES, write_shapes
 from cpm_rcnn.data.splits import DataSplits
 from cpm_rcnn.data.tiles import Tiles
 from cpm_rcnn.data.transforms import Augmentation, Resize
-from cpm_rcnn.data.worker_batches import to_send
+from cpm_rcnn.data.worker_batches import CollateForMainProcess
 from cpm_rcnn.errors import ArgumentError, UserError, check_choice, check_count, check_range
 from cpm_rcnn.remote.urls import Location, Url
 
@@ -332,18 +332,13 @@ class CocoDataModule(pl.LightningDataModule):
             persistent_workers=self.settings.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_ignore_signals,
-            collate_fn=_collate_in_worker if self.settings.num_workers else collate,
+            collate_fn=CollateForMainProcess(collate) if self.settings.num_workers else collate,
             **batching,
         )
 
     def _rank(self) -> tuple[int, int]:
         """The rank of this process and the number of ranks."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-
-def _collate_in_worker(samples: list[tuple[torch.Tensor, dict[str, Any]]]) -> Any:
-    """The batch of :func:`collate`, which the main process receives as it is."""
-    return to_send(collate(samples))
 
 
 def _ignore_signals(worker: int) -> None:
