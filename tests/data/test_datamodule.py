@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from cpm_rcnn.boxes import INCLUSIVE
-from cpm_rcnn.data import CocoDataModule, DataSettings, ShapesDataModule
+from cpm_rcnn.data import CocoDataModule, DataSettings, ShapesDataModule, jpeg
 from cpm_rcnn.data.mixing import Mosaic
 from cpm_rcnn.data.samplers import Sample
 from cpm_rcnn.data.settings import ShapesSettings
@@ -671,3 +671,11 @@ def test_only_missing_files_of_coco_show_where_to_download_coco(module, tmp_path
             module(root=str(tmp_path), val_json=name).val_dataloader()
         assert ("cocodataset.org" in str(error.value)) == shown
         assert f"expected in {tmp_path}: " in str(error.value)
+
+
+def test_a_missing_fast_decoder_is_reported_once(module, monkeypatch, caplog):
+    monkeypatch.setattr(jpeg, "decode_jpeg", None)
+    data = module()
+    for stage in ("fit", "validate"):
+        data.setup(stage)
+    assert caplog.messages == ["simplejpeg is not installed, so JPEGs are decoded by Pillow, which takes longer"]

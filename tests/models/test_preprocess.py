@@ -40,12 +40,22 @@ def test_images_are_at_the_top_left_of_a_batch_padded_to_multiples_of_32(input_f
             torch.testing.assert_close(row[channel, outside], torch.full((int(outside.sum()),), value))
 
 
-def test_image_whose_sides_are_multiples_of_32_is_neither_padded_nor_changed():
+@both_formats
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_image_whose_sides_are_multiples_of_32_is_neither_padded_nor_changed(input_format, channels_last):
     image = random_image(64, 96)
+    if channels_last:
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
     kept = image.clone()
-    batch, _ = ImagePreprocessor(CAFFE, CONTINUOUS)([image])
-    assert batch.shape == (1, 3, 64, 96)
+    preprocessor = ImagePreprocessor(input_format, CONTINUOUS)
+    batch, _ = preprocessor([image, image])
+    assert batch.shape == (2, 3, 64, 96)
     assert torch.equal(image, kept)
+    # Another batch does not change the first one.
+    first = batch.clone()
+    preprocessor([255 - image, image])
+    assert torch.equal(batch, first)
+    assert torch.equal(batch[0], batch[1])
 
 
 def test_integer_mean_std_and_scale_equal_floats():

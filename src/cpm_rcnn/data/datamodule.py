@@ -16,6 +16,7 @@ from cpm_rcnn.boxes import CONVENTIONS
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.data.dataset import CocoDataset, ImageFaults
 from cpm_rcnn.data.file_check import check_image_files, describe_problems, shared_images
+from cpm_rcnn.data.jpeg import has_fast_decoder
 from cpm_rcnn.data.mixing import MixingAugmentation
 from cpm_rcnn.data.presets import training_augmentations
 from cpm_rcnn.data.problem import counted
@@ -176,6 +177,10 @@ class CocoDataModule(pl.LightningDataModule):
             UserError: a file is missing or invalid; an image is, or with ``on_error=skip``, all are.
             UnavailableError: the server of remote files refuses or does not answer.
         """
+        if "decoder" not in self._checked:
+            self._checked.add("decoder")
+            if _is_first_rank() and not has_fast_decoder():
+                _log.warning("simplejpeg is not installed, so JPEGs are decoded by Pillow, which takes longer")
         stages: dict[str, list[Split]] = {"fit": ["train", "val"], "validate": ["val"], "test": ["test"]}
         splits = stages.get(stage, [])
         if stage == "fit":

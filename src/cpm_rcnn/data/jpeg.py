@@ -16,6 +16,11 @@ except ImportError:  # there is no wheel for this platform
     decode_jpeg = None
 
 
+def has_fast_decoder() -> bool:
+    """Whether simplejpeg is installed; without it, Pillow decodes all JPEGs to the same pixels."""
+    return decode_jpeg is not None
+
+
 def decode_plain_jpeg(raw: bytes, header: JpegImageFile) -> Tensor | None:
     """The pixels of an ordinary JPEG, equal to those of Pillow, by simplejpeg, which copies them less often.
 
