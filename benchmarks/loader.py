@@ -17,21 +17,28 @@ that resizes before the conversion to float32, which torchvision's references do
 In the first table everything runs in one thread of one process. In the second, the data loaders have one worker
 process and batches of two images, and the main process does the rest; the CPU time of both processes is added. All
 pipelines take turns; times are medians over the rounds, and ratios are medians of the ratios within a round.
-``--keep-memory`` lets glibc keep freed memory, as the program's commands do, for all pipelines.
+Ours run in one process and torchvision's in another, because glibc keeps freed memory in ours, as it does in the
+program's commands, and not in torchvision's, whose references leave it as it is. With ``--keep-memory`` it keeps it in
+both.
 
 With ``--memory``, a json of 118,287 images and 860,001 objects is written, whose images are 24 small files. Eight
 workers read it for some epochs. PSS is the memory of a process in which a page that n processes share counts as 1/n, so
-its sum is what the processes take together.
+its sum is what the processes take together. Mapped files, most of them libraries, count less while other programs use
+them; the last column leaves them out. Batches that wait in the workers are files in memory, which belong to no process:
+at most 4 per worker.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +65,14 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 OURS, OURS_INPUT = "ours: data loader", "ours: with ImagePreprocessor"
 PEER, PEER_INPUT = "torchvision: data loader", "torchvision: with GeneralizedRCNNTransform"
 PEER_UINT8 = "torchvision: uint8, resized and normalized"
-WORK = {PEER: OURS, PEER_INPUT: OURS_INPUT, PEER_UINT8: OURS_INPUT}
+PEERS = {PEER: OURS, PEER_INPUT: OURS_INPUT, PEER_UINT8: OURS_INPUT}
+# Ends the names of the pipelines with a worker process.
+WORKER = ", one worker"
+# Passes over the images per round: the CPU time of a worker is read in units of 10 ms.
+REPEATS = 8
+
+# Reads all images; returns CPU seconds per image.
+Pass = Callable[[], float]
 
 
 def photograph(rng: np.random.Generator, width: int, height: int) -> Image.Image:
@@ -140,40 +154,59 @@ def peer_loader(dataset: Dataset, **options: Any) -> DataLoader:
     return DataLoader(dataset, collate_fn=pairs, persistent_workers=True, **options)
 
 
-def in_process(folder: Path, file: Path) -> dict[str, Callable[[int], Any]]:
-    """The pipelines, each a function of the number of an image."""
-    ours: Any = our_module(folder, file, max_steps=1).train_dataloader().dataset
+def our_pipelines(folder: Path, file: Path) -> dict[str, Pass]:
+    """This program's pipelines, each a function that reads all images and returns the CPU seconds per image."""
+    steps = len(list(folder.iterdir())) * REPEATS // BATCH
+    dataset: Any = our_module(folder, file, max_steps=1).train_dataloader().dataset
+    loader = our_module(folder, file, max_steps=steps, batch_size=BATCH, num_workers=1).train_dataloader()
     preprocess = ImagePreprocessor(RGB, CONTINUOUS)
-    reference: Any = peer_dataset(folder, file)
-    resized: Any = peer_dataset(folder, file, v2.Resize(SHORT_SIDE, max_size=MAX_SIZE, antialias=True))
-    transform = GeneralizedRCNNTransform(SHORT_SIDE, MAX_SIZE, MEAN, STD)
-
-    def to_input(number: int) -> Any:
-        image, target = reference[number]
-        return transform([image], [target])
-
     return {
-        OURS: ours.__getitem__,
-        OURS_INPUT: lambda number: preprocess([ours[number][0]]),
-        PEER: reference.__getitem__,
-        PEER_INPUT: to_input,
-        PEER_UINT8: resized.__getitem__,
+        OURS: partial(one_thread, dataset, lambda sample: None),
+        OURS_INPUT: partial(one_thread, dataset, lambda sample: preprocess([sample[0]])),
+        OURS + WORKER: partial(one_worker, loader, 1, lambda batch: None),
+        OURS_INPUT + WORKER: partial(one_worker, loader, 1, lambda batch: preprocess(batch[0])),
     }
 
 
-def measure_in_process(folder: Path, file: Path, rounds: int) -> dict[str, list[float]]:
-    """CPU seconds per image of each round, by pipeline."""
-    pipelines = in_process(folder, file)
-    count = len(list(folder.iterdir()))
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for number in range(rounds + 1):
-        for name, load in pipelines.items():
-            start = time.process_time()
-            for image in range(count):
-                load(image)
-            if number:
-                seconds[name].append((time.process_time() - start) / count)
-    return seconds
+def peer_pipelines(folder: Path, file: Path) -> dict[str, Pass]:
+    """Those of torchvision, as :func:`our_pipelines`."""
+    dataset = peer_dataset(folder, file)
+    resized = peer_dataset(folder, file, v2.Resize(SHORT_SIDE, max_size=MAX_SIZE, antialias=True))
+    transform = GeneralizedRCNNTransform(SHORT_SIDE, MAX_SIZE, MEAN, STD)
+    options: dict[str, Any] = {"num_workers": 1, "batch_size": BATCH, "shuffle": True}
+    loader, resized_loader = (peer_loader(each, **options) for each in (dataset, resized))
+    return {
+        PEER: partial(one_thread, dataset, lambda sample: None),
+        PEER_INPUT: partial(one_thread, dataset, lambda sample: transform([sample[0]], [sample[1]])),
+        PEER_UINT8: partial(one_thread, resized, lambda sample: transform.batch_images([sample[0]])),
+        PEER + WORKER: partial(one_worker, loader, REPEATS, lambda batch: None),
+        PEER_INPUT + WORKER: partial(one_worker, loader, REPEATS, lambda batch: transform(*batch)),
+        PEER_UINT8 + WORKER: partial(
+            one_worker, resized_loader, REPEATS, lambda batch: transform.batch_images(list(batch[0]))
+        ),
+    }
+
+
+def one_thread(dataset: Any, use: Callable[[Any], Any]) -> float:
+    """CPU seconds per image of reading and using all images in this process."""
+    start = time.process_time()
+    for number in range(len(dataset)):
+        use(dataset[number])
+    return (time.process_time() - start) / len(dataset)
+
+
+def one_worker(loader: DataLoader, passes: int, use: Callable[[Any], Any]) -> float:
+    """CPU seconds per image of some passes over a loader, of its worker and this process together."""
+    if loader._iterator is None:  # the worker has not been started
+        iter(loader)
+    workers = worker_ids(loader)
+    start = time.process_time() + sum(map(cpu_seconds, workers))
+    images = 0
+    for _ in range(passes):
+        for batch in loader:
+            use(batch)
+            images += len(batch[0])
+    return (time.process_time() + sum(map(cpu_seconds, workers)) - start) / images
 
 
 def cpu_seconds(process: int) -> float:
@@ -182,35 +215,37 @@ def cpu_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure_with_worker(folder: Path, file: Path, rounds: int) -> dict[str, list[float]]:
-    """CPU seconds per image of each round, of a worker and the main process together, by pipeline."""
-    count = len(list(folder.iterdir()))
-    repeats = 8  # the CPU time of the worker is read in units of 10 ms
-    steps = count * repeats // BATCH
-    ours = our_module(folder, file, max_steps=steps, batch_size=BATCH, num_workers=1).train_dataloader()
-    reference = peer_loader(peer_dataset(folder, file), num_workers=1, batch_size=BATCH, shuffle=True)
-    resizing = v2.Resize(SHORT_SIDE, max_size=MAX_SIZE, antialias=True)
-    resized = peer_loader(peer_dataset(folder, file, resizing), num_workers=1, batch_size=BATCH, shuffle=True)
-    preprocess = ImagePreprocessor(RGB, CONTINUOUS)
-    transform = GeneralizedRCNNTransform(SHORT_SIDE, MAX_SIZE, MEAN, STD)
-    pipelines: dict[str, tuple[DataLoader, int, Callable[[Any], Any]]] = {
-        OURS: (ours, 1, lambda batch: None),
-        OURS_INPUT: (ours, 1, lambda batch: preprocess(batch[0])),
-        PEER: (reference, repeats, lambda batch: None),
-        PEER_INPUT: (reference, repeats, lambda batch: transform(*batch)),
-        PEER_UINT8: (resized, repeats, lambda batch: transform.batch_images(batch[0])),
-    }
+_pipelines: dict[str, Pass] = {}
+
+
+def prepare(build: Callable[[Path, Path], dict[str, Pass]], keep_memory: bool, folder: Path, file: Path) -> None:
+    """Build the pipelines of a process."""
+    if keep_memory:
+        keep_freed_memory()
+    torch.set_num_threads(1)
+    _pipelines.update(build(folder, file))
+
+
+def measured(name: str) -> float:
+    """CPU seconds per image of one pass of a pipeline of this process."""
+    return _pipelines[name]()
+
+
+def measure(folder: Path, file: Path, rounds: int, keep_memory: bool) -> dict[str, list[float]]:
+    """CPU seconds per image of each round, by pipeline; the first round is not counted."""
     seconds: dict[str, list[float]] = defaultdict(list)
-    for number in range(rounds + 1):
-        for name, (loader, passes, use) in pipelines.items():
-            workers = worker_ids(loader) if number else []
-            start = time.process_time() + sum(map(cpu_seconds, workers))
-            for _ in range(passes):
-                for batch in loader:
-                    use(batch)
-            if number:
-                used = time.process_time() + sum(map(cpu_seconds, workers)) - start
-                seconds[name].append(used / (count * repeats))
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, context, prepare, (our_pipelines, True, folder, file)) as ours,
+        ProcessPoolExecutor(1, context, prepare, (peer_pipelines, keep_memory, folder, file)) as peers,
+    ):
+        for number in range(rounds + 1):
+            for work in ("", WORKER):
+                for name in (OURS, OURS_INPUT, PEER, PEER_INPUT, PEER_UINT8):
+                    process = ours if name in (OURS, OURS_INPUT) else peers
+                    value = process.submit(measured, name + work).result()
+                    if number:
+                        seconds[name + work].append(value)
     return seconds
 
 
@@ -220,79 +255,87 @@ def worker_ids(loader: DataLoader) -> list[int]:
     return [worker.pid for worker in iterator._workers]
 
 
-def show(seconds: dict[str, list[float]], title: str) -> None:
+def show(seconds: dict[str, list[float]], title: str, work: str = "") -> None:
     """Print milliseconds, images per second, and how many times as many images ours reads as each peer."""
     table = Table(title=title, title_justify="left")
     for column in ("pipeline", "CPU ms per image", "images/s per core", "ours is faster by"):
         table.add_column(column, justify="left" if column == "pipeline" else "right")
-    for name, values in seconds.items():
+    for name in (OURS, OURS_INPUT, *PEERS):
+        values = seconds[name + work]
         mean = statistics.median(values)
-        own = WORK.get(name)
-        ratio = statistics.median(peer / ours for peer, ours in zip(values, seconds[own])) if own else None
+        own = seconds[PEERS[name] + work] if name in PEERS else None
+        ratio = statistics.median(peer / ours for peer, ours in zip(values, own)) if own else None
         table.add_row(name, f"{1e3 * mean:.2f}", f"{1 / mean:.0f}", f"{ratio:.2f}" if ratio else "")
     Console(width=120).print(table)
 
 
-def speed(folder: Path, file: Path, rounds: int) -> None:
+def speed(folder: Path, file: Path, rounds: int, keep_memory: bool) -> None:
     """Print the two tables."""
     files = list(folder.iterdir())
     kilobytes = sum(path.stat().st_size for path in files) / len(files) / 1e3
     what = f"{len(files)} images of {kilobytes:.0f} kB"
-    show(measure_in_process(folder, file, rounds), f"{what}, one thread")
-    show(measure_with_worker(folder, file, rounds), f"{what}, one worker and the main process")
+    seconds = measure(folder, file, rounds, keep_memory)
+    show(seconds, f"{what}, one thread")
+    show(seconds, f"{what}, one worker and the main process", WORKER)
 
 
-def pss(process: int) -> float:
-    """Proportional set size of a process in MB."""
-    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1e3
+def pss(processes: Iterable[int]) -> tuple[float, float]:
+    """Proportional set size of some processes in MB, and the part of it that is not of mapped files."""
+    total = private = 0.0
+    for process in processes:
+        lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+        kilobytes = {line.split()[0]: int(line.split()[1]) for line in lines}
+        total += kilobytes["Pss:"] / 1e3
+        private += (kilobytes["Pss_Anon:"] + kilobytes["Pss_Shmem:"]) / 1e3
+    return total, private
 
 
 def watch(name: str, loader: DataLoader, images: int, epochs: int) -> None:
     """Print the memory of the main process and the workers at the start and after each quarter of an epoch."""
     table = Table(title=name, title_justify="left")
-    for column in ("epochs read", "main process, MB", "8 workers, MB", "together, MB"):
+    for column in ("epochs read", "main process, MB", "8 workers, MB", "together, MB", "without files, MB"):
         table.add_column(column, justify="right")
-    seen, due = 0, 0.0
+    seen = quarters = 0
     for batch in loader:
         seen += len(batch[0])
-        if seen >= due * images or seen == images * epochs:
-            main, others = pss(os.getpid()), sum(map(pss, worker_ids(loader)))
-            table.add_row(f"{seen / images:.2f}", f"{main:.0f}", f"{others:.0f}", f"{main + others:.0f}")
-            due += 0.25
+        if 4 * seen >= quarters * images:
+            (main, main_private), (workers, workers_private) = pss([os.getpid()]), pss(worker_ids(loader))
+            values = main, workers, main + workers, main_private + workers_private
+            table.add_row(f"{seen / images:.2f}", *(f"{value:.0f}" for value in values))
+            quarters += 1
     Console(width=120).print(table)
 
 
-def write_large_json(path: Path) -> int:
-    """Annotations of the size of COCO's for 24 images of 160 x 160 pixels; returns how many images have objects."""
+def write_large_json(path: Path) -> list[int]:
+    """Annotations of the size of COCO's for 24 images of 160 x 160 pixels; returns the rows of those with objects."""
     data = content(IMAGES, OBJECTS)
     for number, image in enumerate(data["images"]):
         image.update(file_name=f"{number % 24:012d}.jpg", width=160, height=160)
     for item in data["annotations"]:
         item["bbox"] = [value / 4 for value in item["bbox"]]
     path.write_text(json.dumps(data))
-    return len({item["image_id"] for item in data["annotations"]})
+    with_objects = {item["image_id"] for item in data["annotations"]}
+    return [row for row, image in enumerate(data["images"]) if image["id"] in with_objects]
 
 
 def memory(root: Path, epochs: int) -> None:
     """Print the memory of eight workers that read a json of the size of COCO's."""
     folder, file, options = root / "images", root / "train.json", {"batch_size": 16, "num_workers": 8}
     draw(folder, [(160, 160)] * 24)
-    images = write_large_json(file)
+    rows = write_large_json(file)
 
     def ours() -> DataLoader:
-        steps = images * epochs // options["batch_size"]
+        steps = -(-len(rows) * epochs // options["batch_size"])
         module = our_module(folder, file, max_steps=steps, short_sides=(160,), max_size=160, **options)
         return module.train_dataloader()
 
     def peer() -> DataLoader:
-        dataset: Any = peer_dataset(folder, file)
         # One data loader for all epochs, so that its workers live as long as ours.
-        order = torch.cat([torch.randperm(len(dataset)) for _ in range(epochs)]).tolist()
-        return peer_loader(dataset, sampler=order, **options)
+        order = torch.cat([torch.tensor(rows)[torch.randperm(len(rows))] for _ in range(epochs)]).tolist()
+        return peer_loader(peer_dataset(folder, file), sampler=order, **options)
 
-    watch("ours", ours(), images, epochs)
-    watch("torchvision's CocoDetection", peer(), IMAGES, epochs)
+    watch("ours", ours(), len(rows), epochs)
+    watch("torchvision's CocoDetection", peer(), len(rows), epochs)
 
 
 def main() -> None:
@@ -305,8 +348,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--keep-memory", action="store_true")
     options = parser.parse_args()
-    if options.keep_memory:
-        keep_freed_memory()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -319,7 +360,7 @@ def main() -> None:
             sizes = [(4000, 3000)] * 4 if options.large else [(640, 480), (640, 427), (480, 640), (427, 640)] * 6
             draw(root / "images", sizes)
         write_json(root / "train.json", root / "images")
-        speed(root / "images", root / "train.json", options.rounds)
+        speed(root / "images", root / "train.json", options.rounds, options.keep_memory)
 
 
 if __name__ == "__main__":
