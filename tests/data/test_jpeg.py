@@ -171,3 +171,9 @@ def test_the_pixels_can_be_changed(tmp_path, decoder):
     image[:] = 7
     assert image.eq(7).all()
     assert (ImageSource(tmp_path).read("a.jpg").long() - by_pillow(FILES["4:2:0"])).abs().max() <= 1
+
+
+def test_a_decoder_that_finds_another_size_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(jpeg, "decode_jpeg", lambda raw, colors: np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "a.jpg").write_bytes(FILES["4:2:0"])
+    assert torch.equal(ImageSource(tmp_path).read("a.jpg").long(), by_pillow(FILES["4:2:0"]))

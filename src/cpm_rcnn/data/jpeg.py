@@ -42,6 +42,8 @@ def decode_plain_jpeg(raw: bytes, header: JpegImageFile) -> Tensor | None:
         pixels = decode_jpeg(raw, "RGB")
     except ValueError:  # also for what libjpeg only warns of
         return None
+    if pixels.shape[1::-1] != header.size:  # a damaged header, which the two libraries read in different ways
+        return None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
