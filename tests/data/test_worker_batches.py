@@ -82,6 +82,14 @@ def link(path):
         return ""
 
 
+def open_at_most(count):
+    """Whether that few files remain open; the thread that sends descriptors closes them a moment after they arrive."""
+    deadline = time.monotonic() + 10
+    while open_files() > count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return open_files() <= count
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -104,7 +112,7 @@ def test_files_are_used_again_after_the_tensors_are_gone():
     sender = CollateForMainProcess(lambda batch: batch)
     for number in range(20):
         assert same(sent(sender, torch.full((100, 100), number)), torch.full((100, 100), number))
-    assert open_files() == 1
+        assert open_at_most(1)
 
 
 def test_a_batch_is_not_overwritten_while_a_view_or_an_array_of_it_exists():
@@ -152,9 +160,9 @@ def test_more_batches_than_a_worker_keeps_files_for_leave_no_file_open():
     batches = [sent(sender, torch.full((10,), number)) for number in range(20)]
     assert [int(batch[0]) for batch in batches] == list(range(20))
     del batches
-    assert open_files() <= 4
+    assert open_at_most(4)
     del sender
-    assert open_files() == 0
+    assert open_at_most(0)
 
 
 def test_no_file_is_left_open_after_an_early_stop_and_an_error():
@@ -164,7 +172,7 @@ def test_no_file_is_left_open_after_an_early_stop_and_an_error():
     with pytest.raises(UserError, match="image 7 is damaged"):
         list(loader(Samples(damaged=7)))
     gc.collect()
-    assert open_files() == 0
+    assert open_at_most(0)
 
 
 def test_a_batch_that_does_not_fit_in_memory_gives_one_line():
