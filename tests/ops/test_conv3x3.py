@@ -9,7 +9,6 @@ from torch import nn
 
 from cpm_rcnn.models.build import build_detector
 from cpm_rcnn.ops import conv3x3 as module
-from cpm_rcnn.ops import libraries
 from cpm_rcnn.ops.conv3x3 import Conv3x3, conv3x3, use_conv3x3
 
 
@@ -145,7 +144,7 @@ def test_it_compiles_as_one_graph_for_all_sizes():
         assert all(map(torch.equal, *grads))
 
 
-def test_a_missing_kernel_warns_once_and_uses_torch(monkeypatch):
+def test_a_missing_kernel_warns_once_and_uses_torch(request):
     arguments = tensors(requires_grad=True)
 
     def results():
@@ -153,16 +152,12 @@ def test_a_missing_kernel_warns_once_and_uses_torch(monkeypatch):
         return output, *torch.autograd.grad(output.sum(), arguments)
 
     expected = results()
-    monkeypatch.setattr(libraries._KERNELS, "__path__", [])
-    module.load_cpu_kernel.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match=r"3x3 convolution: no compiled CPU kernel.*not built"):
-            torch.testing.assert_close(results(), expected, rtol=1e-4, atol=1e-4)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            results()
-    finally:
-        module.load_cpu_kernel.cache_clear()
+    request.getfixturevalue("no_compiler")
+    with pytest.warns(UserWarning, match="no compiled CPU kernels"):
+        torch.testing.assert_close(results(), expected, rtol=1e-4, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results()
 
 
 def test_layers_are_replaced_where_the_kernel_may_be_used():

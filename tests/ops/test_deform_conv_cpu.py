@@ -21,10 +21,8 @@ from ops import deform_conv_sweep
 def operators():
     """Load the compiled operators. Skip the tests without them, but only on a machine that has no compiler."""
     if not load_cpu_kernel():
-        assert shutil.which("c++") is None, (
-            "the CPU kernel was not built: pip install --no-build-isolation --editable ."
-        )
-        pytest.skip("the CPU kernel is not built, and there is no compiler")
+        assert shutil.which("c++") is None, "not compiled: see python -m cpm_rcnn.ops.compile_kernels"
+        pytest.skip("the CPU kernel is not compiled, and there is no compiler")
 
 
 class DeformConv(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torchvision
 from torch.export import export
 
 from cpm_rcnn.models.nms import grouped_nms
-from cpm_rcnn.ops import libraries, nms
+from cpm_rcnn.ops import nms
 from cpm_rcnn.ops.nms import nms_mask, nms_mask_reference
 from ops import nms_sweep
 
@@ -156,18 +156,14 @@ def test_invalid_arguments_raise_an_error(broken, message):
         nms_mask(*given, *([threshold] if len(given) == 3 else []))
 
 
-def test_a_missing_kernel_warns_once_and_uses_torchvision(monkeypatch):
+def test_a_missing_kernel_warns_once_and_uses_torchvision(request):
     expected = nms_mask(*scene())
-    monkeypatch.setattr(libraries._KERNELS, "__path__", [])
-    nms.load_cpu_kernel.cache_clear()
-    try:
-        with pytest.warns(UserWarning, match=r"non-maximum suppression: no compiled CPU kernel.*not built"):
-            assert torch.equal(nms_mask(*scene()), expected)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert torch.equal(nms_mask(*scene()), expected)
-    finally:
-        nms.load_cpu_kernel.cache_clear()
+    request.getfixturevalue("no_compiler")
+    with pytest.warns(UserWarning, match="no compiled CPU kernels"):
+        assert torch.equal(nms_mask(*scene()), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(nms_mask(*scene()), expected)
 
 
 @pytest.mark.parametrize("count", [0, 1, 700, 1500])

@@ -150,11 +150,8 @@ conv3x3_grad_weight_op.register_autograd(_differentiate_grad_weight, setup_conte
 
 @cache
 def load_cpu_kernel() -> bool:
-    """Load the compiled kernel on the first call, and return whether it is available.
-
-    Warns once if it is not.
-    """
-    return load_cpu_library("winograd_cpu", "3x3 convolution")
+    """Load the compiled kernel on the first call, and return whether it is available."""
+    return load_cpu_library("winograd_cpu")
 
 
 def _kernel_pays(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -72,11 +72,8 @@ def select_backend(input: Tensor, offset: Tensor, mask: Tensor | None, weight: T
 
 @cache
 def load_cpu_kernel() -> bool:
-    """Load the compiled CPU kernel on the first call, and return whether it is available.
-
-    Warns once if it is not.
-    """
-    return load_cpu_library("deform_conv_cpu", "deformable convolution")
+    """Load the compiled CPU kernel on the first call, and return whether it is available."""
+    return load_cpu_library("deform_conv_cpu")
 
 
 @cache

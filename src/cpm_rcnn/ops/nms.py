@@ -156,11 +156,8 @@ def _torchvision_mask(
 
 @cache
 def load_cpu_kernel() -> bool:
-    """Load the compiled CPU kernel on the first call, and return whether it is available.
-
-    Warns once if it is not.
-    """
-    return load_cpu_library("nms_cpu", "non-maximum suppression")
+    """Load the compiled CPU kernel on the first call, and return whether it is available."""
+    return load_cpu_library("nms_cpu")
 
 
 @cache
