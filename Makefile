@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(wildcard kernels/*.cpp kernels/*.h)
 
-.PHONY: train test check format docs clean
+.PHONY: train test check format docs kernels dist clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m cpm_rcnn.train experiment=quickstart
@@ -27,21 +27,30 @@ format: $(VENV)/.installed-test
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
-$(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[docs]'
-	@touch $@
+# Compiles the CPU kernels ahead of their first use.
+kernels: $(VENV)/.installed
+	$(BIN)/python -m cpm_rcnn.ops.compile_kernels
 
-$(VENV)/.installed: pyproject.toml setup.py $(CPP)
+# An sdist and the wheel that is built from it.
+dist: $(VENV)/.installed-test
+	rm -rf dist
+	$(BIN)/python -m build
+
+$(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
-	# Once more, now that torch is there to build the CPU kernel against.
-	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test]'
+$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	@touch $@
 
 clean:
-	rm -rf kernels/*.so $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,7 +21,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.utils.cpp_extension import include_paths, library_paths
+
+from cpm_rcnn.ops.kernel_build import compile_command
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEPS = {
@@ -34,11 +35,9 @@ SANITIZERS = "-fsanitize=address,undefined,float-cast-overflow"
 
 
 def build(source: Path, library: Path) -> None:
-    command = ["c++", "-shared", "-fPIC", "-std=c++20", "-O1", "-g", "-fopenmp", "-fno-omit-frame-pointer"]
-    command += ["-ffp-contract=off"] * (source.stem == "nms_cpu")  # as in setup.py
+    # The last of several levels of optimization and debug information counts.
+    command = [*compile_command(["c++"], source, library), "-O1", "-g", "-fno-omit-frame-pointer"]
     command += [SANITIZERS, "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
-    command += [f"-isystem{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
-    command += [str(source), "-o", str(library), "-lc10", "-ltorch_cpu", "-ltorch"]
     subprocess.run(command, check=True)
 
 

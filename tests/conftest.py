@@ -1,4 +1,4 @@
-"""What must stand before anything is imported."""
+"""What must stand before anything is imported, and what must be done before any test."""
 
 import os
 
@@ -12,3 +12,11 @@ if not torch.cuda.is_available():
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+def pytest_sessionstart() -> None:
+    """Compile the CPU kernels if necessary, because the time of some tests is limited."""
+    from cpm_rcnn.ops.kernel_build import build_kernels
+
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        build_kernels()

@@ -470,9 +470,14 @@ def test_the_commands_work_from_a_wheel_outside_a_checkout(tmp_path):
     )
     assert built.returncode == 0, built.stderr
     site = tmp_path / "site"
-    shutil.unpack_archive(next(tmp_path.glob("*.whl")), site, "zip")
-    assert (site / "cpm_rcnn/conf/experiment/quickstart.yaml").is_file()
-    assert (site / "cpm_rcnn/kernels/README.md").is_file()
+    # Neither a version of Python nor a platform: it contains the kernels' sources and no library.
+    wheel = next(tmp_path.glob("*-py3-none-any.whl"))
+    shutil.unpack_archive(wheel, site, "zip")
+    assert not list(site.rglob("*.so"))
+    for source in ("kernels/*.cpp", "kernels/*.h", "kernels/*.py", "kernels/README.md", "conf/**/*.yaml"):
+        for path in root.glob(source):
+            assert (site / "cpm_rcnn" / path.relative_to(root)).read_bytes() == path.read_bytes()
+    assert (site / "cpm_rcnn/py.typed").is_file()
     for name in ("base.html", "check.html", "page.html", "parts.html", "style.css", "script.js"):
         assert (site / "cpm_rcnn/reporting/report" / name).is_file()
     shown = subprocess.run(
