@@ -1,7 +1,7 @@
 """``python -m cpm_rcnn.ops.compile_kernels``: compile the CPU kernels ahead of their first use.
 
-For images and clusters where the first use has no compiler or cannot write to the cache. Set ``CPM_RCNN_CACHE`` to the
-same folder then. Prints the path of each library. The exit status is 1 if one is missing or cannot be loaded.
+For images and clusters where the first use has no compiler or cannot write to the cache. It prints the path of each
+library. The exit status is 1 if one is missing or cannot be loaded.
 """
 
 import argparse

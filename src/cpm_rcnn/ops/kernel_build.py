@@ -42,14 +42,15 @@ def build_kernels() -> tuple[dict[str, Path], str | None]:
 
     Returns:
         The path of each available library by the name of its source file without suffix; and the reason why others are
-        missing, in one line, or None if there are all.
+        missing, in one line, or None if none is missing.
     """
     names = sorted(path.stem for path in SOURCES.glob("*.cpp"))
+    libraries: dict[str, Path] = {}
     failures: list[str] = []
     try:
         if sys.platform == "win32":
             raise KernelError("Windows is not supported")
-        folder = cache_folder() / "kernels" / _key()
+        folder = cache_folder() / _key()
         libraries = _find(folder, names)
         if len(libraries) < len(names):
             create_folder(folder)
@@ -58,7 +59,7 @@ def build_kernels() -> tuple[dict[str, Path], str | None]:
                 failures = _compile([name for name in names if name not in libraries], folder)
                 libraries = _find(folder, names)
     except (KernelError, OSError) as error:
-        return {}, str(error)
+        return libraries, str(error)
     return libraries, failures[0] if failures else None
 
 
@@ -109,7 +110,7 @@ def _lock(folder: Path) -> Iterator[None]:
     except Timeout:
         raise KernelError(f"another process compiles them for more than {_WAIT_LIMIT} s, see {folder}") from None
     except NotImplementedError:
-        raise KernelError(f"{folder} does not support locks. Set CPM_RCNN_CACHE to another folder") from None
+        raise KernelError(f"{folder} does not support locks. Set CPM_RCNN_KERNELS to another folder") from None
     try:
         yield
     finally:
@@ -132,12 +133,11 @@ def _compile(names: Sequence[str], folder: Path) -> list[str]:
 
 def _compiler() -> list[str]:
     """The C++ compiler: ``$CXX``, which may contain arguments, or the first that is installed."""
-    named = os.environ.get("CXX")
-    candidates = [shlex.split(named)] if named else [["c++"], ["g++"], ["clang++"]]
-    for command in candidates:
+    named = os.environ.get("CXX", "").split()
+    for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]) is not None:
             return command
-    missing = f"CXX={named}: there is no such program" if named else "no C++ compiler is installed"
+    missing = f"CXX={shlex.join(named)}: there is no such program" if named else "no C++ compiler is installed"
     raise KernelError(f"{missing}. Install g++ or clang++, or set CXX to a C++ compiler")
 
 

@@ -15,17 +15,18 @@ class KernelError(Exception):
 
 
 def cache_folder() -> Path:
-    """Return ``$CPM_RCNN_CACHE``, or ``cpm_rcnn`` in ``$XDG_CACHE_HOME``, which is ``~/.cache`` if it is not set.
+    """Return ``$CPM_RCNN_KERNELS``, or ``cpm_rcnn/kernels`` in ``$XDG_CACHE_HOME``, which is ``~/.cache`` by default.
+
+    It is not the cache of remote files, which may be large, on another disk, and read by others.
 
     Raises:
         KernelError: the user has no home folder.
     """
-    own = os.environ.get("CPM_RCNN_CACHE")
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cpm_rcnn" / "kernels"
     try:
-        folder = Path(own or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "cpm_rcnn").expanduser()
+        return Path(os.environ.get("CPM_RCNN_KERNELS") or default).expanduser().absolute()
     except RuntimeError as error:
-        raise KernelError(f"{error} Set CPM_RCNN_CACHE to a folder") from None
-    return folder.absolute()
+        raise KernelError(f"{error} Set CPM_RCNN_KERNELS to a folder") from None
 
 
 def create_folder(folder: Path) -> None:
@@ -40,7 +41,7 @@ def create_folder(folder: Path) -> None:
         for each in _from_root(folder):
             each.mkdir(mode=0o755, exist_ok=True)
     except OSError as error:
-        raise KernelError(f"{root} cannot be written ({error.strerror}). Set CPM_RCNN_CACHE to a folder") from None
+        raise KernelError(f"{root} cannot be written ({error.strerror}). Set CPM_RCNN_KERNELS to a folder") from None
     check_owner(folder)
 
 
@@ -61,7 +62,7 @@ def check_owner(path: Path) -> None:
         except OSError as error:
             raise KernelError(f"{each} cannot be read ({error.strerror})") from None
         if status.st_uid not in (0, os.geteuid()):
-            raise KernelError(f"{each} belongs to another user. Set CPM_RCNN_CACHE to a folder of your own")
+            raise KernelError(f"{each} belongs to another user. Set CPM_RCNN_KERNELS to a folder of your own")
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
             raise KernelError(f"{each} can be written by other users. Run chmod go-w {each}")
 
