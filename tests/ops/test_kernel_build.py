@@ -225,7 +225,7 @@ def test_without_a_compiler_there_is_one_warning_and_the_operators_of_torch_are_
         kept = nms_mask(boxes, scores, torch.zeros(3, dtype=torch.int64), 0.5)
         output, deformed = conv3x3(image, weight), deform_conv2d(image, offset, weight)
     assert [str(warning.message) for warning in caught] == [
-        "no compiled CPU kernels: CXX=nosuch++: there is no such program. Install g++ or clang++, or set CXX to a C++ "
+        "CPU kernels are missing: CXX=nosuch++: there is no such program. Install g++ or clang++, or set CXX to a C++ "
         "compiler. The operators of torch and torchvision are used instead, which are slower. "
         "python -m cpm_rcnn.ops.compile_kernels tries again."
     ]

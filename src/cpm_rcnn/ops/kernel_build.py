@@ -49,7 +49,7 @@ def build_kernels() -> tuple[dict[str, Path], str | None]:
     failures: list[str] = []
     try:
         if sys.platform == "win32":
-            raise KernelError("Windows is not supported")
+            raise KernelError("they are not compiled on Windows")
         folder = cache_folder() / _key()
         libraries = _find(folder, names)
         if len(libraries) < len(names):

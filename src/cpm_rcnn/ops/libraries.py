@@ -54,7 +54,7 @@ def _libraries() -> dict[str, Path]:
 
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"no compiled CPU kernels: {reason}. The operators of torch and torchvision are used instead, which are "
+        f"CPU kernels are missing: {reason}. The operators of torch and torchvision are used instead, which are "
         "slower. python -m cpm_rcnn.ops.compile_kernels tries again.",
         stacklevel=4,
     )
