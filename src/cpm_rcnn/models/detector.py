@@ -176,23 +176,32 @@ class TwoStageDetector(nn.Module):
         return torch.autocast(device.type, torch.bfloat16)
 
     def _losses(self, images: Sequence[Tensor], ground_truth: GroundTruth) -> dict[str, Tensor]:
-        features, sizes = self._features(images)
+        batch, sizes = self.preprocessor(images)
+        features = self._pyramid(batch)
         proposals, losses = self.rpn(features, sizes, ground_truth)
         losses |= self.head.losses(pooling_format(features), proposals, ground_truth)
         return reduce_losses(losses, self.settings.trunk.loss_mean)
 
     def _detections(self, images: Sequence[Tensor]) -> Detections:
-        features, sizes = self._features(images)
+        return self.detect_batch(*self.preprocessor(images))
+
+    def detect_batch(self, batch: Tensor, sizes: Tensor) -> Detections:
+        """Detections, in any order, in a batch that the preprocessor has made.
+
+        Args:
+            batch: (B, 3, H, W) normalized images; H and W are multiples of 32.
+            sizes: (B, 2) int64, height and width of the images in the batch.
+        """
+        features = self._pyramid(batch)
         check_output("backbone", self.backbone, *features)
         proposals, _ = self.rpn(features, sizes)
         detections = self.head.detect(pooling_format(features), proposals)
         check_output("head", self.head, detections.boxes, detections.scores)
         return detections
 
-    def _features(self, images: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-        """P2..P6, and the sizes (B, 2) of the images."""
-        batch, sizes = self.preprocessor(images)
-        return list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values()), sizes
+    def _pyramid(self, batch: Tensor) -> list[Tensor]:
+        """P2..P6 of a batch (B, 3, H, W)."""
+        return list(self.backbone(batch.contiguous(memory_format=torch.channels_last)).values())
 
 
 def _per_image(detections: Detections, num_images: int) -> list[dict[str, Tensor]]:

@@ -4,6 +4,9 @@ On a CPU, values and shapes are known as soon as they are computed. An accelerat
 value, the host waits until the device has computed all that is queued, and then the device waits for the host. So on an
 accelerator a subset of rows keeps a number of rows that the host knows, and the rows that do not belong to it are
 marked as invalid. On a CPU they are dropped, so that no layer computes them.
+
+While ``torch.export`` traces a model, no value can be read, and its graph must suit all shapes. Rows are dropped as on a
+CPU: the graph has operators whose number of rows depends on the data.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +26,11 @@ def reads_are_free(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def exporting() -> bool:
+    """Whether ``torch.export`` is tracing: shapes are symbols, and a condition on a value or a shape is an error."""
+    return torch.compiler.is_exporting()
+
+
 def rows_where(mask: Tensor, at_most: int) -> Tensor:
     """The rows where ``mask`` is True, in ascending order.
 
@@ -32,7 +40,14 @@ def rows_where(mask: Tensor, at_most: int) -> Tensor:
 
     Returns:
         (K,) int64. On a CPU, exactly these rows. On an accelerator, ``min(at_most, R)`` rows: these first, then others.
+        In an exported graph, these rows, and row 0 if there are none, because not every runtime computes layers of no
+        rows.
     """
+    if exporting():
+        first = torch.arange(mask.shape[0], device=mask.device) == 0
+        rows = (mask | (first & ~mask.any())).nonzero().squeeze(1)
+        torch._check(rows.shape[0] >= 1)
+        return rows
     if reads_are_free(mask):
         return mask.nonzero().squeeze(1)
     if at_most >= len(mask):
@@ -71,8 +86,10 @@ def requirements_deferred(unread: list[Requirement] | None = None) -> Iterator[N
 def require(condition: Tensor, fail: Callable[[], None]) -> None:
     """Call ``fail``, which raises, if ``condition``, a () bool tensor, is False.
 
-    It waits for the device, unless within :func:`requirements_deferred`.
+    It waits for the device, unless within :func:`requirements_deferred`. An exported graph does not check it.
     """
+    if exporting():
+        return
     deferred = _deferred.get()
     if deferred is not None and not reads_are_free(condition):
         deferred.append((condition, fail))

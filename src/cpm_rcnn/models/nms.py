@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cpm_rcnn.models.host import reads_are_free, rows_where
+from cpm_rcnn.models.host import exporting, reads_are_free, rows_where
 from cpm_rcnn.ops.nms import nms_mask
 
 # torchvision's batched_nms on a CPU keeps the order of equal scores of up to so many boxes.
@@ -37,7 +37,8 @@ def _best_first(scores: Tensor, mask: Tensor) -> Tensor:
     """The rows where ``mask`` is True by descending scores; on an accelerator followed by the others."""
     if not reads_are_free(mask):
         return scores.masked_fill(~mask, -torch.inf).argsort(descending=True, stable=True)
-    rows = rows_where(mask, len(mask))
+    rows = rows_where(mask, mask.shape[0])
     # Equal scores are ordered as by torchvision's batched_nms, so that results do not depend on the version of this
     # package.
-    return rows[scores[rows].double().argsort(descending=True, stable=len(mask) <= _STABLE)]
+    stable = exporting() or len(mask) <= _STABLE
+    return rows[scores[rows].double().argsort(descending=True, stable=stable)]

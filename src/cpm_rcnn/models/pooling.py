@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from cpm_rcnn.boxes import BoxConvention
-from cpm_rcnn.models.host import reads_are_free
+from cpm_rcnn.models.host import exporting, reads_are_free
 from cpm_rcnn.models.structures import Rois
 
 # The sampling ratio that the pooling on a CPU is written for.
@@ -52,6 +52,8 @@ class CellPyramid(list[Tensor]):
 
 def pooling_format(features: Sequence[Tensor]) -> list[Tensor]:
     """The pyramid in the format that RoIAlign reads fastest, converted once for all poolings of a head."""
+    if exporting():
+        return list(features)
     if reads_are_free(features[0]):
         return CellPyramid([feature.contiguous(memory_format=torch.channels_last) for feature in features])
     return [feature.contiguous() for feature in features]
@@ -90,7 +92,7 @@ class PyramidRoIAlign(nn.Module):
         """
         levels = pyramid_levels(rois.boxes, len(self.strides), self.convention)
         # Half precision cannot represent the coordinates, so pooling always runs in float32.
-        if reads_are_free(levels) and self.convention.sampling_ratio == _BAG_SAMPLES:
+        if reads_are_free(levels) and self.convention.sampling_ratio == _BAG_SAMPLES and not exporting():
             pyramid = features if isinstance(features, CellPyramid) else CellPyramid(features)
             pooled = self._pool_bags(pyramid, rois, levels)
         else:
@@ -99,11 +101,15 @@ class PyramidRoIAlign(nn.Module):
         return pooled.to(features[0].dtype)
 
     def _pool_levels(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
-        order = levels.argsort(stable=True)
-        counts = torch.bincount(levels, minlength=len(features)).tolist()
-        parts = rois.boxes[order].split(counts), rois.images[order].split(counts)
-        pooled = torch.cat([self._roi_align(*level) for level in zip(features, self.strides, *parts)])
-        return torch.empty_like(pooled).index_copy(0, order, pooled)
+        parts = [rois[(levels == level).nonzero().squeeze(1)] for level in range(len(features))]
+        pooled = torch.cat(
+            [
+                self._roi_align(feature, stride, part.boxes, part.images)
+                for feature, stride, part in zip(features, self.strides, parts)
+            ]
+        )
+        # The parts are ordered by level; this is the place of each RoI in them.
+        return pooled[levels.argsort(stable=True).argsort()]
 
     def _pool_masked(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
         # The number of samples of an infinite box would be infinite.

@@ -52,3 +52,17 @@ class ImagePreprocessor(nn.Module):
             row[:, :h, :w].copy_(image.flip(0) if self.flip_channels else image).sub_(self.mean).div_(self.std)
         # Copied from host memory, so that nothing waits for the device.
         return batch, torch.tensor(sizes).to(batch.device, non_blocking=True)
+
+    def stacked(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """The batch of :meth:`forward`, at test, from images that are padded already.
+
+        Args:
+            images: (B, 3, H, W) uint8, RGB, the images at the top left; H and W are multiples of 32.
+            sizes: (B, 2) int64, height and width of the images. Other pixels have no effect.
+        """
+        channels = images.flip(1) if self.flip_channels else images
+        batch = (channels - self.mean) / self.std
+        y, x = (torch.arange(side, device=images.device) for side in images.shape[-2:])
+        inside = (y[:, None] < sizes[:, 0, None, None]) & (x < sizes[:, 1, None, None])
+        outside = -self.mean / self.std if self.convention.pads_raw else torch.zeros_like(self.mean)
+        return torch.where(inside[:, None], batch, outside)

@@ -10,7 +10,7 @@ from torchvision.models.detection.rpn import RPNHead
 
 from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.models.finite import check_output
-from cpm_rcnn.models.host import reads_are_free, rows_where
+from cpm_rcnn.models.host import exporting, reads_are_free, rows_where
 from cpm_rcnn.models.losses import LossTerm
 from cpm_rcnn.models.nms import grouped_nms
 from cpm_rcnn.models.sampling import rank_in_group, sample_balanced
@@ -86,7 +86,7 @@ class RegionProposalNetwork(nn.Module):
         logits_per_level, deltas_per_level = self.head(list(features))
         # (B, A, H, W) -> (B, H * W * A), the order of the anchors.
         logits = [x.permute(0, 2, 3, 1).flatten(1).float() for x in logits_per_level]
-        deltas = [x.permute(0, 2, 3, 1).reshape(len(x), -1, 4).float() for x in deltas_per_level]
+        deltas = [x.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4)).float() for x in deltas_per_level]
         padded = [side * self.strides[0] for side in features[0].shape[-2:]]
         anchors = [
             level_anchors(self.convention, stride, size, feature.shape[-2:], feature.device, padded)
@@ -104,7 +104,7 @@ class RegionProposalNetwork(nn.Module):
 
     def _propose(self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], image_sizes: Tensor) -> Rois:
         limit = self.settings.proposals_train if self.training else self.settings.proposals_test
-        batch = len(image_sizes)
+        batch = image_sizes.shape[0]
         boxes, scores, levels = [], [], []
         for level, (level_logits, level_deltas, anchor) in enumerate(zip(logits, deltas, anchors)):
             best, rows = self._best(level_logits, limit)
@@ -114,10 +114,10 @@ class RegionProposalNetwork(nn.Module):
             levels.append(torch.full_like(rows, level))
         box = self.convention.clip(torch.cat(boxes, 1), image_sizes[:, None]).flatten(0, 1)
         score, level_of = torch.cat(scores, 1).flatten(), torch.cat(levels, 1).flatten()
-        image = torch.arange(batch, device=score.device).repeat_interleave(len(score) // batch)
+        image = torch.arange(batch, device=score.device)[:, None].expand(batch, score.shape[0] // batch).flatten()
         width, height = self.convention.sizes(box)
         nonempty = (width > 0) & (height > 0)
-        rows = rows_where(nonempty, len(box))
+        rows = rows_where(nonempty, box.shape[0])
         group = image * len(anchors) + level_of
         order, kept = grouped_nms(box[rows], score[rows], group[rows], _NMS_IOU, nonempty[rows])
         box, score, image = (each[rows[order]] for each in (box, score, image))
@@ -125,18 +125,23 @@ class RegionProposalNetwork(nn.Module):
         # Rows that were not kept come last.
         key = torch.where(kept, -score, torch.inf)
         rank, _ = rank_in_group(key, torch.zeros_like(image) if together else image, batch)
-        per_image = min(limit, sum(len(anchor) for anchor in anchors))
-        (proposals,) = Rois(box, image, kept & (rank < limit), image_sizes, (per_image,) * batch).compact()
+        at_most = None if exporting() else (min(limit, sum(len(anchor) for anchor in anchors)),) * batch
+        (proposals,) = Rois(box, image, kept & (rank < limit), image_sizes, at_most).compact()
         return proposals[:limit] if together else proposals
 
     def _best(self, logits: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """The highest scores (B, K) of a level in descending order, and their anchors (B, K); logits (B, A)."""
+        last = logits.shape[1] - 1
+        if exporting():
+            # The number of scores is then never a symbol. Padding repeats the last anchor, and NMS drops it.
+            logits = F.pad(logits, (0, limit), value=-torch.inf)
         if self.convention.ranks_probabilities:
             # mmdetection sorts all scores. Among equal ones, this gives the same order more often than topk.
             scores, rows = logits.sigmoid().sort(dim=1, descending=True)
-            return scores[:, :limit], rows[:, :limit]
-        scores, rows = logits.topk(min(limit, logits.shape[1]), dim=1)
-        return scores, rows
+            scores, rows = scores[:, :limit], rows[:, :limit]
+        else:
+            scores, rows = logits.topk(limit if exporting() else min(limit, logits.shape[1]), dim=1)
+        return scores, rows.clamp(max=last) if exporting() else rows
 
     def _losses(
         self, logits: Tensor, deltas: Tensor, anchors: Tensor, image_sizes: Tensor, ground_truth: GroundTruth

@@ -69,5 +69,5 @@ def rank_in_group(key: Tensor, group: Tensor, num_groups: int) -> tuple[Tensor, 
     sizes.scatter_add_(0, group, torch.ones_like(group))
     starts = sizes.cumsum(0) - sizes
     rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - starts[group[order]]
+    rank[order] = torch.arange(order.shape[0], device=order.device) - starts[group[order]]
     return rank, sizes

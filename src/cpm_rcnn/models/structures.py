@@ -117,8 +117,9 @@ class Rois(Rows):
         Returns:
             The remaining RoIs, followed by the remaining rows of each of ``others``.
         """
-        bound = len(self) if self.at_most is None else sum(self.at_most)
-        if bound >= len(self) and not reads_are_free(self.valid):
+        most = self.valid.shape[0]  # an exported graph has no len()
+        bound = most if self.at_most is None else sum(self.at_most)
+        if not reads_are_free(self.valid) and bound >= most:
             return (self, *others)
         rows = rows_where(self.valid, bound)
         return (replace(self[rows], at_most=self.at_most), *(other[rows] for other in others))

@@ -59,6 +59,8 @@ def deform_conv2d(
     Raises:
         RuntimeError: shapes, dtypes or devices do not match.
     """
+    if torch.compiler.is_exporting():
+        return torchvision.ops.deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask)
     device = input.device.type
     # Devices without autocast, such as meta, raise an error when asked whether it is enabled.
     has_autocast = torch.amp.is_autocast_available(device)

@@ -101,7 +101,7 @@ def select_detections(
     """
     candidate = (probabilities[:, 1:] > score_threshold) & rois.valid[:, None]
     select = partial(_select, candidate, probabilities, rois, boxes, nms_iou, max_detections)
-    at_most = max(_CANDIDATES_PER_ROI * len(rois), _MIN_CANDIDATES)
+    at_most = torch.sym_max(_CANDIDATES_PER_ROI * rois.valid.shape[0], _MIN_CANDIDATES)
     selected, counts = select(at_most), None
     if not reads_are_free(candidate):
         candidates, *counts = _read_counts(candidate, selected.rois)
@@ -135,7 +135,7 @@ def _select(
         assert rois.image_sizes is not None
         # Rows that are not valid come last.
         key = torch.where(chosen.valid, -scores, torch.inf)
-        rank, _ = rank_in_group(key, chosen.images, len(rois.image_sizes))
+        rank, _ = rank_in_group(key, chosen.images, rois.image_sizes.shape[0])
         chosen = chosen.where(rank < max_detections)
     return Selection(chosen, scores, labels[order], rows[order])
 
