@@ -5,7 +5,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src"
-COMMANDS = {"train", "eval", "predict", "convert", "compare", "check", "console", "__main__"}
+COMMANDS = {"train", "eval", "predict", "convert", "compare", "check", "export", "console", "__main__"}
 # From the bottom up; each may import those before it.
 LAYERS = [
     *("errors", "settings", "remote", "boxes", "ops", "models", "data", "weights"),

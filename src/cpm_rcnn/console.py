@@ -12,6 +12,7 @@ COMMANDS = {
     "check": "check the annotations and images of a data set",
     "compare": "compare evaluations",
     "convert": "convert released weights into a checkpoint",
+    "export": "write a detector to an ONNX file or a .pt2 file",
 }
 
 # Hydra knows the groups and options of a command; COMP_LINE is its protocol.

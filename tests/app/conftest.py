@@ -12,10 +12,19 @@ from cpm_rcnn.cli import main
 from cpm_rcnn.compare import compare
 from cpm_rcnn.convert import convert
 from cpm_rcnn.eval import evaluate
+from cpm_rcnn.export import export
 from cpm_rcnn.predict import predict
 from cpm_rcnn.train import train
 
-TASKS = {"check": check, "compare": compare, "convert": convert, "train": train, "eval": evaluate, "predict": predict}
+TASKS = {
+    "check": check,
+    "compare": compare,
+    "convert": convert,
+    "eval": evaluate,
+    "export": export,
+    "predict": predict,
+    "train": train,
+}
 
 
 @dataclass

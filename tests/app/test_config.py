@@ -39,7 +39,7 @@ def options(group: str) -> list[str]:
 def composed(*overrides: str, name: str = "train"):
     with initialize_config_module("cpm_rcnn.conf", version_base="1.3"):
         # ``name`` contains the time, which only a running Hydra resolves.
-        return compose(name, overrides=[*overrides, *(["name=test"] if name != "convert" else [])])
+        return compose(name, overrides=[*overrides, *(["name=test"] if name not in ("convert", "export") else [])])
 
 
 def model_of(config, num_classes: int = 3):
@@ -295,6 +295,7 @@ def test_the_options_of_a_checkpoint_that_can_be_overridden_are_those_of_the_set
         "eval": {"detector": model, "data": set(DataSettings.names("inference"))},
         "predict": {"detector": model, "data": set(SIZE_OPTIONS)},
         "convert": {"detector": model | {"stages"}},
+        "export": {"detector": model, "data": set(SIZE_OPTIONS)},
     }
     for name, expected in nodes.items():
         config = composed(name=name)

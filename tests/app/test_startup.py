@@ -18,6 +18,7 @@ REQUIRED = {
     "predict": ["ckpt=x.ckpt", "source=x.jpg"],
     "convert": ["src=x.pth", "dst=x.ckpt"],
     "compare": ["a", "b"],
+    "export": ["ckpt=x.ckpt", "dst=x.onnx"],
     "check": [],
 }
 

@@ -99,13 +99,14 @@ def build_module(
 def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
     """The detector of ``ckpt``, and the arguments of its data module, with the overrides of ``detector`` and ``data``.
 
-    The detector is optimized for inference in ``precision``.
+    The detector is optimized for inference in ``precision``, or in float32 if the command has no such option.
 
     Raises:
         UserError: the file does not exist, is damaged, or is a checkpoint of another program or format, or a value is
             invalid.
     """
-    check_choice("precision", config.precision, list(PRECISIONS))
+    precision = config.get("precision", 32)
+    check_choice("precision", precision, list(PRECISIONS))
     path = checkpoint_file(as_path(config.ckpt), "ckpt")
     checkpoint = read_checkpoint(path, "ckpt")
     data = checkpoint["hyper_parameters"]["data"] | overrides_in(data_with_paths(config.data))
@@ -113,7 +114,7 @@ def load_detector(config: DictConfig) -> tuple[Detector, dict[str, Any]]:
     multi_scale = multi_scale_settings(config)
     with config_keys(config, "detector"):
         detector = detector_from(checkpoint, f"ckpt={path}", multi_scale=multi_scale, **overrides)
-    return detector.optimize(PRECISIONS[config.precision]), data
+    return detector.optimize(PRECISIONS[precision]), data
 
 
 def multi_scale_settings(config: DictConfig) -> MultiScaleSettings | None:

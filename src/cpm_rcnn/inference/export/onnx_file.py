@@ -56,7 +56,7 @@ class OnnxRunner:
         return tuple(torch.from_numpy(output) for output in self._session.run(OUTPUTS, inputs))
 
 
-def check_installed() -> None:
+def check_onnx() -> None:
     """Raise :class:`UserError` unless the packages for ONNX are installed."""
     try:
         import onnx
