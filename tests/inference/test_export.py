@@ -1,0 +1,219 @@
+"""Exported files find what the model finds, for heads, backbones, image sizes and batches; others are not written."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from cpm_rcnn.errors import ArgumentError, UserError
+from cpm_rcnn.inference import Detector, MultiScaleSettings
+from cpm_rcnn.inference.export import export, files
+from cpm_rcnn.inference.export.onnx_file import OnnxRunner
+from cpm_rcnn.inference.export.parity import Comparison, compare, drawn_images, run_batch
+from cpm_rcnn.models.build import build_detector
+from small_models import CATEGORIES, SMALL
+
+DCN = {
+    "name": "resnet",
+    "layout": {"blocks": [1, 1, 1, 1], "groups": 4, "width_per_group": 8},
+    "deformable_stages": [3, 4, 5],
+}
+SIZES = ((64, 96), (32, 32), (97, 130))
+
+
+def make_detector(sizes=None, **options):
+    """A detector whose large random weights give heatmaps and scores of all sizes."""
+    torch.manual_seed(0)
+    settings = {"proposals_test": 10, "score_threshold": 0.4, "anchor_sizes": (16, 32, 64, 128, 256)}
+    if options.get("head", "cpm") != "cpm":
+        settings |= {"point_channels": ..., "grid_convs": ...}
+    chosen = {name: value for name, value in (SMALL | settings | options).items() if value is not ...}
+    net = build_detector(num_classes=2, **chosen).eval().requires_grad_(False)
+    for name, layer in net.named_modules():
+        if isinstance(layer, FrozenBatchNorm2d):
+            layer.weight.copy_(torch.rand(len(layer.weight)) * 0.5 + 0.4)
+            layer.bias.copy_(torch.randn(len(layer.bias)) * 0.2)
+        if name.endswith("conv_offset"):
+            nn.init.normal_(layer.weight, std=0.02)
+        if name.endswith(("classifier.predictor", "cls_logits", "rsm.predictor")):
+            nn.init.normal_(layer.weight, std=0.5)
+        if name.endswith("deconvs.3"):
+            nn.init.normal_(layer.weight, std=0.3)
+        if name.endswith("ism.predictor"):
+            nn.init.constant_(layer.bias, 0.5)
+    return Detector(net, CATEGORIES, **(sizes or {"short_side": 64, "max_size": 96}))
+
+
+def random_image(height, width):
+    generator = torch.Generator().manual_seed(height * width)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backbone": DCN, "head": "cascade", "ism": True, "rsm": True},
+        {"backbone": "tf_efficientnet_lite0", "head": "faster", "convention": "torchvision"},
+    ],
+    ids=["cascade with ISM and RSM on a deformable ResNeXt", "faster on a timm model"],
+)
+def test_an_onnx_file_finds_what_the_model_finds_for_all_sizes_and_batches(options, tmp_path):
+    detector = make_detector(sizes={"short_side": None}, **options)
+    images = {f"{height} x {width}": random_image(height, width) for height, width in SIZES}
+    compared = export(detector, tmp_path / "a.onnx", images=images)
+    assert compared.images == 3
+    assert compared.detections > 10
+    assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+    again = compare(detector.model, OnnxRunner(tmp_path / "a.onnx"), images)
+    assert again == compared
+
+
+PT2_ALONE = """
+import json, sys
+import torch, torchvision
+extra = {"detector.json": ""}
+detect = torch.export.load(sys.argv[1], extra_files=extra).module()
+images, sizes = torch.load(sys.argv[2])
+with torch.no_grad():
+    torch.save(detect(images, sizes), sys.argv[3])
+assert not any(name.startswith("cpm_rcnn") for name in sys.modules)
+print(extra["detector.json"])
+"""
+
+
+def test_a_pt2_file_finds_what_the_model_finds_in_a_process_without_this_package(tmp_path):
+    detector = make_detector(fusion=True, stages=[{"positive_iou": 0.5, "mapping_ratio": 1.0, "loss_weight": 1.0}] * 2)
+    assert export(detector, tmp_path / "a.pt2", "pt2").detections > 10
+    image = random_image(64, 96)
+    torch.save((image[None], torch.tensor([[64, 96]])), tmp_path / "inputs.pt")
+    arguments = [tmp_path / "a.pt2", tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
+    ran = subprocess.run(
+        [sys.executable, "-c", PT2_ALONE, *arguments], capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"}
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = torch.load(tmp_path / "outputs.pt")
+    assert compare(detector.model, lambda *inputs: found, {"image": image}).detections > 3
+    about = json.loads(ran.stdout)
+    assert about["classes"] == ["cat", "dog"]
+    assert about["category_ids"] == [3, 8]
+    assert (about["short_side"], about["max_size"], about["multiple"]) == (64, 96, 32)
+    assert about["model"]["score_threshold"] == 0.4
+    assert about["score_thresholds"] == {}
+
+
+class Model:
+    """Stands for a model or a file with given detections in each image."""
+
+    def __init__(self, boxes, scores, labels):
+        self.found = {"boxes": torch.tensor(boxes), "scores": torch.tensor(scores), "labels": torch.tensor(labels)}
+
+    def __call__(self, images):
+        return [self.found for _ in images]
+
+    def run(self, images, sizes):
+        columns = [torch.cat([column] * len(images)) for column in self.found.values()]
+        return *columns, torch.full((len(images),), len(columns[1]))
+
+
+BOXES, SCORES, LABELS = [[0.0, 0, 9, 9], [5.0, 5, 9, 9]], [0.9, 0.9], [1, 2]
+TWO = {"a": random_image(32, 32), "b": random_image(64, 32)}
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "labels", "message"),
+    [
+        ([[0.0, 0, 9, 9.06], BOXES[1]], SCORES, LABELS, "a: detection 1 of 2 (label 1, score 0.9000) differs by 0.06"),
+        (BOXES, [0.9, 0.8998], LABELS, "a: detection 2 of 2 (label 2, score 0.9000) differs by 0 pixels and 0.0002"),
+        (BOXES, SCORES, [1, 1], "a: detection 2 of 2 (label 2, score 0.9000) is missing in the file"),
+        (BOXES[:1], SCORES[:1], LABELS[:1], "a: detection 2 of 2 (label 2, score 0.9000) is missing in the file"),
+        ([*BOXES, BOXES[0]], [*SCORES, 0.9], [*LABELS, 1], "a: the file has 3 detections, the model 2"),
+    ],
+)
+def test_a_difference_is_refused_with_the_image_and_the_size_of_the_difference(boxes, scores, labels, message):
+    with pytest.raises(UserError) as caught:
+        compare(Model(BOXES, SCORES, LABELS), Model(boxes, scores, labels).run, TWO)
+    assert str(caught.value).startswith(message)
+
+
+def test_detections_of_almost_equal_scores_may_be_in_another_order():
+    other = Model(BOXES[::-1], [0.9, 0.89995], LABELS[::-1])
+    compared = compare(Model(BOXES, SCORES, LABELS), other.run, TWO)
+    assert compared.images == 2
+    assert compared.detections == 4
+    assert compared.box == 0
+    assert compared.score == pytest.approx(5e-5, rel=1e-2)
+
+
+def test_images_without_detections_do_not_count_as_a_comparison():
+    nothing = Model([[0.0] * 4], [0.5], [1])
+    nothing.found = {name: column[:0] for name, column in nothing.found.items()}
+    with pytest.raises(UserError, match="no detections in 2 images, so nothing was compared"):
+        compare(nothing, nothing.run, TWO)
+
+
+def test_images_of_a_batch_are_padded_to_the_same_multiple_of_32():
+    seen = []
+
+    def run(images, sizes):
+        seen.append((images, sizes))
+        return torch.zeros(3, 4), torch.zeros(3), torch.ones(3, dtype=torch.int64), torch.tensor([1, 2])
+
+    found = run_batch(run, [random_image(33, 20), random_image(20, 64)])
+    ((images, sizes),) = seen
+    assert images.shape == (2, 3, 64, 64)
+    assert sizes.tolist() == [[33, 20], [20, 64]]
+    assert torch.equal(images[1, :, :20], random_image(20, 64))
+    assert [len(each["scores"]) for each in found] == [1, 2]
+
+
+def test_drawn_images_have_three_sizes_after_they_are_resized():
+    detector = make_detector(sizes={"short_side": 64, "max_size": 96})
+    assert len({detector.resize(image).shape for image in drawn_images(detector).values()}) == 3
+
+
+@pytest.fixture
+def without_exporters(monkeypatch):
+    """The exporters, which take seconds, write a few bytes; returns the error that the comparison then raises."""
+    errors = []
+
+    def compared(*args):
+        if errors:
+            raise errors[0]
+        return Comparison(1, 1, 0.0, 0.0)
+
+    monkeypatch.setattr(files, "trace", lambda model: None)
+    monkeypatch.setattr(files, "write_onnx", lambda program, path, metadata, opset: path.write_bytes(b"new"))
+    monkeypatch.setattr(files, "_RUNNERS", {"onnx": lambda path: None, "pt2": lambda path: None})
+    monkeypatch.setattr(files, "compare", compared)
+    return errors
+
+
+def test_a_file_whose_detections_differ_is_not_written_and_an_older_one_stays(without_exporters, tmp_path):
+    detector = make_detector()
+    (tmp_path / "a.onnx").write_bytes(b"old")
+    without_exporters.append(UserError("drawn image 1: detection 1 differs"))
+    with pytest.raises(UserError, match="drawn image 1"):
+        export(detector, tmp_path / "a.onnx")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.onnx": b"old"}
+    without_exporters.clear()
+    export(detector, tmp_path / "a.onnx")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.onnx": b"new"}
+
+
+def test_what_a_file_cannot_do_is_refused(without_exporters, tmp_path, monkeypatch):
+    detector = make_detector()
+    for name, value in (("format", "tflite"), ("opset", 18)):
+        with pytest.raises(ArgumentError, match=f"^{name}={value}: must be"):
+            export(detector, tmp_path / "a.onnx", **{name: value})
+    with pytest.raises(ArgumentError, match="^tile=64: a file does not cut images into tiles"):
+        export(make_detector(sizes={"short_side": 64, "tile": 64}), tmp_path / "a.onnx")
+    with pytest.raises(ArgumentError, match="^multi_scale: a file tests at one scale"):
+        export(make_detector(sizes={"short_side": 64, "multi_scale": MultiScaleSettings()}), tmp_path / "a.onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(UserError, match=r"onnxscript is not installed; pip install 'cpm-rcnn\[export\]'"):
+        export(detector, tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
