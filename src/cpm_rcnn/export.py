@@ -10,6 +10,7 @@ from cpm_rcnn.cli.nodes import check_ckpt
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_path
 from cpm_rcnn.predict import find_images
 
+# As in cpm_rcnn.inference.export, which imports torch.
 _FORMATS = ("onnx", "pt2")
 _MIN_OPSET = 19
 

@@ -5,8 +5,8 @@ value, the host waits until the device has computed all that is queued, and then
 accelerator a subset of rows keeps a number of rows that the host knows, and the rows that do not belong to it are
 marked as invalid. On a CPU they are dropped, so that no layer computes them.
 
-While ``torch.export`` traces a model, no value can be read, and its graph must suit all shapes. Rows are dropped as on a
-CPU: the graph has operators whose number of rows depends on the data.
+While ``torch.export`` traces a model, no value can be read, and the graph must suit all shapes. Rows are dropped as on
+a CPU: the graph has operators whose number of rows depends on the data.
 """
 
 from collections.abc import Callable, Iterator, Sequence

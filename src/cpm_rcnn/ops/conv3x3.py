@@ -27,8 +27,9 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     The kernel for CPUs is used if all tensors are float32, or bfloat16 on a processor without AMX; if both numbers of
     channels are multiples of 32 and at least 64; and if there are at least 256 outputs per channel, in images of at
     least 3 x 3. The output is then channels-last. It can be differentiated any number of times in reverse mode, but not
-    by forward-mode differentiation or ``torch.func.grad``. ``torch.export`` sees torch's convolution. A value that is not finite makes the whole tiles of 4 x 4
-    outputs that depend on it not finite, and so may values above 1e37. See docs/conv3x3.md for its rounding errors.
+    by forward-mode differentiation or ``torch.func.grad``. ``torch.export`` sees torch's convolution. A value that is
+    not finite makes the whole tiles of 4 x 4 outputs that depend on it not finite, and so may values above 1e37. See
+    docs/conv3x3.md for its rounding errors.
 
     Args:
         input: (N, C_in, H, W).

@@ -1,5 +1,6 @@
 """Detectors as ONNX files of standard operators, which onnxruntime runs on a CPU."""
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -58,11 +59,10 @@ class OnnxRunner:
 
 def check_onnx() -> None:
     """Raise :class:`UserError` unless the packages for ONNX are installed."""
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"format=onnx: {error.name} is not installed; pip install 'cpm-rcnn[export]', or use format=pt2"
-        ) from None
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            import_module(name)
+        except ImportError:
+            raise UserError(
+                f"format=onnx: {name} is not installed; pip install 'cpm-rcnn[export]', or use format=pt2"
+            ) from None

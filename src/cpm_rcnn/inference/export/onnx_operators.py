@@ -1,11 +1,15 @@
 """Translations to ONNX of operators that torch has no translation of, or none that suits detectors."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from onnx import TensorProto
-from onnxscript import opset18 as op
+from onnxscript import opset18
+
+# The functions are traced with symbolic values, which the types of onnxscript do not describe.
+op: Any = opset18
 
 _MAX_INT64 = torch.iinfo(torch.int64).max
 _LOWEST = torch.finfo(torch.float32).min
@@ -46,7 +50,7 @@ def _less_or_equal(a: Any, b: Any) -> Any:
     return op.LessOrEqual(a, min(b, _MAX_INT64) if isinstance(b, int) else b)
 
 
-TRANSLATIONS = {
+TRANSLATIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.cpm_rcnn.nms_mask.default: _nms_mask,
     torch.ops.aten.sort.stable: _stable_sort,
     operator.le: _less_or_equal,

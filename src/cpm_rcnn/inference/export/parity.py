@@ -107,7 +107,9 @@ def _differences(name: str, expected: Mapping[str, Tensor], found: Mapping[str, 
         candidates = close[row].nonzero().flatten().tolist()
         column = next((each for each in candidates if each not in columns), None)
         if column is None:
-            raise UserError(f"{name}: {_difference(row, expected, box[row], score[row], equal[row])}; nothing is written")
+            raise UserError(
+                f"{name}: {_difference(row, expected, box[row], score[row], equal[row])}; nothing is written"
+            )
         columns.append(column)
     if len(found["scores"]) > len(columns):
         raise UserError(f"{name}: the file has {len(found['scores'])} detections, the model {len(columns)}")

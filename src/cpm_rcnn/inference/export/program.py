@@ -64,7 +64,7 @@ def trace(model: TwoStageDetector) -> ExportedProgram:
     images = torch.zeros(_EXAMPLE, dtype=torch.uint8)
     sizes = torch.tensor([_EXAMPLE[2:]]).repeat(_EXAMPLE[0], 1)
     # As torch.onnx does it: a graph for a batch of one image too.
-    with symbolic_shapes.patch(backed_size_oblivious=True):
+    with symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         return torch.export.export(
             BatchDetector(model).eval(),
             (images, sizes),
