@@ -204,6 +204,16 @@ def test_a_file_whose_detections_differ_is_not_written_and_an_older_one_stays(wi
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.onnx": b"new"}
 
 
+def test_an_error_of_the_exporters_is_one_line_and_nothing_is_written(without_exporters, tmp_path, monkeypatch):
+    def trace(model):
+        raise RuntimeError("Could not guard on u0 == 1\nmore lines")
+
+    monkeypatch.setattr(files, "trace", trace)
+    with pytest.raises(UserError, match=r"^torch cannot export this model as format=onnx: Could not guard on u0 == 1$"):
+        export(make_detector(), tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_file_cannot_do_is_refused(without_exporters, tmp_path, monkeypatch):
     detector = make_detector()
     for name, value in (("format", "tflite"), ("opset", 18)):

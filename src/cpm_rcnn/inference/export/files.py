@@ -44,7 +44,7 @@ def export(
 
     Raises:
         UserError: a package for the format is missing, the detector tests with tiles or at several scales, the model
-            cannot be traced, there are no detections to compare, or they differ.
+            cannot be exported, there are no detections to compare, or they differ.
     """
     check_choice("format", format, FORMATS)
     check_count("opset", opset, MIN_OPSET)
@@ -61,11 +61,7 @@ def export(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _quiet():
-            program = trace(detector.model)
-            if format == "onnx":
-                write_onnx(program, temporary, metadata(detector), opset)
-            else:
-                write_pt2(program, temporary, metadata(detector))
+            _write(detector, temporary, format, opset)
             run = _RUNNERS[format](temporary)
         comparison = compare(detector.model, run, resized)
         os.replace(temporary, path)
@@ -74,6 +70,20 @@ def export(
     finally:
         temporary.unlink(missing_ok=True)
     return comparison
+
+
+def _write(detector: Detector, path: Path, format: str, opset: int) -> None:
+    try:
+        program = trace(detector.model)
+        if format == "onnx":
+            write_onnx(program, path, metadata(detector), opset)
+        else:
+            write_pt2(program, path, metadata(detector))
+    except OSError:
+        raise
+    except Exception as error:  # the exporters raise errors of many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"torch cannot export this model as format={format}: {reason}") from error
 
 
 @contextmanager

@@ -101,7 +101,8 @@ def select_detections(
     """
     candidate = (probabilities[:, 1:] > score_threshold) & rois.valid[:, None]
     select = partial(_select, candidate, probabilities, rois, boxes, nms_iou, max_detections)
-    at_most = torch.sym_max(_CANDIDATES_PER_ROI * rois.valid.shape[0], _MIN_CANDIDATES)
+    # A symbol in an exported graph, which has no use for it.
+    at_most: int = torch.sym_max(_CANDIDATES_PER_ROI * rois.valid.shape[0], _MIN_CANDIDATES)  # type: ignore[assignment]
     selected, counts = select(at_most), None
     if not reads_are_free(candidate):
         candidates, *counts = _read_counts(candidate, selected.rois)
