@@ -26,16 +26,14 @@ def export(config: DictConfig) -> None:
         raise UserError(f"dst={target}: exists already; delete it, or give another name")
     if target.suffix != f".{config.format}":
         raise UserError(f"dst={target}: with format={config.format} the name must end in .{config.format}")
-    source: Path | None = None
-    names: list[str] = []
+    images: tuple[Path, list[str]] | None = None
     if config.source is not None:
-        source = check_path("source", as_path(config.source))
-        names = find_images(source)
+        images = find_images(check_path("source", as_path(config.source)))
     check_ckpt(config)
     # Imported after the checks, because it imports torch, which takes seconds.
     from cpm_rcnn.commands.export import export_detector
 
-    export_detector(config, target, source, names)
+    export_detector(config, target, images)
 
 
 def main() -> None:

@@ -11,20 +11,20 @@ from cpm_rcnn.data.problem import counted
 from cpm_rcnn.inference.export import export
 
 
-def export_detector(config: DictConfig, target: Path, source: Path | None, names: list[str]) -> None:
+def export_detector(config: DictConfig, target: Path, source: tuple[Path, list[str]] | None) -> None:
     """Write the detector of ``ckpt`` to ``target``. If there is an error, nothing is written.
 
     Args:
         config: the config of ``export``.
         target: the file.
-        source: the image, or the folder of images, on which detections are compared; None draws images.
-        names: the images, relative to ``source`` if it is a folder; otherwise only its name.
+        source: the images on which detections are compared, a folder and their names in it; None draws images.
     """
     detector, _ = load_detector(config)
     images = None
     if source is not None:
-        folder = ImageSource(source if source.is_dir() else source.parent)
-        images = {name: folder.read(name) for name in names}
+        folder, names = source
+        reader = ImageSource(folder)
+        images = {name: reader.read(name) for name in names}
     with config_keys(config, "data"):
         compared = export(detector, target, config.format, images=images, opset=config.opset)
     print(
