@@ -17,7 +17,7 @@ PROGRAM = Path(sys.executable).with_name("cpm-rcnn")
 
 def run(*arguments: str, folder=None) -> subprocess.CompletedProcess:
     environment = os.environ | {"PATH": f"{PROGRAM.parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
 
 
 def test_every_command_is_a_module_with_a_line_in_the_usage():

@@ -17,7 +17,7 @@ def test_the_training_in_python_ends_with_detections_whose_heatmaps_can_be_drawn
     write_shapes(tmp_path / "data", 6, 2)
     arguments = [str(tmp_path / "data"), str(tmp_path / "run"), "5"]
     ran = subprocess.run(
-        [sys.executable, EXAMPLES / "train_in_python.py", *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, EXAMPLES / "train_in_python.py", *arguments], capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stderr
     assert "'loss_grid2':" in ran.stdout
