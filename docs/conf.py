@@ -31,7 +31,3 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-# Types and classes of other projects and of internal modules, which have no page here.
-nitpicky = False
-# References in docstrings to what has no page here are shown as code.
-suppress_warnings = ["myst.xref_ambiguous"]

@@ -132,6 +132,14 @@ def test_other_words_and_options_are_refused(command, argument):
     assert argument in refused(command("train", *RUN, argument))
 
 
+def test_every_option_that_may_be_auto_has_a_rule():
+    assert {choice.key for choice in choose(CELLS, dict.fromkeys(PROVISIONAL, AUTO))} == set(PROVISIONAL)
+
+
+def test_the_check_does_not_hide_a_wrong_option(command):
+    assert "trainer.devices=99" in refused(command("check", *RUN, *ALL, "trainer=default", "trainer.devices=99"))
+
+
 def test_the_check_of_data_without_objects_needs_no_choice(command, workplace):
     root = workplace / "empty"
     (root / "annotations").mkdir(parents=True)

@@ -1,30 +1,15 @@
 """The compiled CPU kernel of the 3x3 convolution, compared with torch's convolution in float64."""
 
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from cpm_rcnn.ops.conv3x3 import load_cpu_kernel
 from ops import conv3x3_sweep as sweep
 
-
-@pytest.fixture(scope="module", autouse=True)
-def operators():
-    """Load the compiled operators. Skip the tests without them, but only on a machine that has no compiler."""
-    if not load_cpu_kernel():
-        assert shutil.which("c++") is None, "not compiled: see python -m cpm_rcnn.ops.compile_kernels"
-        pytest.skip("the CPU kernel is not compiled, and there is no compiler")
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 def test_random_cases_equal_torch():

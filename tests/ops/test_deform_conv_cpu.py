@@ -13,16 +13,9 @@ import torchvision
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cpm_rcnn.ops.deform_conv_backends import load_cpu_kernel
 from ops import deform_conv_sweep
 
-
-@pytest.fixture(scope="module", autouse=True)
-def operators():
-    """Load the compiled operators. Skip the tests without them, but only on a machine that has no compiler."""
-    if not load_cpu_kernel():
-        assert shutil.which("c++") is None, "not compiled: see python -m cpm_rcnn.ops.compile_kernels"
-        pytest.skip("the CPU kernel is not compiled, and there is no compiler")
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 class DeformConv(torch.autograd.Function):

@@ -2,30 +2,15 @@
 
 import os
 import resource
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from cpm_rcnn.ops.nms import load_cpu_kernel
 from ops import nms_sweep
 
-
-@pytest.fixture(scope="module", autouse=True)
-def operators():
-    """Load the compiled operator. Skip the tests without it, but only on a machine that has no compiler."""
-    if not load_cpu_kernel():
-        assert shutil.which("c++") is None, "not compiled: see python -m cpm_rcnn.ops.compile_kernels"
-        pytest.skip("the CPU kernel is not compiled, and there is no compiler")
-
-
-@pytest.fixture
-def set_threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
 
 def nms_mask(boxes, scores, groups, iou_threshold, valid=None):

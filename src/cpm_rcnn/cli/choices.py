@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cpm_rcnn.cli.nodes import AUTO, PROVISIONAL
+from cpm_rcnn.cli.nodes import AUTO
 from cpm_rcnn.data.annotations import CocoAnnotations
 from cpm_rcnn.models.activation_memory import StepMemory
 
@@ -92,7 +92,7 @@ def choose(facts: Facts, values: Mapping[str, Any]) -> Iterator[Choice]:
         values: the values of all options of :data:`~cpm_rcnn.cli.nodes.PROVISIONAL` by key.
     """
     chosen = dict(values)
-    for key, rule in zip(PROVISIONAL, _RULES, strict=True):
+    for key, rule in _RULES.items():
         if chosen[key] == AUTO:
             chosen[key], reason = rule(facts, chosen)
             yield Choice(key, chosen[key], reason)
@@ -119,9 +119,7 @@ def _test_short_side(facts: Facts, chosen: Mapping[str, Any]) -> tuple[int, str]
 
 
 def _test_max_size(facts: Facts, chosen: Mapping[str, Any]) -> tuple[int, str]:
-    if chosen["schedule.test_short_side"] is None:
-        return chosen["schedule.max_size"], "as in training"
-    return max(chosen["schedule.max_size"], chosen["schedule.test_short_side"]), "as in training"
+    return max(chosen["schedule.max_size"], chosen["schedule.test_short_side"] or 0), "as in training"
 
 
 def _images_per_device(facts: Facts, chosen: Mapping[str, Any]) -> tuple[int, str]:
@@ -170,15 +168,15 @@ def _multiple(value: float, step: int) -> int:
     return math.ceil(value / step - 1e-9) * step
 
 
-# In the order of PROVISIONAL.
-_RULES: tuple[Callable[[Facts, Mapping[str, Any]], tuple[Any, str]], ...] = (
-    _short_sides,
-    _max_size,
-    _test_short_side,
-    _test_max_size,
-    _images_per_device,
-    _base_lr,
-    _proposals_train,
-    _proposals_test,
-    _frozen_stages,
-)
+# One for each of PROVISIONAL, after those whose choice it depends on.
+_RULES: Mapping[str, Callable[[Facts, Mapping[str, Any]], tuple[Any, str]]] = {
+    "schedule.short_sides": _short_sides,
+    "schedule.max_size": _max_size,
+    "schedule.test_short_side": _test_short_side,
+    "schedule.test_max_size": _test_max_size,
+    "schedule.images_per_device": _images_per_device,
+    "schedule.base_lr": _base_lr,
+    "detector.proposals_train": _proposals_train,
+    "detector.proposals_test": _proposals_test,
+    "backbone.frozen_stages": _frozen_stages,
+}

@@ -59,11 +59,12 @@ def _datamodule(config: DictConfig) -> CocoDataModule:
 
 
 def _resolved(config: DictConfig, datamodule: CocoDataModule) -> DictConfig:
-    """The config with the values that a training would choose."""
+    """The config with the values that a training would choose; without objects there is nothing to choose by."""
     tolerant = copy.copy(datamodule)
     tolerant.splits = datamodule.splits.tolerant()
     try:
-        return resolve_automatic(config, tolerant)
+        empty = not tolerant.training_annotations.usable.any()
     except UserError:
-        # Without objects there is nothing to choose by; the examination says what is wrong with the data.
-        return provisional(config)
+        # The examination says what is wrong with the annotations.
+        empty = True
+    return provisional(config) if empty else resolve_automatic(config, tolerant)
