@@ -7,6 +7,7 @@ each in a process of its own:
 
 - deform_conv_cpu: sides of length 0 and 1; strided, expanded and channels-last tensors; offsets that are not finite.
 - nms_cpu: 0 to 2500 boxes; boxes and scores that are not finite; strided tensors; two threads.
+- normalize_cpu: images of 0 to 210,000 pixels with arbitrary strides; results inside larger tensors; two threads.
 - winograd_cpu: images of all sides from 1 to 13; strided tensors; two threads.
 
 Leaks are not checked, because Python and torch do not free everything. The exit status is 1 if a sanitizer reports an
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SWEEPS = {
     "deform_conv_cpu": "deform_conv_sweep.py",
     "nms_cpu": "nms_sweep.py",
+    "normalize_cpu": "normalize_sweep.py",
     "winograd_cpu": "conv3x3_sweep.py",
 }
 INSTRUCTION_SETS = ("default", "avx2", "avx512")

@@ -3,13 +3,15 @@ import shutil
 import pytest
 import torch
 
-from cpm_rcnn.ops import conv3x3, deform_conv_backends, libraries, nms
+from cpm_rcnn.ops import conv3x3, deform_conv_backends, libraries, nms, normalize
+
+KERNELS = (conv3x3, deform_conv_backends, nms, normalize)
 
 
 @pytest.fixture(scope="module")
 def cpu_kernels():
     """Load the compiled operators. Skip the tests without them, but only on a machine that has no compiler."""
-    if not all(module.load_cpu_kernel() for module in (conv3x3, deform_conv_backends, nms)):
+    if not all(module.load_cpu_kernel() for module in KERNELS):
         assert shutil.which("c++") is None, "not compiled: see python -m cpm_rcnn.ops.compile_kernels"
         pytest.skip("the CPU kernels are not compiled, and there is no compiler")
 
@@ -27,7 +29,7 @@ def no_compiler(tmp_path, monkeypatch):
     """Let this process find neither compiled kernels nor a C++ compiler, as if it had not looked before."""
     monkeypatch.setenv("CPM_RCNN_KERNELS", str(tmp_path))
     monkeypatch.setenv("CXX", "nosuch++")
-    loaded = [module.load_cpu_kernel for module in (conv3x3, deform_conv_backends, nms)]
+    loaded = [module.load_cpu_kernel for module in KERNELS]
     for cached in (libraries._libraries, *loaded):
         cached.cache_clear()
     yield

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from cpm_rcnn.boxes import BoxConvention
 from cpm_rcnn.models.backbones.input_format import InputFormat
+from cpm_rcnn.ops.normalize import normalize_image
 
 _DIVISOR = 32
 
@@ -48,8 +49,7 @@ class ImagePreprocessor(nn.Module):
         for row, image, (h, w) in zip(batch, images, sizes):
             row[:, h:] = padding
             row[:, :h, w:] = padding
-            # In place: a temporary copy in float32 would take longer than the arithmetic.
-            row[:, :h, :w].copy_(image.flip(0) if self.flip_channels else image).sub_(self.mean).div_(self.std)
+            normalize_image(image, self.mean, self.std, row[:, :h, :w], reverse=self.flip_channels)
         # Copied from host memory, so that nothing waits for the device.
         return batch, torch.tensor(sizes).to(batch.device, non_blocking=True)
 
