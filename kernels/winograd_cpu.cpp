@@ -10,8 +10,8 @@
 // the weight, the threads transform the input and the output's gradient, and then take some pairs of channels at a
 // time.
 //
-// All arithmetic is in float32, also for bfloat16 tensors. The order of each sum depends only on
-// the sizes and the number of threads.
+// All arithmetic is in float32, also for bfloat16 tensors, whose weights may be float32. The order of each sum depends
+// only on the sizes and the number of threads.
 
 #include <ATen/ATen.h>
 #include <torch/library.h>
@@ -166,8 +166,8 @@ Planes from_tile(Planes planes, std::int64_t first, Range range) {
 }
 
 // Convolves a channels-last input with a weight. `bias` may be null.
-template <typename S>
-at::Tensor convolve(const at::Tensor& input, Weight<const S> weight, std::int64_t out, const float* bias) {
+template <typename S, typename W>
+at::Tensor convolve(const at::Tensor& input, Weight<const W> weight, std::int64_t out, const float* bias) {
   const KernelTable<S>& table = kernels<S>();
   const at::Tensor output = empty_channels_last(input, out);
   const std::int64_t in = input.size(1), panels = out / table.panel;
@@ -181,7 +181,7 @@ at::Tensor convolve(const at::Tensor& input, Weight<const S> weight, std::int64_
   const Planes inputs{workspace.take(layout.values()), layout.position, layout.tile};
   float* const scratch = workspace.take(at::get_num_threads() * sums);
   for_each_part({0, panels}, 1,
-                [&](Range some, std::int64_t) { table.transform_weight(weight, in, out, some, weights); });
+                [&](Range some, std::int64_t) { kernels<W>().transform_weight(weight, in, out, some, weights); });
   for (std::int64_t first = 0; first < tiles.count(); first += block) {
     const Range range{first, std::min(first + block, tiles.count())};
     for_each_part(range, kTransformTiles, [&](Range some, std::int64_t) {
@@ -195,6 +195,17 @@ at::Tensor convolve(const at::Tensor& input, Weight<const S> weight, std::int64_
                            });
   }
   return output;
+}
+
+// Sets to[out][in][3][3] to from[3][3][in][out].
+template <typename S>
+void reorder_weight(const float* from, std::int64_t in, std::int64_t out, S* to) {
+  constexpr std::int64_t taps = kTaps * kTaps, few = 16;  // a cache line of outputs
+  for_each_part({0, out}, few, [&](Range outs, std::int64_t) {
+    for (std::int64_t i = 0; i < in; ++i)
+      for (std::int64_t o = outs.first; o < outs.last; ++o)
+        for (std::int64_t tap = 0; tap < taps; ++tap) to[(o * in + i) * taps + tap] = S(from[(tap * in + i) * out + o]);
+  });
 }
 
 // The gradient of the weight, from a channels-last input and gradient of the output, as a (3, 3, in, out) tensor.
@@ -237,55 +248,69 @@ at::Tensor with_stored_type(const at::Tensor& tensor, const F& f) {
   return f(BFloat16());
 }
 
-void check_batch(const char* name, const at::Tensor& batch, std::int64_t channels, const at::Tensor& like) {
+void check_batch(const char* name, const at::Tensor& batch, std::int64_t channels) {
   TORCH_CHECK(batch.dim() == 4 && batch.size(1) == channels, "conv3x3: ", name, " must be (N, ", channels,
               ", H, W), got ", batch.sizes());
   TORCH_CHECK(channels > 0 && channels % kChannelMultiple == 0, "conv3x3: ", name, " has ", channels,
               " channels: must be a multiple of ", kChannelMultiple);
-  TORCH_CHECK(batch.device().is_cpu() && like.device().is_cpu(), "conv3x3: all tensors must be on the CPU");
-  TORCH_CHECK(batch.scalar_type() == like.scalar_type(), "conv3x3: all tensors must have one dtype, got ",
-              batch.scalar_type(), " and ", like.scalar_type());
+  TORCH_CHECK(batch.device().is_cpu(), "conv3x3: all tensors must be on the CPU");
 }
 
-void check_weight(const at::Tensor& weight) {
+void check_weight(const at::Tensor& weight, const at::Tensor& batch) {
   TORCH_CHECK(weight.dim() == 4 && weight.size(2) == kTaps && weight.size(3) == kTaps,
               "conv3x3: weight must be (C_out, C_in, 3, 3), got ", weight.sizes());
   TORCH_CHECK(weight.size(0) % kChannelMultiple == 0 && weight.size(1) % kChannelMultiple == 0, "conv3x3: weight is ",
               weight.sizes(), ": its channels must be multiples of ", kChannelMultiple);
+  TORCH_CHECK(weight.device().is_cpu(), "conv3x3: all tensors must be on the CPU");
+  TORCH_CHECK(weight.scalar_type() == batch.scalar_type() || weight.scalar_type() == at::kFloat,
+              "conv3x3: weight must be float32 or have the dtype of the other tensors, got ", weight.scalar_type(),
+              " and ", batch.scalar_type());
 }
 
 at::Tensor forward(const at::Tensor& input, const at::Tensor& weight, const c10::optional<at::Tensor>& bias) {
-  check_weight(weight);
-  check_batch("input", input, weight.size(1), weight);
+  check_weight(weight, input);
+  check_batch("input", input, weight.size(1));
   TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) && bias->device().is_cpu()),
               "conv3x3: bias must be (", weight.size(0), ",) on the CPU");
   const at::Tensor shift = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
   return with_stored_type(input, [&](auto stored) {
-    using S = decltype(stored);
-    return convolve<S>(channels_last(input), view<S>(weight), weight.size(0),
-                       bias ? shift.const_data_ptr<float>() : nullptr);
+    return with_stored_type(weight, [&](auto stored_weight) {
+      return convolve<decltype(stored)>(channels_last(input), view<decltype(stored_weight)>(weight), weight.size(0),
+                                        bias ? shift.const_data_ptr<float>() : nullptr);
+    });
   });
 }
 
 at::Tensor grad_input(const at::Tensor& grad_output, const at::Tensor& weight) {
-  check_weight(weight);
-  check_batch("grad_output", grad_output, weight.size(0), weight);
-  return with_stored_type(weight, [&](auto stored) {
-    using S = decltype(stored);
-    return convolve<S>(channels_last(grad_output), rotated_view<S>(weight), weight.size(1), nullptr);
+  check_weight(weight, grad_output);
+  check_batch("grad_output", grad_output, weight.size(0));
+  return with_stored_type(grad_output, [&](auto stored) {
+    return with_stored_type(weight, [&](auto stored_weight) {
+      return convolve<decltype(stored)>(channels_last(grad_output), rotated_view<decltype(stored_weight)>(weight),
+                                        weight.size(1), nullptr);
+    });
   });
 }
 
-at::Tensor grad_weight_of(const at::Tensor& grad_output, const at::Tensor& input) {
+at::Tensor grad_weight_of(const at::Tensor& grad_output, const at::Tensor& input, at::ScalarType dtype) {
   TORCH_CHECK(input.dim() == 4 && grad_output.dim() == 4 && input.size(0) == grad_output.size(0) &&
                   input.size(2) == grad_output.size(2) && input.size(3) == grad_output.size(3),
               "conv3x3: grad_output is ", grad_output.sizes(), " but input is ", input.sizes());
-  check_batch("input", input, input.size(1), grad_output);
-  check_batch("grad_output", grad_output, grad_output.size(1), input);
+  TORCH_CHECK(input.scalar_type() == grad_output.scalar_type(),
+              "conv3x3: input and grad_output must have one dtype, got ", input.scalar_type(), " and ",
+              grad_output.scalar_type());
+  check_batch("input", input, input.size(1));
+  check_batch("grad_output", grad_output, grad_output.size(1));
   const at::Tensor grad = with_stored_type(input, [&](auto stored) {
     return grad_weight<decltype(stored)>(channels_last(grad_output), channels_last(input));
   });
-  return grad.permute({3, 2, 0, 1}).to(input.scalar_type()).contiguous();
+  const std::int64_t in = input.size(1), out = grad_output.size(1);
+  const at::Tensor result = at::empty({out, in, kTaps, kTaps}, input.options().dtype(dtype));
+  if (dtype == at::kFloat)
+    reorder_weight(grad.const_data_ptr<float>(), in, out, result.data_ptr<float>());
+  else
+    reorder_weight(grad.const_data_ptr<float>(), in, out, result.data_ptr<at::BFloat16>());
+  return result;
 }
 
 }  // namespace
@@ -295,7 +320,7 @@ at::Tensor grad_weight_of(const at::Tensor& grad_output, const at::Tensor& input
 TORCH_LIBRARY_FRAGMENT(cpm_rcnn_cpu, m) {
   m.def("conv3x3(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
   m.def("conv3x3_grad_input(Tensor grad_output, Tensor weight) -> Tensor");
-  m.def("conv3x3_grad_weight(Tensor grad_output, Tensor input) -> Tensor");
+  m.def("conv3x3_grad_weight(Tensor grad_output, Tensor input, ScalarType dtype) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(cpm_rcnn_cpu, CPU, m) {

@@ -3,7 +3,8 @@
 python tests/ops/conv3x3_sweep.py [--library FILE] [--cases N]
 
 The expected results are those of torch's convolution in float64. The cases have 0 to 3 images of all sides from 1 to
-13, which need tiles of all sizes; float32 and bfloat16; and tensors with arbitrary strides.
+13, which need tiles of all sizes; float32, bfloat16, and bfloat16 with float32 weights; and tensors with arbitrary
+strides.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def draw(seed):
 
 
 def make(images, channels, height, width, out_channels, dtype=torch.float32, rng=None):
-    """Return a case of these sizes, with random strides if ``rng`` is given."""
+    """Return a case of these sizes; with ``rng``, strides are random and the weight may be float32."""
     generator = torch.Generator().manual_seed(channels + height)
 
     def normal(*shape):
@@ -50,6 +51,7 @@ def make(images, channels, height, width, out_channels, dtype=torch.float32, rng
     weight, bias = normal(out_channels, channels, 3, 3) / (9 * channels) ** 0.5, normal(out_channels)
     if rng is not None:
         input, weight, grad_output = strided(input), strided(weight), strided(grad_output)
+        weight = rng.choice([weight, weight.float()])
         bias = rng.choice([bias, None])
     return Case(input, weight, bias, grad_output)
 
@@ -60,7 +62,7 @@ def results(case):
     return (
         kernel.conv3x3(case.input, case.weight, case.bias),
         kernel.conv3x3_grad_input(case.grad_output, case.weight),
-        kernel.conv3x3_grad_weight(case.grad_output, case.input),
+        kernel.conv3x3_grad_weight(case.grad_output, case.input, case.weight.dtype),
     )
 
 
@@ -88,10 +90,12 @@ def run(seeds):
     failures = []
     for seed in seeds:
         case = draw(seed)
-        for name, found, expected in zip(("output", "input", "weight"), results(case), expected_results(case)):
-            right = found.dtype is case.input.dtype and found.shape == expected.shape
+        dtypes = case.input.dtype, case.input.dtype, case.weight.dtype
+        names = "output", "input", "weight"
+        for name, dtype, found, expected in zip(names, dtypes, results(case), expected_results(case)):
+            right = found.dtype is dtype and found.shape == expected.shape
             if not right or not error(found, expected) < TOLERANCE:
-                shapes = f"{tuple(case.input.shape)} with {tuple(case.weight.shape)}, {case.input.dtype}"
+                shapes = f"{tuple(case.input.shape)} with {tuple(case.weight.shape)}, {case.input.dtype}, {dtypes[2]}"
                 failures.append(f"case {seed}: {name} of {shapes}: error {error(found, expected):.1e}")
     return failures
 

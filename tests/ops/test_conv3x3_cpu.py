@@ -43,7 +43,7 @@ def test_results_repeat_bit_for_bit_and_outputs_do_not_depend_on_the_threads(set
         (lambda x, w, b: (x, w[:20], b), "channels must be multiples of 32"),
         (lambda x, w, b: (x, w, b[1:]), r"bias must be \(96,\)"),
         (lambda x, w, b: (x.double(), w.double(), b), "must be float32 or bfloat16"),
-        (lambda x, w, b: (x, w.bfloat16(), b), "must have one dtype"),
+        (lambda x, w, b: (x, w.bfloat16(), b), "weight must be float32 or have the dtype of the other"),
     ],
 )
 def test_invalid_arguments_raise_an_error(broken, message):
@@ -57,7 +57,7 @@ def test_gradients_of_another_size_raise_an_error():
     with pytest.raises(RuntimeError, match=r"grad_output must be \(N, 96, H, W\)"):
         torch.ops.cpm_rcnn_cpu.conv3x3_grad_input(case.input, case.weight)
     with pytest.raises(RuntimeError, match=r"grad_output is .* but input is"):
-        torch.ops.cpm_rcnn_cpu.conv3x3_grad_weight(case.grad_output[..., :4], case.input)
+        torch.ops.cpm_rcnn_cpu.conv3x3_grad_weight(case.grad_output[..., :4], case.input, torch.float32)
 
 
 def test_random_cases_equal_torch_for_every_other_instruction_set():

@@ -26,10 +26,11 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     The kernel for CPUs is used if all tensors are float32, or bfloat16 on a processor without AMX; if both numbers of
     channels are multiples of 32 and at least 64; and if there are at least 256 outputs per channel, in images of at
-    least 3 x 3. The output is then channels-last. It can be differentiated any number of times in reverse mode, but not
-    by forward-mode differentiation or ``torch.func.grad``. ``torch.export`` sees torch's convolution. A value that is
-    not finite makes the whole tiles of 4 x 4 outputs that depend on it not finite, and so may values above 1e37. See
-    docs/conv3x3.md for its rounding errors.
+    least 3 x 3. Under autocast it takes the weight and the bias in float32, and does not round them. Its output is
+    channels-last. It can be differentiated any number of times in reverse mode, but not by forward-mode differentiation
+    or ``torch.func.grad``. ``torch.export`` sees torch's convolution. A value that is not finite makes the whole tiles
+    of 4 x 4 outputs that depend on it not finite, and so may values above 1e37. See docs/conv3x3.md for its rounding
+    errors.
 
     Args:
         input: (N, C_in, H, W).
@@ -41,8 +42,7 @@ def conv3x3(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """
     if input.device.type == "cpu" and not torch.compiler.is_exporting():
         if torch.is_autocast_enabled("cpu"):
-            input, weight = _autocast(input), _autocast(weight)
-            bias = None if bias is None else _autocast(bias)
+            input = _autocast(input)
         if _kernel_pays(input, weight, bias):
             return conv3x3_op(input, weight, bias)
     return F.conv2d(input, weight, bias, padding=1)
@@ -75,7 +75,8 @@ def conv3x3_op(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution of CPU tensors that the kernel supports. The output is channels-last."""
     if load_cpu_kernel():
         return torch.ops.cpm_rcnn_cpu.conv3x3(input, weight, bias)
-    return _channels_last(F.conv2d(input, weight, bias, padding=1))
+    bias = None if bias is None else bias.to(input.dtype)
+    return _channels_last(F.conv2d(input, weight.to(input.dtype), bias, padding=1))
 
 
 @torch.library.custom_op("cpm_rcnn::conv3x3_grad_input", mutates_args=(), device_types="cpu")
@@ -84,16 +85,16 @@ def conv3x3_grad_input_op(grad_output: Tensor, weight: Tensor) -> Tensor:
     if load_cpu_kernel():
         return torch.ops.cpm_rcnn_cpu.conv3x3_grad_input(grad_output, weight)
     shape = (len(grad_output), weight.shape[1], *grad_output.shape[2:])
-    return _channels_last(conv2d_input(shape, weight, grad_output, padding=1))
+    return _channels_last(conv2d_input(shape, weight.to(grad_output.dtype), grad_output, padding=1))
 
 
 @torch.library.custom_op("cpm_rcnn::conv3x3_grad_weight", mutates_args=(), device_types="cpu")
-def conv3x3_grad_weight_op(grad_output: Tensor, input: Tensor) -> Tensor:
-    """The gradient of the weight (C_out, C_in, 3, 3)."""
+def conv3x3_grad_weight_op(grad_output: Tensor, input: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of a weight (C_out, C_in, 3, 3) of this dtype, which is float32 or that of the input."""
     if load_cpu_kernel():
-        return torch.ops.cpm_rcnn_cpu.conv3x3_grad_weight(grad_output, input)
+        return torch.ops.cpm_rcnn_cpu.conv3x3_grad_weight(grad_output, input, dtype)
     shape = (grad_output.shape[1], input.shape[1], 3, 3)
-    return conv2d_weight(input, shape, grad_output, padding=1).contiguous()
+    return conv2d_weight(input, shape, grad_output, padding=1).to(dtype).contiguous()
 
 
 @conv3x3_op.register_fake
@@ -107,12 +108,17 @@ def _(grad_output: Tensor, weight: Tensor) -> Tensor:
 
 
 @conv3x3_grad_weight_op.register_fake
-def _(grad_output: Tensor, input: Tensor) -> Tensor:
-    return input.new_empty(grad_output.shape[1], input.shape[1], 3, 3)
+def _(grad_output: Tensor, input: Tensor, dtype: torch.dtype) -> Tensor:
+    return input.new_empty(grad_output.shape[1], input.shape[1], 3, 3, dtype=dtype)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
+
+
+def _save_with_bias(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.bias_dtype = None if inputs[2] is None else inputs[2].dtype
 
 
 # Each operator is linear in both of its tensors, so its derivatives are the two other operators.
@@ -121,8 +127,8 @@ def _differentiate(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad
     return (
         conv3x3_grad_input_op(grad_output, weight) if needs_input else None,
-        conv3x3_grad_weight_op(grad_output, input) if needs_weight else None,
-        grad_output.sum((0, 2, 3)) if needs_bias else None,
+        conv3x3_grad_weight_op(grad_output, input, weight.dtype) if needs_weight else None,
+        grad_output.sum((0, 2, 3), dtype=ctx.bias_dtype) if needs_bias else None,
     )
 
 
@@ -131,20 +137,21 @@ def _differentiate_grad_input(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ..
     needs_grad_output, needs_weight = ctx.needs_input_grad
     return (
         conv3x3_op(grad, weight, None) if needs_grad_output else None,
-        conv3x3_grad_weight_op(grad_output, grad) if needs_weight else None,
+        conv3x3_grad_weight_op(grad_output, grad, weight.dtype) if needs_weight else None,
     )
 
 
 def _differentiate_grad_weight(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_output, input = ctx.saved_tensors
-    needs_grad_output, needs_input = ctx.needs_input_grad
+    needs_grad_output, needs_input, _ = ctx.needs_input_grad
     return (
         conv3x3_op(input, grad, None) if needs_grad_output else None,
         conv3x3_grad_input_op(grad_output, grad) if needs_input else None,
+        None,
     )
 
 
-conv3x3_op.register_autograd(_differentiate, setup_context=_save_inputs)
+conv3x3_op.register_autograd(_differentiate, setup_context=_save_with_bias)
 conv3x3_grad_input_op.register_autograd(_differentiate_grad_input, setup_context=_save_inputs)
 conv3x3_grad_weight_op.register_autograd(_differentiate_grad_weight, setup_context=_save_inputs)
 
@@ -159,7 +166,9 @@ def _kernel_pays(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether the kernel supports these CPU tensors and is faster than torch's convolution."""
     if input.dtype not in (torch.float32, torch.bfloat16) or (input.dtype is torch.bfloat16 and _HAS_AMX):
         return False
-    if weight.dtype is not input.dtype or (bias is not None and bias.dtype is not input.dtype) or input.ndim != 4:
+    # The kernel computes in float32 anyway, so autocast need not convert the weight and the bias.
+    allowed = {input.dtype, torch.float32} if torch.is_autocast_enabled("cpu") else {input.dtype}
+    if weight.dtype not in allowed or (bias is not None and bias.dtype not in allowed) or input.ndim != 4:
         return False
     images, channels, height, width = input.shape
     return (
