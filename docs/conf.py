@@ -17,6 +17,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "config_reference",
+    "option_coverage",
     "repository_links",
 ]
 exclude_patterns = ["extensions"]

@@ -50,6 +50,23 @@ class TrainerOptions(Settings):
 
     ``precision`` has no value with which box arithmetic fails or training diverges. ``compile`` is ours
     (:func:`cpm_rcnn.models.compiled.compile_layers`); all others are arguments of Lightning's Trainer.
+
+    Attributes:
+        accelerator: kind of device; ``auto`` takes a GPU if there is one.
+        devices: how many devices of each machine, or which.
+        num_nodes: number of machines.
+        strategy: how several devices work together; ``auto`` is ``ddp`` for more than one.
+        precision: number format of weights and layers. With ``bf16-mixed`` and ``16-mixed``, weights, box arithmetic
+            and losses are float32.
+        gradient_clip_val: maximum norm of the gradients of a step; None does not limit it.
+        accumulate_grad_batches: number of batches whose gradients make one step.
+        log_every_n_steps: steps between two rows of ``metrics.csv``.
+        limit_val_batches: number or part of the batches that a validation uses; None uses all.
+        limit_test_batches: number or part of the batches that a test uses; None uses all.
+        fast_dev_run: try the program with one batch, or with this many, without checkpoints and loggers.
+        benchmark: let cuDNN try its algorithms for each new size of the input.
+        deterministic: use only algorithms whose results do not vary; ``warn`` warns where there is none.
+        compile: ``torch.compile`` of the layers in training.
     """
 
     accelerator: str = training("auto", check=choice("auto", "cpu", "gpu", "cuda", "mps"))
