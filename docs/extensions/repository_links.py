@@ -18,5 +18,6 @@ def _as_text(app: Sphinx, doctree: nodes.document) -> None:
     """Replace links to documents above ``docs/``, which are not part of the site, by their text."""
     for reference in list(doctree.findall(pending_xref)):
         target = urlsplit(reference["reftarget"]).path
-        if target.startswith("/"):  # MyST's name of a document outside of the folder
+        # MyST's name of a document outside of the folder; Sphinx's own roles name pages of the site like this.
+        if target.startswith("/") and reference.get("refdomain") != "std":
             reference.replace_self(nodes.inline("", reference.astext()))

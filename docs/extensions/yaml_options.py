@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from cpm_rcnn.cli.config import UNSET
+
 # What only Hydra reads.
 _NOT_OPTIONS = ("defaults", "hydra", "_target_")
 # The start of a comment that lists the allowed values, "best | last: ...", and the rest of it.
@@ -73,7 +75,7 @@ def _divided(comment: str, default: Any) -> tuple[str, str]:
     choices = _CHOICES.match(comment)
     if choices:
         return f"one of {choices[1].replace(' | ', ', ')}", choices[2] or comment
-    if default in (None, "???") or " | " in comment:
+    if default in (None, "???", UNSET) or " | " in comment:
         return "see the meaning", comment
     return _KINDS[type(default)] + (", or null" if "null" in comment else ""), comment
 
