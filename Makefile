@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP := $(wildcard kernels/*.cpp kernels/*.h)
 
-.PHONY: train test check format docs kernels dist clean
+.PHONY: train test check format docs linkcheck kernels dist clean
 
 train: $(VENV)/.installed
 	$(BIN)/python -m cpm_rcnn.train experiment=quickstart
@@ -26,6 +26,10 @@ format: $(VENV)/.installed-test
 # The pages, in build/docs; a broken link is an error.
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+
+# Asks the servers of all links to other sites; it needs access to them.
+linkcheck: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -b linkcheck --quiet docs build/linkcheck
 
 # Compiles the CPU kernels ahead of their first use.
 kernels: $(VENV)/.installed
