@@ -18,16 +18,28 @@ COMMANDS = {
 # Hydra knows the groups and options of a command; COMP_LINE is its protocol.
 _COMPLETION = """\
 _cpm_rcnn() {{
-  local word="${{COMP_WORDS[COMP_CWORD]}}"
+  local file word="${{COMP_WORDS[COMP_CWORD]}}"
   if (( COMP_CWORD == 1 )); then
     COMPREPLY=($(compgen -W "{commands} completion --version --help" -- "$word"))
   else
     local choices rest="${{COMP_LINE#* * }}"
     choices=$(COMP_LINE="cpm-rcnn $rest" COMP_POINT=0 cpm-rcnn "${{COMP_WORDS[1]}}" -sc query=bash 2> /dev/null)
-    COMPREPLY=($(compgen -o default -W "$choices" -- "$word"))
+    COMPREPLY=($(compgen -W "$choices" -- "$word"))
+    # The value of an option without choices may be a file.
+    if [[ ${{#COMPREPLY[@]}} = 0 && "$word" = *=* ]]; then
+      [ -z "${{ZSH_VERSION:-}}" ] || setopt local_options null_glob
+      for file in "${{word#*=}}"*; do
+        if [ -d "$file" ]; then file="$file/"; fi
+        if [ -e "$file" ]; then COMPREPLY+=("${{word%%=*}}=$file"); fi
+      done
+    fi
   fi
 }}
-[ -n "${{ZSH_VERSION:-}}" ] && autoload -Uz bashcompinit && bashcompinit
+if [ -n "${{ZSH_VERSION:-}}" ]; then
+  autoload -Uz compinit bashcompinit
+  whence compdef > /dev/null || compinit
+  bashcompinit
+fi
 COMP_WORDBREAKS=${{COMP_WORDBREAKS//=}}
 complete -o nospace -o default -F _cpm_rcnn cpm-rcnn
 """

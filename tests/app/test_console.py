@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -65,17 +66,29 @@ def test_an_unknown_command_is_refused(capsys):
         (["ev"], "eval", "train"),
         (["train", "backbone=x"], "backbone=x101_dcn", "backbone=r50"),
         (["train", "schedule.base"], "schedule.base_lr=", "schedule.gamma="),
+        (["predict", "ckpt=runs/b"], "ckpt=runs/best.ckpt", "ckpt=runs/last.ckpt"),
+        (["eval", "ckpt=ru"], "ckpt=runs/", "ckpt=runs"),
     ],
 )
-def test_bash_completes_commands_groups_and_options(words, expected, absent, tmp_path):
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_complete_commands_groups_options_and_files(shell, words, expected, absent, tmp_path):
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    (tmp_path / "runs").mkdir()
+    for name in ("best.ckpt", "last.ckpt"):
+        (tmp_path / "runs" / name).touch()
     line = " ".join(["cpm-rcnn", *words])
-    script = f"""source <(cpm-rcnn completion)
+    # Completion functions of bash run in zsh with arrays that count from 0.
+    script = f"""ZDOTDIR=$PWD
+    eval "$(cpm-rcnn completion)"
+    {"setopt ksh_arrays" if shell == "zsh" else ""}
     COMP_LINE='{line}' COMP_WORDS=({line}) COMP_CWORD={len(words)}
     _cpm_rcnn
     printf '%s\\n' "${{COMPREPLY[@]}}" """
-    found = run("bash", "-c", script, folder=tmp_path).stdout.split()
+    found = run(shell, *(["-f"] if shell == "zsh" else []), "-c", script, folder=tmp_path).stdout.split()
     assert expected in found
-    assert absent not in found
+    # zsh itself leaves out what does not start with the word.
+    assert absent not in [each for each in found if shell == "bash" or each.startswith(words[-1])]
 
 
 def test_a_defect_keeps_its_traceback_and_the_cause(command, monkeypatch):
