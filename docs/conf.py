@@ -25,6 +25,9 @@ html_theme = "furo"
 html_title = f"CPM R-CNN {release}"
 html_extra_path = ["llms.txt"]
 html_copy_source = False
+html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["options.css"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 # make linkcheck asks each server; pages that a script builds have no anchors.

@@ -63,7 +63,14 @@ def _class(name: str) -> type[Settings]:
 
 def _table(directive: Directive, rows: Iterable[tuple[str, ...]]) -> list[nodes.Node]:
     """A table of rows whose cells are reStructuredText; the page is Markdown."""
-    lines = ["```{eval-rst}", ".. list-table::", "   :header-rows: 1", "   :widths: 24 20 14 42", ""]
+    lines = [
+        "```{eval-rst}",
+        ".. list-table::",
+        "   :class: options",
+        "   :header-rows: 1",
+        "   :widths: 24 20 14 42",
+        "",
+    ]
     for row in [("option", "allowed", "default", "meaning"), *rows]:
         for column, cell in enumerate(row):
             first, *others = cell.splitlines() or [""]

@@ -75,6 +75,8 @@ def _divided(comment: str, default: Any) -> tuple[str, str]:
     choices = _CHOICES.match(comment)
     if choices:
         return f"one of {choices[1].replace(' | ', ', ')}", choices[2] or comment
+    if (example := re.match(r"for example ([\d.]+)", comment)) is not None:
+        return f"{_KINDS[type(yaml.safe_load(example[1]))]}, or null", comment
     if default in (None, "???", UNSET) or " | " in comment:
         return "see the meaning", comment
     return _KINDS[type(default)] + (", or null" if "null" in comment else ""), comment
