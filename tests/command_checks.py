@@ -8,7 +8,7 @@ import runpy
 import shlex
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,7 @@ from cpm_rcnn.remote.urls import is_url
 from documents import ROOT
 
 # Options whose values are files of the reader, and what is there in place of them.
-_FILES = {"ckpt": "best.ckpt", "source": "a.jpg", "data.root": "data", "annotations": "a.json"}
+_FILES = {"ckpt": "best.ckpt", "src": "released.pth", "source": "a.jpg", "data.root": "data", "annotations": "a.json"}
 # Programs that are not this project's.
 _OTHER_PROGRAMS = (".", "[", "eval", "exit", "export", "scontrol", "source", "autoload", "compinit")
 
@@ -75,7 +75,6 @@ def _check_settings(*arguments: object) -> None:
     multi_scale_settings(config)
 
 
-@cache
 def problem(command: str) -> str | None:
     """What is wrong with a command; None if nothing is. It must be called inside :func:`without_bodies`."""
     words = shlex.split(command, comments=True)
@@ -114,8 +113,14 @@ def _of_package(name: str, arguments: list[str]) -> str | None:
     kept = [word for word in arguments if word != "..." and not re.fullmatch(r"\[[A-Z=]+\]", word)]
     if "..." in arguments:
         kept.append("data.root=data")
+    return _refusal(name, tuple(map(_with_file, kept)))
+
+
+@cache
+def _refusal(name: str, arguments: tuple[str, ...]) -> str | None:
+    """The message with which a command refuses its arguments; None if it accepts them."""
     try:
-        _call(name, [_with_file(word) for word in kept])
+        _call(name, arguments)
     except Exception as error:
         return one_line(error) or repr(error)
     return None
@@ -126,9 +131,10 @@ def _with_file(word: str) -> str:
     return f"{key}={_FILES[key]}" if key in _FILES and value and not is_url(value) else word
 
 
-def _call(name: str, arguments: list[str]) -> None:
+def _call(name: str, given: Sequence[str]) -> None:
     """Compose the config of a command and call it, once for a multirun, whose values all occur."""
-    arguments = [word for word in arguments if word not in ("-m", "--multirun") and not word.startswith("hydra")]
+    flags = ("-m", "--multirun", "--cfg", "job")  # Hydra's
+    arguments = [word for word in given if word not in flags and not word.startswith("hydra")]
     arguments = normalize(positional_as_option(arguments, name))
     check_choices(arguments, name)
     overrides = OverridesParser.create().parse_overrides(arguments)

@@ -63,7 +63,7 @@ def _wrong_option(word: str, options: set[str]) -> bool:
         attribute = node == "detector" and (hasattr(Detector, name) or f"self.{name}" in inspect.getsource(Detector))
         file = name in ("html", "json", "py", "yaml")
         return node in nodes and name.isidentifier() and key not in options and not attribute and not file
-    if NOT_OPTIONS.match(key) or not re.fullmatch(r"\+?[\w.\[\]]+", key):
+    if NOT_OPTIONS.match(key.lstrip("[")) or not re.fullmatch(r"\+?[\w.\[\]]+", key):
         return False
     # Where the node is clear, a text may leave it out.
     if key not in options and not any(option.endswith(f".{key}") for option in options):
