@@ -37,7 +37,7 @@ from documents import ROOT
 # Options whose values are files of the reader, and what is there in place of them.
 _FILES = {"ckpt": "best.ckpt", "src": "released.pth", "source": "a.jpg", "data.root": "data", "annotations": "a.json"}
 # Programs that are not this project's.
-_OTHER_PROGRAMS = (".", "[", "eval", "exit", "export", "scontrol", "source", "autoload", "compinit")
+_OTHER_PROGRAMS = (".", "[", "eval", "exit", "export", "scontrol")
 
 
 @contextmanager

@@ -24,8 +24,7 @@ DOCUMENTS = [
 by_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 # What inline code starts with if it is a command.
 _COMMANDS = re.compile(r"(python3?( -m \S+| \S+\.py)|cpm-rcnn|make|pip|pytest|\.ci/\S+)( |$)")
-_SHELL = ("sh", "bash", "console")
-_HEREDOC = re.compile(r"<<-?\s*['\"]?(\w+)")
+_SHELL = ("sh", "bash")
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,6 @@ def commands(document: Path) -> list[Snippet]:
         for number, text in lines:
             while text.endswith("\\"):
                 text = f"{text[:-1]} {next(lines)[1].strip()}"
-            if (heredoc := _HEREDOC.search(text)) is not None:
-                while next(lines)[1].strip() != heredoc[1]:
-                    pass
             if shlex.split(text, comments=True):
                 found.append(Snippet(text.strip(), number))
     return found
