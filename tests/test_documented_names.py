@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cache
@@ -118,6 +119,12 @@ def test_the_table_of_groups_has_every_choice():
     groups = {group for name in COMMANDS for group in groups_of(name)}
     missing = {group: set(choices(group)) - listed.get(group, set()) for group in groups}
     assert missing == {group: set() for group in groups}
+
+
+def test_the_page_on_installation_has_every_extra_for_users():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    listed = {code.text for code in inline_code(ROOT / "docs" / "install.md")}
+    assert set(extras) - {"docs", "test"} <= listed
 
 
 @cache
