@@ -68,8 +68,9 @@ def _check_settings(*arguments: object) -> None:
         complete = provisional(config)
         ModelSettings.from_options(to_dict(complete.backbone), **to_dict(complete.detector))
     elif "detector" in config:
-        # Of one stage: the number of the checkpoint's stages is not known.
-        ModelSettings.from_options("tiny", **{k: v for k, v in overrides_in(config.detector).items() if k != "stages"})
+        overrides = overrides_in(config.detector)
+        # The checkpoint's head is not known.
+        ModelSettings.from_options("tiny", head="cascade" if "score_average" in overrides else "cpm", **overrides)
     if "ckpt" in config and "data" in config:
         DataSettings.from_dict(overrides_in(config.data))
     multi_scale_settings(config)
