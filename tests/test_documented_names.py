@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from cpm_rcnn.cli.help import choices, groups_of
 from cpm_rcnn.console import COMMANDS
 from cpm_rcnn.inference import Detector
-from documents import ROOT, anchors, by_document, fences, inline_code, links
+from documents import DOCUMENTS, ROOT, anchors, by_document, fences, inline_code, links
 
 # Commands with choices that together have all options.
 CHOICES = [
@@ -181,7 +181,7 @@ def _exists(name: str) -> bool:
     return True
 
 
-@by_document
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
 def test_the_links_to_files_and_headings_lead_somewhere(document):
     wrong = []
     for link in links(document):
