@@ -99,18 +99,18 @@ def detect(
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns) as bar:
+    with Progress(*columns) as bar, logging_above_bar():
         task = bar.add_task("predict", total=reader.total)
 
         def show(done: float) -> None:
-            bar.update(task, completed=before + done, total=reader.total)
+            bar.update(task, completed=position + done, total=reader.total)
 
         while True:
-            before = reader.position
+            position = reader.position
             with watch("read"):
                 batch = list(islice(images, batch_size))
             if not batch:
-                show(0)
+                bar.update(task, completed=reader.position, total=reader.total)
                 return count
             with watch("detect"):
                 pixels = [image.pixels for image in batch]
@@ -120,6 +120,22 @@ def detect(
                     count += len(found)
                     for output in outputs:
                         output.add(image, found)
+
+
+@contextmanager
+def logging_above_bar() -> Iterator[None]:
+    """Show log messages above a progress bar on a terminal, not inside it.
+
+    The bar replaces ``sys.stdout`` to that end, but Hydra's handler has the original one.
+    """
+    handlers = [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
+    originals = [handler.setStream(sys.stdout) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, original in zip(handlers, originals):
+            if original is not None:
+                handler.setStream(original)
 
 
 class Stopwatch:

@@ -43,7 +43,7 @@ class SourceReader:
         video_stride: of a video, every ``video_stride``-th frame is read.
 
     Attributes:
-        position: number of images and frames so far, including images that were skipped.
+        position: number of images and frames so far. A file of which nothing can be read counts as one.
         total: the expected ``position`` at the end; None while a video is read that does not say how long it is.
         images: number of images so far.
         frames: number of frames so far.
@@ -65,18 +65,21 @@ class SourceReader:
         """
         for index, file in enumerate(self._files):
             others = len(self._files) - index - 1
+            start = self.position
             try:
                 yield from self._video(file, others) if file.is_video else self._image(file)
             except (UserError, UnavailableError) as error:
-                if len(self._files) == 1 and not self.frames:
+                partly = self.position > start
+                if len(self._files) == 1 and not partly:
                     raise
                 self.skipped += 1
-                _log.warning("%s; %s", error, "its frames until there are used" if file.is_video else "skipped")
+                self.position = max(self.position, start + 1)
+                _log.warning("%s; %s", error, "the frames before are used" if partly else "skipped")
             self.total = self.position + others
 
     def _image(self, file: SourceFile) -> Iterator[SourceImage]:
-        self.position += 1
         pixels = decode_image(file.read(), file.label)
+        self.position += 1
         self.images += 1
         yield SourceImage(self.position, file.name, pixels)
 

@@ -26,7 +26,8 @@ class SourceFile:
     """An image or a video.
 
     Attributes:
-        name: a name with slashes that no other file has: its path from the folder that all files have in common.
+        name: a name with slashes that no other file has: its path from the folder that all local files, or all URLs,
+            have in common.
         label: its name in messages.
         location: the file or, if it is in an archive, the archive.
         read: returns its content. Raises :class:`UserError` if it is missing or cannot be read, and
@@ -86,12 +87,12 @@ def find_sources(value: Any) -> list[SourceFile]:
     return sources
 
 
-def find_images(source: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> tuple[Path, list[str]]:
-    """The files of a local path.
+def find_images(source: Path, videos: bool = False) -> tuple[Path, list[str]]:
+    """The images of a local path.
 
     Args:
         source: a file of any suffix, a folder, or a pattern, in which ``**`` stands for any folders.
-        suffixes: those of the files that are taken from a folder or a pattern, in lower case.
+        videos: whether videos are taken too.
 
     Returns:
         A folder, and the sorted names of the files, relative to it.
@@ -99,23 +100,25 @@ def find_images(source: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> tuple
     Raises:
         UserError: ``source`` does not exist, matches nothing, or is a folder without such a file.
     """
+    suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) if videos else IMAGE_SUFFIXES
+    wanted = f"image{' or video' * videos}"
     if source.is_file():
         return source.parent, [source.name]
     if source.is_dir():
         folder, names = source, image_files(source).names()
-        problem = f"no image in this folder ({' '.join(suffixes)})"
+        problem = f"no {wanted} in this folder"
     elif has_magic(str(source)):
         parts = source.parts
         fixed = next(k for k, part in enumerate(parts) if has_magic(part))
         folder = Path(*parts[:fixed])
         paths = folder.glob(str(Path(*parts[fixed:])))
         names = sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
-        problem = f"matches no image ({' '.join(suffixes)})"
+        problem = f"matches no {wanted}"
     else:
         raise UserError(f"source={source}: no such file or folder")
     names = [name for name in names if _suffix(name) in suffixes]
     if not names:
-        raise UserError(f"source={source}: {problem}")
+        raise UserError(f"source={source}: {problem} ({' '.join(suffixes)})")
     return folder, names
 
 
@@ -124,7 +127,7 @@ def _local(value: Any) -> Iterator[_Found]:
     if path.suffix.lower() == ".zip" and path.is_file():
         yield from _in_archive(path, _absolute(path))
         return
-    folder, names = find_images(path, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
+    folder, names = find_images(path, videos=True)
     files = image_files(folder)
     base = _absolute(folder)
     for name in names:
@@ -159,12 +162,16 @@ def _in_archive(location: Location, path: PurePosixPath) -> Iterator[_Found]:
 
 def _names(found: Sequence[_Found]) -> Iterator[str]:
     """A name for each file. Results are written to paths that contain it, so it has no ``..``."""
-    common = len(PurePosixPath(posixpath.commonpath([str(file.folder) for file in found])).parts)
+    folders: dict[bool, list[str]] = {}
+    for file in found:
+        folders.setdefault(isinstance(file.location, Url), []).append(str(file.folder))
+    common = {remote: len(PurePosixPath(posixpath.commonpath(paths)).parts) for remote, paths in folders.items()}
     taken: set[str] = set()
     for file in found:
-        path = PurePosixPath(*(part for part in file.path.parts[common:] if not set(part) <= {"/", "."}))
+        parts = file.path.parts[common[isinstance(file.location, Url)] :]
+        path = PurePosixPath(*(part for part in parts if not set(part) <= {"/", "."}))
         name, number = str(path), 1
-        while name in taken:  # URLs that differ in their queries only
+        while name in taken:  # URLs that differ in their queries only, or a local and a remote file
             number += 1
             name = str(path.with_name(f"{path.stem}_{number}{path.suffix}"))
         taken.add(name)

@@ -1,6 +1,7 @@
 """Frames of video files, decoded by FFmpeg through the optional package ``av``."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -105,30 +106,38 @@ class Video:
         Raises:
             UserError: the video is damaged or ends early. All frames before have been returned.
         """
+        for number, decoded in enumerate(self._decoded()):
+            if number % stride == 0:
+                yield self._frame(decoded, number), _pixels(decoded)
+
+    def _decoded(self) -> Iterator[Any]:
+        """All frames of ``av``."""
         import av
 
-        number, end = 0, Fraction(0)
+        failure, end = None, Fraction(0)
+        start = Fraction(self._container.start_time or 0, av.time_base)
         try:
+            # Of all streams, because the duration is that of the longest one.
             for packet in self._container.demux():
                 if packet.pts is not None:
-                    end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base)
-                if packet.stream.index != self._stream.index:
-                    continue
-                for decoded in packet.decode():
-                    if number % stride == 0:
-                        yield self._frame(decoded, number), _pixels(decoded)
-                    number += 1
+                    end = max(end, (packet.pts + (packet.duration or 0)) * packet.time_base - start)
+                if packet.stream.index == self._stream.index:
+                    yield from packet.decode()
         except av.FFmpegError as error:
-            raise UserError(f"{self._label} is damaged after {number} frames") from error
+            failure = error
+        if failure is not None:
+            with suppress(av.FFmpegError):
+                yield from self._stream.codec_context.decode(None)  # frames that wait for their turn
+            raise UserError(f"{self._label} is damaged after {float(end):.1f} seconds") from failure
         duration = self._duration()
         if duration is not None and duration - end > max(_MISSING_SECONDS, _MISSING_PART * duration):
             raise UserError(f"{self._label} ends early, after {float(end):.1f} of {float(duration):.1f} seconds")
 
     def _duration(self) -> Fraction | None:
-        """The time in seconds at which the last stream ends, as the file states it."""
-        if self._container.duration is None:
-            return None
-        return Fraction(self._container.duration + (self._container.start_time or 0), 1_000_000)
+        """The duration of the longest stream in seconds, as the file states it."""
+        import av
+
+        return None if self._container.duration is None else Fraction(self._container.duration, av.time_base)
 
     def _frame(self, decoded: Any, number: int) -> Frame:
         if decoded.pts is None or not decoded.time_base:
