@@ -8,8 +8,10 @@ import pytest
 from PIL import Image
 
 from cpm_rcnn.data import sources
+from cpm_rcnn.data.image_files import image_files
 from cpm_rcnn.data.sources import find_images, find_sources
 from cpm_rcnn.errors import UserError
+from cpm_rcnn.remote.urls import Url
 
 
 def image_bytes(suffix="png"):
@@ -94,6 +96,11 @@ def test_what_names_no_image_is_refused_in_one_line(photos, value, message):
     zipfile.ZipFile(photos / "empty.zip", "w").close()
     with pytest.raises(UserError, match=message):
         find_sources(value)
+
+
+def test_a_remote_folder_is_not_listed():
+    with pytest.raises(UserError, match="s3://bucket/photos: remote folders are not listed"):
+        image_files(Url("s3://bucket/photos")).names()
 
 
 def test_without_the_package_for_videos_a_video_is_refused_with_what_to_install(photos, monkeypatch):
