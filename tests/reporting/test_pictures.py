@@ -99,7 +99,7 @@ def test_tags_suit_the_picture_but_are_small_if_the_objects_are():
     small = [[300 + 90 * k, 400, 340 + 90 * k, 440] for k in range(5)]
     assert 40 < _tag_height(large) < 55
     assert 13 < _tag_height(small) < 25
-    assert _tag_height([*large, *small[:1]]) == _tag_height(large)  # the median decides
+    assert _tag_height([*large, *large, *small[:1]]) == _tag_height(large)  # the median decides
 
 
 def test_where_there_is_no_free_place_the_tag_of_the_better_detection_is_on_top():
@@ -149,3 +149,9 @@ def test_a_saved_picture_can_be_read_again(tmp_path):
 def test_an_unknown_file_suffix_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"a\.nonsense: cannot write"):
         save(_gray(5, 5), tmp_path / "a.nonsense")
+
+
+def test_the_size_of_the_text_can_be_given():
+    found = _found([[300, 400, 900, 1000]], [0.9], [1])
+    large, small = (draw(_gray(1500, 2000), found, NAMES, size=size) for size in (None, 15))
+    assert (large != 128).sum() > 2 * (small != 128).sum()

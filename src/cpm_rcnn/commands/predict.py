@@ -56,18 +56,37 @@ def predict_files(config: DictConfig, files: Sequence[SourceFile]) -> None:
     with ExitStack() as stack:
         outputs = [stack.enter_context(closing(OUTPUTS[kind](options))) for kind in kinds]
         count = detect(detector, reader, outputs, config.batch_size, config.details, watch)
-    read = [
-        *([counted(reader.images, "image", "images")] if reader.images or not reader.frames else []),
-        *([counted(reader.frames, "video frame", "video frames")] if reader.frames else []),
-    ]
-    total = reader.images + reader.frames
-    times = f"; milliseconds per image: {watch.per(total)}" if total else ""
-    print(f"{', '.join(read)}, {counted(count, 'detection', 'detections')}{times}")
+    parts = [counted(count, "detection", "detections")]
+    if reader.frames:
+        parts.insert(0, counted(reader.frames, "video frame", "video frames"))
+    if reader.images or not reader.frames:
+        parts.insert(0, counted(reader.images, "image", "images"))
+    read = reader.images + reader.frames
+    times = f"; milliseconds per image: {watch.per(read)}" if read else ""
+    print(f"{', '.join(parts)}{times}")
     print(run_dir)
     if reader.skipped:
         of = counted(len(files), "file", "files")
         print(f"error: {reader.skipped} of {of} could not be read completely, see above", file=sys.stderr)
         sys.exit(1)
+
+
+class Stopwatch:
+    """Sums up the seconds of several parts by name."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Measure a part."""
+        begun = perf_counter()
+        yield
+        self._seconds[part] = self._seconds.get(part, 0.0) + perf_counter() - begun
+
+    def per(self, count: int) -> str:
+        """The milliseconds of each part divided by ``count``."""
+        return ", ".join(f"{part} {1000 * seconds / count:.1f}" for part, seconds in self._seconds.items())
 
 
 def detect(
@@ -76,7 +95,7 @@ def detect(
     outputs: Sequence[Output],
     batch_size: int,
     details: bool,
-    watch: "Stopwatch",
+    watch: Stopwatch,
 ) -> int:
     """Detect in all images of a reader, with a progress bar.
 
@@ -136,24 +155,6 @@ def logging_above_bar() -> Iterator[None]:
         for handler, original in zip(handlers, originals):
             if original is not None:
                 handler.setStream(original)
-
-
-class Stopwatch:
-    """Sums up the seconds of several parts by name."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Measure a part."""
-        begun = perf_counter()
-        yield
-        self._seconds[part] = self._seconds.get(part, 0.0) + perf_counter() - begun
-
-    def per(self, count: int) -> str:
-        """The milliseconds of each part divided by ``count``."""
-        return ", ".join(f"{part} {1000 * seconds / count:.1f}" for part, seconds in self._seconds.items())
 
 
 def automatic_scores(config: DictConfig, detector: Detector) -> list[float]:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from statistics import median
 
 import torch
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -30,6 +29,7 @@ def draw(
     class_names: Sequence[str],
     ground_truth: dict[str, Tensor] | None = None,
     min_score: float | Sequence[float] = 0.3,
+    size: int | None = None,
 ) -> Tensor:
     """Draw detections and, if given, ground-truth boxes on an image.
 
@@ -42,12 +42,12 @@ def draw(
         class_names: the C names; label l is ``class_names[l - 1]``.
         ground_truth: ``boxes`` (M, 4).
         min_score: detections with a lower score are not drawn. A number, or one for each of the C classes.
+        size: height of the text in pixels; None: :func:`text_size` of the detections that are drawn.
 
     Returns:
         uint8 (3, kH, kW) on the CPU, where k is the smallest integer that makes the longer side at least 480 pixels.
     """
-    longer = max(image.shape[-2:])
-    factor = -(-_READABLE // longer)
+    factor = _factor(image)
     canvas = F.to_pil_image(image.cpu())
     canvas = canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(canvas)
@@ -56,11 +56,10 @@ def draw(
     low = detections["scores"].new_tensor(min_score).expand(len(class_names))[detections["labels"] - 1]
     order = order[(detections["scores"] >= low)[order]]
     boxes = [_ordered(box) for box in (detections["boxes"][order] * factor).tolist()]
-    labels = detections["labels"][order].tolist()
-    texts = [
-        f"{class_names[label - 1]} {score:.2f}" for label, score in zip(labels, detections["scores"][order].tolist())
-    ]
-    size = _font_size(longer * factor, boxes)
+    scores, labels = detections["scores"][order].tolist(), detections["labels"][order].tolist()
+    texts = [f"{class_names[label - 1]} {score:.2f}" for label, score in zip(labels, scores)]
+    if size is None:
+        size = text_size(image, detections["boxes"][order])
     line = max(2, size // 6)
 
     if ground_truth is not None:
@@ -75,6 +74,27 @@ def draw(
     for tag, text, label in reversed(list(zip(tags, texts, labels))):
         _draw_tag(pen, tag, text, _color(label), font)
     return F.pil_to_tensor(canvas)
+
+
+def text_size(image: Tensor, boxes: Tensor) -> int:
+    """The height of the text on the picture that :func:`draw` makes of an image.
+
+    It suits the picture as a whole, but is smaller if the tags would cover small objects.
+
+    Args:
+        image: (3, H, W).
+        boxes: (N, 4) xyxy in pixels of ``image``, the detections that are drawn.
+
+    Returns:
+        The height in pixels.
+    """
+    factor = _factor(image)
+    longer = max(image.shape[-2:]) * factor
+    size = longer / 52
+    if len(boxes):
+        sides = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) * factor
+        size = min(size, max(longer / 150, sides.median().item() / 6))
+    return max(13, round(size))
 
 
 def sheet(pictures: Sequence[Tensor], columns: int) -> Tensor:
@@ -117,6 +137,11 @@ def save(picture: Tensor, path: str | PathLike[str]) -> None:
         raise UserError(f"{path}: cannot write the picture: {error}") from error
 
 
+def _factor(image: Tensor) -> int:
+    """How many times an image (3, H, W) is enlarged."""
+    return -(-_READABLE // max(image.shape[-2:]))
+
+
 def _color(label: int) -> str:
     return _PALETTE[(label - 1) % len(_PALETTE)]
 
@@ -137,18 +162,6 @@ def _dashed_rectangle(pen: ImageDraw.ImageDraw, box: _Rectangle, width: int, das
     for y in range(round(y1), round(y2), 2 * dash):
         for side in (x1, x2 - width + 1):
             pen.rectangle((side, y, side + width - 1, min(y + dash, y2)), fill="white")
-
-
-def _font_size(longer: int, boxes: Sequence[_Rectangle]) -> int:
-    """The size in pixels of the text on a picture whose longer side is ``longer``.
-
-    It suits the picture as a whole, but is smaller if its tags would cover small objects.
-    """
-    of_picture = longer / 52
-    if boxes:
-        sides = [min(x2 - x1, y2 - y1) for x1, y1, x2, y2 in boxes]
-        of_picture = min(of_picture, max(longer / 150, median(sides) / 6))
-    return max(13, round(of_picture))
 
 
 def _tag_place(

@@ -11,7 +11,7 @@ from typing import IO, Protocol
 from cpm_rcnn.data.source_reader import SourceImage
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.inference import ImageDetections
-from cpm_rcnn.reporting.pictures import draw, save
+from cpm_rcnn.reporting.pictures import draw, save, text_size
 from cpm_rcnn.reporting.video import VideoWriter
 
 
@@ -29,7 +29,7 @@ class OutputOptions:
     folder: Path
     class_names: Sequence[str]
     min_scores: Sequence[float]
-    has_videos: bool = False
+    has_videos: bool
 
 
 class Output(Protocol):
@@ -55,27 +55,34 @@ class Pictures:
 
     def __init__(self, options: OutputOptions) -> None:
         self._options = options
-        # Frames of one video follow each other.
+        # Of the last video; the frames of a video follow each other.
         self._video: tuple[str, VideoWriter] | None = None
+        self._text_size: int | None = None
 
     def add(self, image: SourceImage, found: ImageDetections) -> None:
         """See :class:`Output`."""
-        options = self._options
-        picture = draw(image.pixels, found.to_dict(), options.class_names, min_score=options.min_scores)
+        folder, class_names = self._options.folder, self._options.class_names
+        found = found.above(self._options.min_scores)
+        size = text_size(image.pixels, found.boxes)
         if image.frame is None:
-            save(picture, options.folder / "images" / f"{image.name}.png")
+            picture = draw(image.pixels, found.to_dict(), class_names, min_score=0, size=size)
+            save(picture, folder / "images" / f"{image.name}.png")
             return
         name = image.frame.video
         if self._video is None or self._video[0] != name:
             self.close()
-            self._video = name, VideoWriter(options.folder / "videos" / f"{name}.mp4", image.frame, picture)
+        # The smallest size of the video so far, so that it does not change from frame to frame.
+        self._text_size = size if self._text_size is None else min(size, self._text_size)
+        picture = draw(image.pixels, found.to_dict(), class_names, min_score=0, size=self._text_size)
+        if self._video is None:
+            self._video = name, VideoWriter(folder / "videos" / f"{name}.mp4", image.frame, picture)
         self._video[1].write(image.frame, picture)
 
     def close(self) -> None:
         """Finish the last video."""
         if self._video is not None:
-            self._video[1].close()
-            self._video = None
+            video, self._video, self._text_size = self._video[1], None, None
+            video.close()
 
 
 class Coco:

@@ -56,7 +56,7 @@ class VideoWriter:
         encoded = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(
             self._stream.width, self._stream.height, "yuv420p", dst_colorspace="ITU709"
         )
-        self._last = max(frame.pts, self._last + 1)  # damaged videos have times twice
+        self._last = max(frame.pts, self._last + 1)  # the times of some videos do not increase
         encoded.pts, encoded.time_base = self._last, frame.time_base
         self._encode(encoded)
 
