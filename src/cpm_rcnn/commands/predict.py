@@ -175,7 +175,9 @@ def automatic_scores(config: DictConfig, detector: Detector) -> list[float]:
     if unknown := [name for name, score in zip(detector.class_names, scores) if score == inf]:
         instead = f"{DEFAULT_MIN_SCORE} is used" if kind == "best_f1" else "not drawn"
         _log.warning("min_score=%s: no threshold for %s; %s", config.min_score, ", ".join(unknown), instead)
-    if changed := [f"{node}.{name}" for node in ("detector", "data") for name in overrides_in(config[node])]:
+    changed = [f"{node}.{name}" for node in ("detector", "data") for name in overrides_in(config[node])]
+    changed += ["multi_scale"] if detector.multi_scale is not None else []
+    if changed:
         _log.warning(
             "min_score=%s: the thresholds are of the validation, without %s", config.min_score, ", ".join(changed)
         )
