@@ -7,8 +7,8 @@ from omegaconf import DictConfig
 from cpm_rcnn.cli.config import as_path
 from cpm_rcnn.cli.main import run
 from cpm_rcnn.cli.nodes import check_ckpt
+from cpm_rcnn.data.sources import find_images
 from cpm_rcnn.errors import UserError, check_choice, check_count, check_path
-from cpm_rcnn.predict import find_images
 
 # As in cpm_rcnn.inference.export, which imports torch.
 _FORMATS = ("onnx", "pt2")

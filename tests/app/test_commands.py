@@ -174,7 +174,7 @@ def test_predict_skips_images_that_cannot_be_read_and_writes_the_rest(command, c
     answer = command("predict", f"ckpt={checkpoint}", f"source={source}", "device=cpu", "detector.score_threshold=0.01")
     assert answer.status == 1
     assert (answer.out + answer.err).count("b.jpg is damaged or not an image") == 1
-    assert answer.err.splitlines()[-1] == "error: skipped 1 of 3 images, see above"
+    assert answer.err.splitlines()[-1] == "error: 1 of 3 files could not be read completely, see above"
     assert sorted(path.name for path in (answer.folder / "images").iterdir()) == ["a.jpg.png", "c.jpg.png"]
     found = json.loads((answer.folder / "detections.json").read_text())
     assert {d["file_name"]: d["image_id"] for d in found} == {"a.jpg": 1, "c.jpg": 3}

@@ -183,7 +183,7 @@ def test_every_ablation_is_the_named_combination_of_groups(row, groups):
 @pytest.mark.parametrize("name", ["eval", "predict"])
 @pytest.mark.parametrize("multi_scale", ["on", "off"])
 def test_eval_and_predict_compose(name, multi_scale):
-    overrides = ["ckpt=x.ckpt"] + (["source=x"] if name == "predict" else [f"multi_scale={multi_scale}"])
+    overrides = ["ckpt=x.ckpt", f"multi_scale={multi_scale}", *(["source=x"] if name == "predict" else [])]
     assert composed(*overrides, name=name).ckpt == "x.ckpt"
 
 

@@ -110,6 +110,7 @@ def test_null_is_printed_as_the_user_wrote_it(command, argument):
         ("predict", "ops=null", ["ops.NAME=VALUE"]),
         ("predict", "device=null", ["must be auto, cpu"]),
         ("predict", "device=meta", ["must be auto, cpu"]),
+        ("predict", "multi_scale.enabled=3", ["must be true or false"]),
         ("predict", "source=null", ["must be a path"]),
         ("convert", "detector=null", ["detector.NAME=VALUE"]),
         ("convert", "schedule=null", ["must be one of", "2x"]),
@@ -164,7 +165,7 @@ def test_images_without_a_json_of_the_user_are_refused(command, checkpoint):
 def test_a_source_that_is_not_an_image_is_named(command, checkpoint, workplace):
     (workplace / "note.txt").write_text("text")
     line = refused(command("predict", f"ckpt={checkpoint}", "source=note.txt", "device=cpu"))
-    check(line, "source=note.txt: ", "not an image")
+    check(line, "note.txt is damaged or not an image in a supported format")
 
 
 def test_errors_about_the_split_of_a_json_name_split_and_images(command, checkpoint, workplace):

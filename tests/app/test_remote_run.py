@@ -85,7 +85,7 @@ def test_a_run_on_remote_data_resumes_from_a_remote_checkpoint_and_ends_like_one
         (
             "predict",
             ["ckpt=s3://runs/none.ckpt", "source=s3://shapes/val"],
-            "error: source=s3://shapes/val: must be local",
+            "error: source=s3://shapes/val: must be an image, a video or a .zip, by its suffix; remote folders are not",
         ),
     ],
 )

@@ -109,6 +109,19 @@ def test_a_generator_is_read_one_batch_at_a_time(detector, monkeypatch):
     assert detector.detect([]) == []
 
 
+def test_progress_counts_the_images_that_are_done(detector):
+    done = []
+    detector.detect([random_image(40, 60)] * 5, batch_size=2, progress=done.append)
+    assert done == [2, 4, 5]
+
+
+def test_progress_moves_with_the_tiles_of_an_image(detector):
+    tiled = Detector(detector.model, CATEGORIES, short_side=64, max_size=96, tile=64, tile_overlap=0.0)
+    done = []
+    tiled.detect([random_image(128, 128), random_image(64, 64)], progress=done.append)
+    assert done == [0.25, 0.5, 0.75, 1, 1, 2, 2]
+
+
 def test_results_are_those_of_the_resized_image_rescaled_by_hand(detector):
     image = random_image(90, 200)
     # The longer side would be 142 pixels, so it decides: 96 x 43.

@@ -86,6 +86,31 @@ def test_tags_are_inside_the_image_and_do_not_overlap():
     assert (picture == 0).all(0).sum().item() == pytest.approx(alone, abs=3)
 
 
+def _tag_height(boxes):
+    """The height of the tag above the first box on a picture of 1500 x 2000 pixels."""
+    picture = draw(_gray(1500, 2000), _found(boxes, [0.9] * len(boxes), [1] * len(boxes)), NAMES)
+    x1, y1 = boxes[0][:2]
+    column = (picture[:, :y1, x1 + 1] != 128).any(0)
+    return column.sum().item()
+
+
+def test_tags_suit_the_picture_but_are_small_if_the_objects_are():
+    large = [[300, 400, 900, 1000]]
+    small = [[300 + 90 * k, 400, 340 + 90 * k, 440] for k in range(5)]
+    assert 40 < _tag_height(large) < 55
+    assert 13 < _tag_height(small) < 25
+    assert _tag_height([*large, *large, *small[:1]]) == _tag_height(large)  # the median decides
+
+
+def test_where_there_is_no_free_place_the_tag_of_the_better_detection_is_on_top():
+    first, second = ([[1, 1, 70, 30]], [0.9], [1]), ([[2, 2, 71, 31]], [0.8], [2])
+    image = _gray(480, 480)[:, :32, :80]
+    alone = draw(image, _found(*first), NAMES)
+    both = draw(image, _found(first[0] * 9 + second[0], [0.9] * 9 + [0.8], [1] * 9 + [2]), NAMES)
+    tag = (slice(None), slice(0, 12), slice(10, 60))
+    assert torch.equal(both[tag], alone[tag])
+
+
 def test_ground_truth_boxes_are_dashed_in_black_and_white():
     picture = draw(
         _gray(500, 500), _found([], [], []), NAMES, ground_truth={"boxes": torch.tensor([[50.0, 50, 400, 300]])}
@@ -124,3 +149,9 @@ def test_a_saved_picture_can_be_read_again(tmp_path):
 def test_an_unknown_file_suffix_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"a\.nonsense: cannot write"):
         save(_gray(5, 5), tmp_path / "a.nonsense")
+
+
+def test_the_size_of_the_text_can_be_given():
+    found = _found([[300, 400, 900, 1000]], [0.9], [1])
+    large, small = (draw(_gray(1500, 2000), found, NAMES, size=size) for size in (None, 15))
+    assert (large != 128).sum() > 2 * (small != 128).sum()

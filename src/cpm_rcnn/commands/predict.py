@@ -1,9 +1,9 @@
-"""Draw the detections on copies of images."""
+"""Detect in images and videos."""
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 from math import inf
 from pathlib import Path
@@ -12,17 +12,17 @@ from time import perf_counter
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.progress import track
-from torch import Tensor
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cpm_rcnn.cli.assembly import load_detector
 from cpm_rcnn.cli.config import overrides_in
-from cpm_rcnn.data import ImageSource
 from cpm_rcnn.data.problem import counted
+from cpm_rcnn.data.source_reader import SourceReader
+from cpm_rcnn.data.sources import SourceFile
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.inference import Detector
 from cpm_rcnn.ops import use_deform_backend
-from cpm_rcnn.reporting.predictions import OUTPUTS
+from cpm_rcnn.reporting.predictions import OUTPUTS, Output, OutputOptions
 
 _log = logging.getLogger(__name__)
 
@@ -30,15 +30,14 @@ _log = logging.getLogger(__name__)
 DEFAULT_MIN_SCORE = 0.3
 
 
-def predict_images(config: DictConfig, folder: Path, names: list[str]) -> None:
-    """Detect in images; write the results to Hydra's output folder.
+def predict_files(config: DictConfig, files: Sequence[SourceFile]) -> None:
+    """Detect in images and videos; write the results to Hydra's output folder.
 
-    If there are several images, those that cannot be read are reported and skipped; the exit status is then 1.
+    If there are several files, those that cannot be read are reported and skipped; the exit status is then 1.
 
     Args:
         config: the config of ``predict``.
-        folder: the folder of the images.
-        names: the images to read, relative to it.
+        files: the images and videos.
     """
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     use_deform_backend(config.ops.deform)
@@ -51,43 +50,24 @@ def predict_images(config: DictConfig, folder: Path, names: list[str]) -> None:
     min_scores = scores if isinstance(scores, list) else [scores] * len(detector.class_names)
     detector.to(device)
     kinds = [config.output] if isinstance(config.output, str) else dict.fromkeys(config.output)
-    outputs = [OUTPUTS[kind](run_dir, detector.class_names, min_scores) for kind in kinds]
+    options = OutputOptions(run_dir, detector.class_names, min_scores, any(file.is_video for file in files))
+    reader = SourceReader(files, config.video_stride)
     watch = Stopwatch()
-    source = ImageSource(folder)
-    skipped = count = 0
-
-    def images() -> Iterator[tuple[int, str, Tensor]]:
-        nonlocal skipped
-        for image_id, name in enumerate(track(names, description="predict"), start=1):
-            try:
-                with watch("read"):
-                    image = source.read(name)
-            except UserError as error:
-                if len(names) == 1:
-                    raise UserError(f"source={folder / name}: {str(error).removeprefix(f'{folder}: ')}") from error
-                skipped += 1
-                _log.warning("%s; skipped", error)
-                continue
-            yield image_id, name, image
-
-    readable = images()
-    while batch := list(islice(readable, config.batch_size)):
-        with watch("detect"):
-            tensors = [image for _, _, image in batch]
-            results = detector.detect(tensors, batch_size=config.batch_size, details=config.details)
-        with watch("write"):
-            for (image_id, name, image), found in zip(batch, results):
-                count += len(found)
-                for output in outputs:
-                    output.add(image_id, name, image, found)
-    for output in outputs:
-        output.close()
-    read = len(names) - skipped
+    with ExitStack() as stack:
+        outputs = [stack.enter_context(closing(OUTPUTS[kind](options))) for kind in kinds]
+        count = detect(detector, reader, outputs, config.batch_size, config.details, watch)
+    parts = [counted(count, "detection", "detections")]
+    if reader.frames:
+        parts.insert(0, counted(reader.frames, "video frame", "video frames"))
+    if reader.images or not reader.frames:
+        parts.insert(0, counted(reader.images, "image", "images"))
+    read = reader.images + reader.frames
     times = f"; milliseconds per image: {watch.per(read)}" if read else ""
-    print(f"{counted(read, 'image', 'images')}, {counted(count, 'detection', 'detections')}{times}")
+    print(f"{', '.join(parts)}{times}")
     print(run_dir)
-    if skipped:
-        print(f"error: skipped {skipped} of {counted(len(names), 'image', 'images')}, see above", file=sys.stderr)
+    if reader.skipped:
+        of = counted(len(files), "file", "files")
+        print(f"error: {reader.skipped} of {of} could not be read completely, see above", file=sys.stderr)
         sys.exit(1)
 
 
@@ -109,6 +89,74 @@ class Stopwatch:
         return ", ".join(f"{part} {1000 * seconds / count:.1f}" for part, seconds in self._seconds.items())
 
 
+def detect(
+    detector: Detector,
+    reader: SourceReader,
+    outputs: Sequence[Output],
+    batch_size: int,
+    details: bool,
+    watch: Stopwatch,
+) -> int:
+    """Detect in all images of a reader, with a progress bar.
+
+    Args:
+        detector: the detector.
+        reader: reads the images.
+        outputs: receive the detections.
+        batch_size: images per forward pass.
+        details: see :meth:`Detector.detect`.
+        watch: measures the parts ``read``, ``detect`` and ``write``.
+
+    Returns:
+        The number of detections.
+    """
+    count = 0
+    images = iter(reader)
+    columns = (
+        TextColumn("predict"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns) as bar, logging_above_bar():
+        task = bar.add_task("predict", total=reader.total)
+
+        def show(done: float) -> None:
+            bar.update(task, completed=position + done, total=reader.total)
+
+        while True:
+            position = reader.position
+            with watch("read"):
+                batch = list(islice(images, batch_size))
+            if not batch:
+                bar.update(task, completed=reader.position, total=reader.total)
+                return count
+            with watch("detect"):
+                pixels = [image.pixels for image in batch]
+                results = detector.detect(pixels, batch_size=batch_size, details=details, progress=show)
+            with watch("write"):
+                for image, found in zip(batch, results):
+                    count += len(found)
+                    for output in outputs:
+                        output.add(image, found)
+
+
+@contextmanager
+def logging_above_bar() -> Iterator[None]:
+    """Show log messages above a progress bar on a terminal, not inside it.
+
+    The bar replaces ``sys.stdout`` to that end, but Hydra's handler has the original one.
+    """
+    handlers = [handler for handler in logging.getLogger().handlers if type(handler) is logging.StreamHandler]
+    originals = [handler.setStream(sys.stdout) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, original in zip(handlers, originals):
+            if original is not None:
+                handler.setStream(original)
+
+
 def automatic_scores(config: DictConfig, detector: Detector) -> list[float]:
     """The minimum score of each class for ``min_score=auto`` and ``min_score=precision``.
 
@@ -127,7 +175,9 @@ def automatic_scores(config: DictConfig, detector: Detector) -> list[float]:
     if unknown := [name for name, score in zip(detector.class_names, scores) if score == inf]:
         instead = f"{DEFAULT_MIN_SCORE} is used" if kind == "best_f1" else "not drawn"
         _log.warning("min_score=%s: no threshold for %s; %s", config.min_score, ", ".join(unknown), instead)
-    if changed := [f"{node}.{name}" for node in ("detector", "data") for name in overrides_in(config[node])]:
+    changed = [f"{node}.{name}" for node in ("detector", "data") for name in overrides_in(config[node])]
+    changed += ["multi_scale"] if detector.multi_scale is not None else []
+    if changed:
         _log.warning(
             "min_score=%s: the thresholds are of the validation, without %s", config.min_score, ", ".join(changed)
         )

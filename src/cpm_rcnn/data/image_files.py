@@ -28,6 +28,13 @@ class ImageFiles(Protocol):
     def is_archive(self) -> bool:
         """Whether it is an archive, in which the end of a file cannot be read without its start."""
 
+    def names(self) -> list[str]:
+        """The sorted names of all files, with slashes.
+
+        Raises:
+            UserError: this is a remote folder, which is not listed.
+        """
+
     def read(self, name: str) -> bytes:
         """The content of a file.
 
@@ -81,6 +88,9 @@ class _Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def names(self) -> list[str]:
+        return sorted(path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file())
+
     def read(self, name: str) -> bytes:
         try:
             return _first_existing(self.path, name).read_bytes()
@@ -117,6 +127,10 @@ class _Members:
         self._path = path
         self._by_name = dict(by_name)
         self._full_names = set(names)
+
+    def names(self) -> list[str]:
+        """The sorted names of the members that are files."""
+        return sorted(name for name in self._full_names if not name.endswith("/"))
 
     def find(self, name: str) -> str:
         """The member that is meant by a file name.
@@ -160,6 +174,9 @@ class _Archive:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
+    def names(self) -> list[str]:
+        return self._members.names()
+
     def read(self, name: str) -> bytes:
         member = self._members.find(name)
         try:
@@ -194,6 +211,9 @@ class _RemoteFolder:
         self.path = path
         self._start = time.time()
 
+    def names(self) -> list[str]:
+        raise UserError(f"{self.path}: remote folders are not listed")
+
     def read(self, name: str) -> bytes:
         try:
             return read(self.path / name.replace("\\", "/"), self._start)
@@ -220,6 +240,9 @@ class _RemoteArchive:
         self.path = path
         self._archive = RemoteArchive(path)
         self._members = _Members(path, self._archive.names())
+
+    def names(self) -> list[str]:
+        return self._members.names()
 
     def read(self, name: str) -> bytes:
         member = self._members.find(name)

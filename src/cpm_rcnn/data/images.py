@@ -87,14 +87,7 @@ class ImageSource:
         warn: Callable[[str], None] = _log.warning,
     ) -> Tensor:
         """:meth:`read` of a file whose content ``raw`` was read before."""
-        try:
-            image, lost = _decode(raw, size)
-        except UserError as error:
-            raise UserError(f"{self.path}: {short(file_name)} {error}") from error.__cause__
-        if lost is not None:
-            what = f"the last {lost:.1%} of its pixels are lost" if lost else "no pixel is lost"
-            warn(f"{self.path}: {short(file_name)} ends early; {what}")
-        return image
+        return decode_image(raw, f"{self.path}: {short(file_name)}", size, warn)
 
     def missing(self, file_names: Sequence[str]) -> dict[int, str]:
         """Which files do not exist, found by listing each folder once; of a remote folder, only the first is asked for.
@@ -148,6 +141,36 @@ class ImageSource:
             raise UserError(f"{self.path}: image {short(file_name)} not found") from None
         except Exception as error:  # of Pillow's readers, the file system, and any type of a damaged archive
             raise UserError(f"{self.path}: {short(file_name)} {_DAMAGED}") from error
+
+
+def decode_image(
+    raw: bytes,
+    label: str,
+    size: tuple[int, int] | None = None,
+    warn: Callable[[str], None] = _log.warning,
+) -> Tensor:
+    """:meth:`ImageSource.read` of a file that is in memory.
+
+    Args:
+        raw: its content.
+        label: its name in messages.
+        size: see :meth:`ImageSource.read`.
+        warn: see :meth:`ImageSource.read`.
+
+    Returns:
+        (3, H, W) uint8 RGB.
+
+    Raises:
+        UserError: see :meth:`ImageSource.read`.
+    """
+    try:
+        image, lost = _decode(raw, size)
+    except UserError as error:
+        raise UserError(f"{label} {error}") from error.__cause__
+    if lost is not None:
+        what = f"the last {lost:.1%} of its pixels are lost" if lost else "no pixel is lost"
+        warn(f"{label} ends early; {what}")
+    return image
 
 
 # Common formats only; for some of the others, Pillow would start a PostScript interpreter.

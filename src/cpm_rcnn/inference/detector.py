@@ -160,6 +160,7 @@ class Detector:
         batch_size: int = 1,
         score_threshold: float | Sequence[float] = 0.0,
         details: bool = False,
+        progress: Callable[[float], None] | None = None,
     ) -> list[ImageDetections]:
         """Detect objects in images of any size.
 
@@ -172,6 +173,8 @@ class Detector:
                 :meth:`thresholds` returns.
             details: whether the results also say how each score was computed. In the multi-scale test, this is how the
                 score of the box was computed before soft-NMS.
+            progress: is called after each forward pass with the number of images that are done. With tiles, it is a
+                fraction.
 
         Returns:
             One :class:`ImageDetections` per image, on the CPU.
@@ -184,13 +187,19 @@ class Detector:
         if isinstance(images, (str, bytes, Tensor, np.ndarray)) or not isinstance(images, Iterable):
             images = [images]
         results: list[ImageDetections] = []
+
+        def show(part: float) -> None:
+            if progress is not None:
+                progress(len(results) + part * len(tensors))
+
         for batch in _batches(images, batch_size):
             tensors = [to_image(value, f"images[{len(results) + i}]") for i, value in enumerate(batch)]
             resized = [self.resize(image).to(self.device, non_blocking=True) for image in tensors]
             with _eval_mode(self.model), torch.inference_mode(), requirements_deferred():
                 sizes = [_size(image) for image in tensors]
-                found = self.detect_resized(resized, sizes, details=details, batch_size=batch_size)
+                found = self.detect_resized(resized, sizes, details=details, batch_size=batch_size, progress=show)
                 found = to_host(found)
+            show(1)
             results += [self._result(detections, score_threshold) for detections in found]
         return results
 
@@ -210,6 +219,7 @@ class Detector:
         *,
         details: bool = False,
         batch_size: int | None = None,
+        progress: Callable[[float], None] | None = None,
     ) -> list[dict[str, Tensor]]:
         """Detect objects in images that were resized already, for example by a data loader.
 
@@ -218,6 +228,8 @@ class Detector:
             original_sizes: (height, width) of each image before it was resized.
             details: see :meth:`detect`.
             batch_size: tiles per forward pass; None: as many as there are images. Not used without tiles.
+            progress: is called after each batch of tiles with the part of all tiles that is done. Not used without
+                tiles.
 
         Returns:
             One dict per image, best score first: ``boxes`` (N, 4) in pixels of the original image, ``scores`` (N,) and
@@ -235,7 +247,7 @@ class Detector:
                 find = partial(self._resize_and_find, find)
             limit = getattr(self.model.settings.head, "max_detections", None)
             tiles = self.tile, self.tile_overlap
-            find = TiledDetector(find, *tiles, self.convention, batch_size or len(images), limit)
+            find = TiledDetector(find, *tiles, self.convention, batch_size or len(images), limit, progress)
         return [
             found | {"boxes": _rescale(found["boxes"], _size(image), original)}
             for found, image, original in zip(find(images), images, original_sizes, strict=True)

@@ -40,6 +40,7 @@ class TiledDetector:
         convention: the box coordinate convention of the detector.
         batch_size: tiles per call of ``detector``.
         max_detections: maximum number of detections per image; None has no limit.
+        progress: is called after each batch of tiles with the part of all tiles that is done, up to 1.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class TiledDetector:
         convention: BoxConvention,
         batch_size: int,
         max_detections: int | None,
+        progress: Callable[[float], None] | None = None,
     ) -> None:
         self.detector = detector
         self.tile = tile
@@ -57,6 +59,7 @@ class TiledDetector:
         self.convention = convention
         self.batch_size = batch_size
         self.max_detections = max_detections
+        self.progress = progress
 
     def __call__(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Detect objects in images of their original size.
@@ -73,6 +76,8 @@ class TiledDetector:
         found: list[dict[str, Tensor]] = []
         for start in range(0, len(tiles), self.batch_size):
             found += self.detector(tiles[start : start + self.batch_size])
+            if self.progress is not None:
+                self.progress(len(found) / len(tiles))
         on_host = iter(to_host(found))
         return [self._merge([next(on_host) for _ in grid], torch.tensor(grid)) for grid in grids]
 

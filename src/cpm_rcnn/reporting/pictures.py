@@ -29,11 +29,12 @@ def draw(
     class_names: Sequence[str],
     ground_truth: dict[str, Tensor] | None = None,
     min_score: float | Sequence[float] = 0.3,
+    size: int | None = None,
 ) -> Tensor:
     """Draw detections and, if given, ground-truth boxes on an image.
 
     A detection is a solid box in the color of its class with a tag of its name and score. A ground-truth box is dashed
-    in black and white. Detections with higher scores are drawn on top of others.
+    in black and white. Detections with higher scores are drawn on top of others, and their tags have the better places.
 
     Args:
         image: uint8 (3, H, W).
@@ -41,35 +42,59 @@ def draw(
         class_names: the C names; label l is ``class_names[l - 1]``.
         ground_truth: ``boxes`` (M, 4).
         min_score: detections with a lower score are not drawn. A number, or one for each of the C classes.
+        size: height of the text in pixels; None: :func:`text_size` of the detections that are drawn.
 
     Returns:
         uint8 (3, kH, kW) on the CPU, where k is the smallest integer that makes the longer side at least 480 pixels.
     """
-    longer = max(image.shape[-2:])
-    factor = -(-_READABLE // longer)
+    factor = _factor(image)
     canvas = F.to_pil_image(image.cpu())
     canvas = canvas.resize((canvas.width * factor, canvas.height * factor), Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(canvas)
-    line = max(2, round(longer * factor / 320))
-    font = ImageFont.load_default(size=max(13, round(longer * factor / 52)))
+
+    order = detections["scores"].argsort(descending=True)
+    low = detections["scores"].new_tensor(min_score).expand(len(class_names))[detections["labels"] - 1]
+    order = order[(detections["scores"] >= low)[order]]
+    boxes = [_ordered(box) for box in (detections["boxes"][order] * factor).tolist()]
+    scores, labels = detections["scores"][order].tolist(), detections["labels"][order].tolist()
+    texts = [f"{class_names[label - 1]} {score:.2f}" for label, score in zip(labels, scores)]
+    if size is None:
+        size = text_size(image, detections["boxes"][order])
+    line = max(2, size // 6)
 
     if ground_truth is not None:
         for box in (ground_truth["boxes"] * factor).tolist():
             _dashed_rectangle(pen, _ordered(box), width=max(1, line // 2), dash=4 * line)
-
-    order = detections["scores"].argsort()
-    low = detections["scores"].new_tensor(min_score).expand(len(class_names))[detections["labels"] - 1]
-    order = order[(detections["scores"] >= low)[order]]
-    boxes = [_ordered(box) for box in (detections["boxes"][order] * factor).tolist()]
-    scores = detections["scores"][order].tolist()
-    labels = detections["labels"][order].tolist()
-    for box, label in zip(boxes, labels):
+    for box, label in reversed(list(zip(boxes, labels))):
         pen.rectangle(box, outline=_color(label), width=line)
+    font = ImageFont.load_default(size=size)
     tags: list[_Rectangle] = []
-    for box, score, label in reversed(list(zip(boxes, scores, labels))):
-        text = f"{class_names[label - 1]} {score:.2f}"
-        tags.append(_draw_tag(pen, box, text, _color(label), font, canvas.size, tags))
+    for box, text in zip(boxes, texts):
+        tags.append(_tag_place(pen, box, text, font, canvas.size, tags))
+    for tag, text, label in reversed(list(zip(tags, texts, labels))):
+        _draw_tag(pen, tag, text, _color(label), font)
     return F.pil_to_tensor(canvas)
+
+
+def text_size(image: Tensor, boxes: Tensor) -> int:
+    """The height of the text on the picture that :func:`draw` makes of an image.
+
+    It suits the picture as a whole, but is smaller if the tags would cover small objects.
+
+    Args:
+        image: (3, H, W).
+        boxes: (N, 4) xyxy in pixels of ``image``, the detections that are drawn.
+
+    Returns:
+        The height in pixels.
+    """
+    factor = _factor(image)
+    longer = max(image.shape[-2:]) * factor
+    size = longer / 52
+    if len(boxes):
+        sides = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1) * factor
+        size = min(size, max(longer / 150, sides.median().item() / 6))
+    return max(13, round(size))
 
 
 def sheet(pictures: Sequence[Tensor], columns: int) -> Tensor:
@@ -112,6 +137,11 @@ def save(picture: Tensor, path: str | PathLike[str]) -> None:
         raise UserError(f"{path}: cannot write the picture: {error}") from error
 
 
+def _factor(image: Tensor) -> int:
+    """How many times an image (3, H, W) is enlarged."""
+    return -(-_READABLE // max(image.shape[-2:]))
+
+
 def _color(label: int) -> str:
     return _PALETTE[(label - 1) % len(_PALETTE)]
 
@@ -134,21 +164,18 @@ def _dashed_rectangle(pen: ImageDraw.ImageDraw, box: _Rectangle, width: int, das
             pen.rectangle((side, y, side + width - 1, min(y + dash, y2)), fill="white")
 
 
-def _draw_tag(
+def _tag_place(
     pen: ImageDraw.ImageDraw,
     box: _Rectangle,
     text: str,
-    color: str,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     size: tuple[int, int],
     taken: Sequence[_Rectangle],
 ) -> _Rectangle:
-    """Draw a tag inside the image, if possible where it covers no other tag, and return its rectangle."""
+    """The place of a tag at an edge of its box, inside the image, that covers as little of other tags as possible."""
     left, _, right, _ = pen.textbbox((0, 0), text, font=font)
-    # The height of letters with ascender and descender, so that all tags have the same height.
-    _, tall_top, _, tall_bottom = pen.textbbox((0, 0), "dp", font=font)
-    margin = max(2, round((tall_bottom - tall_top) / 6))
-    width, height = right - left + 2 * margin, tall_bottom - tall_top + 2 * margin
+    top, bottom, margin = _text_lines(pen, font)
+    width, height = right - left + 2 * margin, bottom - top + 2 * margin
 
     x1, y1, x2, y2 = box
     places: list[_Rectangle] = []
@@ -162,20 +189,33 @@ def _draw_tag(
         x = max(0, min(left_edge, size[0] - width))
         y = max(0, min(top_edge, size[1] - height))
         places.append((x, y, x + width, y + height))
-    free = (place for place in places if not any(_overlap(place, other) for other in taken))
-    place = next(free, places[0])
+    return min(places, key=lambda place: sum(_overlap(place, other) for other in taken))
 
+
+def _draw_tag(
+    pen: ImageDraw.ImageDraw,
+    place: _Rectangle,
+    text: str,
+    color: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
     pen.rectangle((place[0], place[1], place[2] - 1, place[3] - 1), fill=color)
+    left, _, _, _ = pen.textbbox((0, 0), text, font=font)
+    top, _, margin = _text_lines(pen, font)
     red, green, blue = ImageColor.getrgb(color)[:3]
     bright = 0.299 * red + 0.587 * green + 0.114 * blue > 110
-    pen.text(
-        (place[0] + margin - left, place[1] + margin - tall_top),
-        text,
-        font=font,
-        fill="black" if bright else "white",
-    )
-    return place
+    start = (place[0] + margin - left, place[1] + margin - top)
+    pen.text(start, text, font=font, fill="black" if bright else "white")
 
 
-def _overlap(a: _Rectangle, b: _Rectangle) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _text_lines(
+    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> tuple[float, float, int]:
+    """Top and bottom of letters with ascender and descender, so that all tags have one height, and the margin."""
+    _, top, _, bottom = pen.textbbox((0, 0), "dp", font=font)
+    return top, bottom, max(2, round((bottom - top) / 6))
+
+
+def _overlap(a: _Rectangle, b: _Rectangle) -> float:
+    """The area that two rectangles have in common."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

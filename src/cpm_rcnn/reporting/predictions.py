@@ -4,78 +4,129 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
-from torch import Tensor
-
+from cpm_rcnn.data.source_reader import SourceImage
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.inference import ImageDetections
-from cpm_rcnn.reporting.pictures import draw, save
+from cpm_rcnn.reporting.pictures import draw, save, text_size
+from cpm_rcnn.reporting.video import VideoWriter
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What all kinds of output have in common.
+
+    Attributes:
+        folder: the folder of the results.
+        class_names: names of the classes 1..C.
+        min_scores: C scores. All but :class:`Coco` write the detections from them on.
+        has_videos: whether some images are frames of videos.
+    """
+
+    folder: Path
+    class_names: Sequence[str]
+    min_scores: Sequence[float]
+    has_videos: bool
 
 
 class Output(Protocol):
     """Writes the detections of images."""
 
-    def add(self, image_id: int, name: str, image: Tensor, found: ImageDetections) -> None:
+    def add(self, image: SourceImage, found: ImageDetections) -> None:
         """Write the detections of an image.
 
         Args:
-            image_id: number of the image, from 1.
-            name: its file name, with folders.
-            image: uint8 (3, H, W).
+            image: the image.
             found: all its detections.
         """
 
     def close(self) -> None:
-        """Write what belongs to all images."""
+        """Write what is left. It is called once, also after an error."""
 
 
 class Pictures:
-    """Copies of the images with the detections drawn on them, ``images/NAME.png``."""
+    """Copies of the images with the detections drawn on them, ``images/NAME.png``, and of videos, ``videos/NAME.mp4``.
 
-    def __init__(self, folder: Path, class_names: Sequence[str], min_scores: Sequence[float]) -> None:
-        self._folder, self._class_names, self._min_scores = folder / "images", class_names, min_scores
+    They keep the suffix of the original, ``a.jpg.png``, so that no two have the same name.
+    """
 
-    def add(self, image_id: int, name: str, image: Tensor, found: ImageDetections) -> None:
+    def __init__(self, options: OutputOptions) -> None:
+        self._options = options
+        # Of the last video; the frames of a video follow each other.
+        self._video: tuple[str, VideoWriter] | None = None
+        self._text_size: int | None = None
+
+    def add(self, image: SourceImage, found: ImageDetections) -> None:
         """See :class:`Output`."""
-        picture = draw(image, found.to_dict(), self._class_names, min_score=self._min_scores)
-        save(picture, self._folder / f"{name}.png")
+        folder, class_names = self._options.folder, self._options.class_names
+        found = found.above(self._options.min_scores)
+        size = text_size(image.pixels, found.boxes)
+        if image.frame is None:
+            picture = draw(image.pixels, found.to_dict(), class_names, min_score=0, size=size)
+            save(picture, folder / "images" / f"{image.name}.png")
+            return
+        name = image.frame.video
+        if self._video is None or self._video[0] != name:
+            self.close()
+        # The smallest size of the video so far, so that it does not change from frame to frame.
+        self._text_size = size if self._text_size is None else min(size, self._text_size)
+        picture = draw(image.pixels, found.to_dict(), class_names, min_score=0, size=self._text_size)
+        if self._video is None:
+            self._video = name, VideoWriter(folder / "videos" / f"{name}.mp4", image.frame, picture)
+        self._video[1].write(image.frame, picture)
 
     def close(self) -> None:
-        """Nothing is left to write."""
+        """Finish the last video."""
+        if self._video is not None:
+            video, self._video, self._text_size = self._video[1], None, None
+            video.close()
 
 
 class Coco:
-    """All detections in COCO's format of results, ``detections.json``."""
+    """All detections in COCO's format of results, ``detections.json``, with ``file_name``.
 
-    def __init__(self, folder: Path, class_names: Sequence[str], min_scores: Sequence[float]) -> None:
-        self._path = folder / "detections.json"
-        self._rows: list[dict[str, Any]] = []
+    Those of a frame also have ``frame``, its number in the video from 0, and ``seconds``, its time.
+    """
 
-    def add(self, image_id: int, name: str, image: Tensor, found: ImageDetections) -> None:
+    def __init__(self, options: OutputOptions) -> None:
+        self._file: IO[str] = (options.folder / "detections.json").open("w")
+        self._file.write("[")
+        self._separator = "\n"
+
+    def add(self, image: SourceImage, found: ImageDetections) -> None:
         """See :class:`Output`."""
-        self._rows += [{"file_name": name, **row} for row in found.to_coco(image_id)]
+        frame = image.frame
+        place = {} if frame is None else {"frame": frame.number, "seconds": round(frame.seconds, 6)}
+        for row in found.to_coco(image.id):
+            self._file.write(self._separator + json.dumps({"file_name": image.name, **row, **place}))
+            self._separator = ",\n"
 
     def close(self) -> None:
-        """Write the file."""
-        self._path.write_text(json.dumps(self._rows))
+        """Finish the file."""
+        self._file.write("\n]\n")
+        self._file.close()
 
 
 class Csv:
-    """A table of the detections from the minimum scores on, ``detections.csv``."""
+    """A table of the detections, ``detections.csv``. With videos, it has the columns ``frame`` and ``seconds``."""
 
-    def __init__(self, folder: Path, class_names: Sequence[str], min_scores: Sequence[float]) -> None:
-        self._min_scores = min_scores
-        self._file: IO[str] = (folder / "detections.csv").open("w", newline="")
+    def __init__(self, options: OutputOptions) -> None:
+        self._min_scores = options.min_scores
+        self._file: IO[str] = (options.folder / "detections.csv").open("w", newline="")
         self._table = csv.writer(self._file)
-        self._table.writerow(["file_name", "class", "score", "x1", "y1", "x2", "y2"])
+        frame = ["frame", "seconds"] if options.has_videos else []
+        self._table.writerow(["file_name", "class", "score", "x1", "y1", "x2", "y2", *frame])
 
-    def add(self, image_id: int, name: str, image: Tensor, found: ImageDetections) -> None:
+    def add(self, image: SourceImage, found: ImageDetections) -> None:
         """See :class:`Output`."""
         found = found.above(self._min_scores)
+        frame = image.frame
+        place = [] if frame is None else [str(frame.number), f"{frame.seconds:.6f}"]
         for label, score, box in zip(found.names, found.scores.tolist(), found.boxes.tolist()):
-            self._table.writerow([name, label, f"{score:.6g}", *(f"{side:.2f}" for side in box)])
+            self._table.writerow([image.name, label, f"{score:.6g}", *(f"{side:.2f}" for side in box), *place])
 
     def close(self) -> None:
         """Close the file."""
@@ -83,30 +134,30 @@ class Csv:
 
 
 class Yolo:
-    """YOLO's text files, ``labels/NAME.txt``, of the detections from the minimum scores on, and ``classes.txt``.
+    """YOLO's text files, ``labels/NAME.txt`` without the suffix of the image, and ``classes.txt``.
 
     A line is the class, counted from 0, the center, width and height of the box as parts of the image's width and
     height, and the score.
     """
 
-    def __init__(self, folder: Path, class_names: Sequence[str], min_scores: Sequence[float]) -> None:
-        self._folder, self._min_scores = folder / "labels", min_scores
+    def __init__(self, options: OutputOptions) -> None:
+        self._folder, self._min_scores = options.folder / "labels", options.min_scores
         self._folder.mkdir(exist_ok=True)
-        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in class_names))
+        (options.folder / "classes.txt").write_text("".join(f"{name}\n" for name in options.class_names))
         self._images: dict[Path, str] = {}
 
-    def add(self, image_id: int, name: str, image: Tensor, found: ImageDetections) -> None:
+    def add(self, image: SourceImage, found: ImageDetections) -> None:
         """See :class:`Output`.
 
         Raises:
             UserError: another image has the same name but for its suffix.
         """
-        path = self._folder / Path(name).with_suffix(".txt")
+        path = self._folder / Path(image.name).with_suffix(".txt")
         if path in self._images:
-            raise UserError(f"{name}, {self._images[path]}: YOLO's format has one file for both, {path.name}")
-        self._images[path] = name
+            raise UserError(f"{image.name}, {self._images[path]}: YOLO's format has one file for both, {path.name}")
+        self._images[path] = image.name
         found = found.above(self._min_scores)
-        height, width = image.shape[-2:]
+        height, width = image.pixels.shape[-2:]
         boxes = found.convention.to_xywh(found.boxes)
         boxes = boxes.clone()
         boxes[:, :2] += boxes[:, 2:] / 2
@@ -123,30 +174,29 @@ class Yolo:
 
 
 class Crops:
-    """The parts of the images inside the boxes, from the minimum scores on, ``crops/CLASS/NAME_1.png``."""
+    """The parts of the images inside the boxes, ``crops/CLASS/NAME_1.png``."""
 
-    def __init__(self, folder: Path, class_names: Sequence[str], min_scores: Sequence[float]) -> None:
-        self._folder, self._min_scores = folder / "crops", min_scores
+    def __init__(self, options: OutputOptions) -> None:
+        self._folder, self._min_scores = options.folder / "crops", options.min_scores
 
-    def add(self, image_id: int, name: str, image: Tensor, found: ImageDetections) -> None:
+    def add(self, image: SourceImage, found: ImageDetections) -> None:
         """See :class:`Output`."""
         found = found.above(self._min_scores)
-        height, width = image.shape[-2:]
+        height, width = image.pixels.shape[-2:]
         numbers: Counter[str] = Counter()
         for label, box in zip(found.names, found.boxes.tolist()):
             x1, y1 = (max(0, int(side)) for side in box[:2])
             x2, y2 = (min(limit, int(side) + 1) for side, limit in zip(box[2:], (width, height)))
             if x1 < x2 and y1 < y2:
                 numbers[label] += 1
-                place = self._folder / label.replace("/", "_") / f"{name}_{numbers[label]}.png"
-                save(image[:, y1:y2, x1:x2], place)
+                place = self._folder / label.replace("/", "_") / f"{image.name}_{numbers[label]}.png"
+                save(image.pixels[:, y1:y2, x1:x2], place)
 
     def close(self) -> None:
         """Nothing is left to write."""
 
 
-# From the folder of the results, the names of the classes 1..C and their C minimum scores.
-OUTPUTS: dict[str, Callable[[Path, Sequence[str], Sequence[float]], Output]] = {
+OUTPUTS: dict[str, Callable[[OutputOptions], Output]] = {
     "pictures": Pictures,
     "coco": Coco,
     "csv": Csv,
