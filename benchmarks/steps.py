@@ -8,6 +8,9 @@ pairs of RoI and class enter the NMS of each model, and at most 100 boxes per im
 take turns, so that other programs slow all of them down; times are medians over the rounds, and ratios are medians of
 the ratios within a round. ``bf16`` is autocast.
 
+This project's models run in one process and torchvision's in another one, because the commands of this project set how
+memory is freed (``cpm_rcnn.cli.memory``), and torchvision leaves it as it is; ``--keep-memory`` sets it in both.
+
 Models: ``fused`` is one grid stage with feature fusion (Grid R-CNN), ``cpm`` is the paper's model.
 
     python benchmarks/steps.py --vary objects 1 64 300 1000      (also: batch 1 2 4, side 400 600 800)
@@ -16,10 +19,12 @@ Models: ``fused`` is one grid stage with feature fusion (Grid R-CNN), ``cpm`` is
 
 import argparse
 import copy
+import multiprocessing
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -34,6 +39,7 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.resnet import resnet50
 from torchvision.ops import FrozenBatchNorm2d
 
+from cpm_rcnn.cli.memory import keep_freed_memory
 from cpm_rcnn.models.build import build_detector
 
 ONE_STAGE = [{"positive_iou": 0.5, "mapping_ratio": 1.0, "loss_weight": 1.0}]
@@ -139,18 +145,39 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+_prepared: dict[str, tuple[Callable[[], Any], Callable[..., Any], nn.Module]] = {}
+
+
+def start(names: Sequence[str], options: argparse.Namespace, keep_memory: bool) -> None:
+    """Build the models of a process."""
+    if keep_memory:
+        keep_freed_memory()
+    _prepared.update({name: prepare(name, options) for name in names})
+
+
+def measured(name: str, work: str, dtype: torch.dtype | None, device: str) -> float:
+    """Seconds of one training step or inference of a model of this process."""
+    step, infer, _ = _prepared[name]
+    return timed(step if work == "training" else partial(infer, dtype), dtype, device)
+
+
 def compare(options: argparse.Namespace) -> dict[tuple[str, str, str], list[float]]:
-    """Seconds per round, by model, work and precision."""
+    """Seconds per round, by model, work and precision; the first round is not counted."""
     precisions = {"float32": None, "bf16": torch.bfloat16} if options.bf16 else {"float32": None}
-    prepared = {name: prepare(name, options) for name in [PEER, *options.models]}
     times: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for number in range(options.rounds + 1):
-        for name, (step, infer, _) in prepared.items():
-            for precision, dtype in precisions.items():
-                for work, call in (("training", step), ("inference", partial(infer, dtype))):
-                    seconds = timed(call, dtype, options.device)
-                    if number:
-                        times[name, work, precision].append(seconds)
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, context, start, (options.models, options, True)) as ours,
+        ProcessPoolExecutor(1, context, start, ([PEER], options, options.keep_memory)) as peer,
+    ):
+        for number in range(options.rounds + 1):
+            for name in (PEER, *options.models):
+                for precision, dtype in precisions.items():
+                    for work in ("training", "inference"):
+                        process = peer if name == PEER else ours
+                        seconds = process.submit(measured, name, work, dtype, options.device).result()
+                        if number:
+                            times[name, work, precision].append(seconds)
     return times
 
 
@@ -213,6 +240,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--optimize", action="store_true", help="Detector.optimize for our inference")
     parser.add_argument("--compile", action="store_true", help="torch.compile for our layers")
+    parser.add_argument("--keep-memory", action="store_true", help="torchvision's process keeps freed memory, too")
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--vary", nargs="+", metavar=("NAME", "VALUE"), help="objects, batch or side, and its values")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
