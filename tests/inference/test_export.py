@@ -4,71 +4,38 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from torch import nn
-from torchvision.ops.misc import FrozenBatchNorm2d
+from PIL import Image
 
 from cpm_rcnn.errors import ArgumentError, UserError
-from cpm_rcnn.inference import Detector, MultiScaleSettings
+from cpm_rcnn.inference import MultiScaleSettings
 from cpm_rcnn.inference.export import export, files
 from cpm_rcnn.inference.export.onnx_file import OnnxRunner
 from cpm_rcnn.inference.export.parity import Comparison, compare, drawn_images, run_batch
-from cpm_rcnn.models.build import build_detector
-from small_models import CATEGORIES, SMALL
-
-DCN = {
-    "name": "resnet",
-    "layout": {"blocks": [1, 1, 1, 1], "groups": 4, "width_per_group": 8},
-    "deformable_stages": [3, 4, 5],
-}
-SIZES = ((64, 96), (32, 32), (97, 130))
+from exported_models import BACKBONES, CMM, HEADS, drawn_image, make_detector, three_sizes
 
 
-def make_detector(sizes=None, **options):
-    """A detector whose large random weights give heatmaps and scores of all sizes."""
-    torch.manual_seed(0)
-    settings = {"proposals_test": 10, "score_threshold": 0.2, "anchor_sizes": (16, 32, 64, 128, 256)}
-    if options.get("head", "cpm") != "cpm":
-        settings |= {"point_channels": ..., "grid_convs": ...}
-    chosen = {name: value for name, value in (SMALL | settings | options).items() if value is not ...}
-    net = build_detector(num_classes=2, **chosen).eval().requires_grad_(False)
-    for name, layer in net.named_modules():
-        if isinstance(layer, FrozenBatchNorm2d):
-            layer.weight.copy_(torch.rand(len(layer.weight)) * 0.5 + 0.4)
-            layer.bias.copy_(torch.randn(len(layer.bias)) * 0.2)
-        if name.endswith("conv_offset"):
-            nn.init.normal_(layer.weight, std=0.02)
-        if name.endswith(("classifier.predictor", "cls_logits", "rsm.predictor")):
-            nn.init.normal_(layer.weight, std=0.5)
-        if name.endswith("deconvs.3"):
-            nn.init.normal_(layer.weight, std=0.3)
-        if name.endswith("ism.predictor"):
-            nn.init.constant_(layer.bias, 0.5)
-    return Detector(net, CATEGORIES, **(sizes or {"short_side": 64, "max_size": 96}))
-
-
-def random_image(height, width):
-    generator = torch.Generator().manual_seed(height * width)
-    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
-
-
+# With the test of the command (CMM, ISM and RSM on a tiny backbone, continuous coordinates), each head, family of
+# backbones and box convention at least once. benchmarks/export.py has all combinations of heads and backbones.
 @pytest.mark.parametrize(
-    "options",
+    ("head", "backbone", "convention"),
     [
-        {"backbone": DCN, "head": "cascade", "ism": True, "rsm": True},
-        {"backbone": "test_resnet", "head": "faster", "convention": "torchvision"},
+        ("CPM with fusion", "ResNet", "detectron2"),
+        ("cascade", "deformable ResNeXt", "inclusive"),
+        ("faster", "ResNeXt", "mmdetection"),
+        ("faster", "timm", "torchvision"),
     ],
-    ids=["cascade with ISM and RSM on a deformable ResNeXt", "faster on a timm model"],
 )
-def test_an_onnx_file_finds_what_the_model_finds_for_all_sizes_and_batches(options, tmp_path):
+def test_an_onnx_file_finds_what_the_model_finds_for_all_sizes_and_batches(head, backbone, convention, tmp_path):
+    options = {**HEADS[head], "backbone": BACKBONES[backbone], "convention": convention}
     detector = make_detector(sizes={"short_side": None}, **options)
-    images = {f"{height} x {width}": random_image(height, width) for height, width in SIZES}
-    compared = export(detector, tmp_path / "a.onnx", images=images)
+    compared = export(detector, tmp_path / "a.onnx", images=three_sizes())
     assert compared.images == 3
     assert compared.detections > 10
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
-    again = compare(detector.model, OnnxRunner(tmp_path / "a.onnx"), images)
+    again = compare(detector.model, OnnxRunner(tmp_path / "a.onnx"), three_sizes())
     assert again == compared
 
 
@@ -86,9 +53,9 @@ print(extra["detector.json"])
 
 
 def test_a_pt2_file_finds_what_the_model_finds_in_a_process_without_this_package(tmp_path):
-    detector = make_detector(fusion=True, stages=[{"positive_iou": 0.5, "mapping_ratio": 1.0, "loss_weight": 1.0}] * 2)
-    assert export(detector, tmp_path / "a.pt2", "pt2").detections > 10
-    image = random_image(64, 96)
+    detector = make_detector(sizes={"short_side": None, "max_size": 96}, stages=CMM[:1])
+    assert export(detector, tmp_path / "a.pt2", "pt2", images=three_sizes()).detections > 10
+    image = drawn_image(64, 96)
     torch.save((image[None], torch.tensor([[64, 96]])), tmp_path / "inputs.pt")
     arguments = [tmp_path / "a.pt2", tmp_path / "inputs.pt", tmp_path / "outputs.pt"]
     ran = subprocess.run(
@@ -100,7 +67,7 @@ def test_a_pt2_file_finds_what_the_model_finds_in_a_process_without_this_package
     about = json.loads(ran.stdout)
     assert about["classes"] == ["cat", "dog"]
     assert about["category_ids"] == [3, 8]
-    assert (about["short_side"], about["max_size"], about["multiple"]) == (64, 96, 32)
+    assert (about["short_side"], about["max_size"], about["multiple"]) == (None, 96, 32)
     assert about["model"]["score_threshold"] == 0.2
     assert about["score_thresholds"] == {}
 
@@ -120,7 +87,7 @@ class Model:
 
 
 BOXES, SCORES, LABELS = [[0.0, 0, 9, 9], [5.0, 5, 9, 9]], [0.9, 0.9], [1, 2]
-TWO = {"a": random_image(32, 32), "b": random_image(64, 32)}
+TWO = {"a": drawn_image(32, 32), "b": drawn_image(64, 32)}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +104,11 @@ def test_a_difference_is_refused_with_the_image_and_the_size_of_the_difference(b
     with pytest.raises(UserError) as caught:
         compare(Model(BOXES, SCORES, LABELS), Model(boxes, scores, labels).run, TWO)
     assert str(caught.value).startswith(message)
+
+
+def test_a_file_with_fewer_of_several_equal_detections_is_refused():
+    with pytest.raises(UserError, match=r"a: detection 2 of 2 .* is one of several that are equal"):
+        compare(Model([BOXES[0]] * 2, SCORES, [1, 1]), Model(BOXES[:1], SCORES[:1], LABELS[:1]).run, TWO)
 
 
 def test_detections_of_almost_equal_scores_may_be_in_another_order():
@@ -162,17 +134,30 @@ def test_images_of_a_batch_are_padded_to_the_same_multiple_of_32():
         seen.append((images, sizes))
         return torch.zeros(3, 4), torch.zeros(3), torch.ones(3, dtype=torch.int64), torch.tensor([1, 2])
 
-    found = run_batch(run, [random_image(33, 20), random_image(20, 64)])
+    found = run_batch(run, [drawn_image(33, 20), drawn_image(20, 64)])
     ((images, sizes),) = seen
     assert images.shape == (2, 3, 64, 64)
     assert sizes.tolist() == [[33, 20], [20, 64]]
-    assert torch.equal(images[1, :, :20], random_image(20, 64))
+    assert torch.equal(images[1, :, :20], drawn_image(20, 64))
     assert [len(each["scores"]) for each in found] == [1, 2]
 
 
 def test_drawn_images_have_three_sizes_after_they_are_resized():
     detector = make_detector(sizes={"short_side": 64, "max_size": 96})
     assert len({detector.resize(image).shape for image in drawn_images(detector).values()}) == 3
+
+
+@pytest.mark.parametrize("side", [64, 150, 400])
+def test_pillow_resizes_as_the_detector_does_within_two_levels(side):
+    drawn = drawn_image(180, 240)
+    noise = torch.randint(0, 256, drawn.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for image in (drawn, noise):
+        expected = make_detector(sizes={"short_side": side}).resize(image)
+        pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+        resized = np.asarray(pixels.resize(expected.shape[:0:-1], Image.Resampling.BILINEAR))
+        difference = np.abs(resized.astype(int) - expected.permute(1, 2, 0).numpy())
+        assert difference.max() <= 2
+        assert difference.mean() < 0.1
 
 
 @pytest.fixture
@@ -185,7 +170,7 @@ def without_exporters(monkeypatch):
             raise errors[0]
         return Comparison(1, 1, 0.0, 0.0)
 
-    monkeypatch.setattr(files, "trace", lambda model: None)
+    monkeypatch.setattr(files, "trace", lambda model, replacements=None: None)
     monkeypatch.setattr(files, "write_onnx", lambda program, path, metadata, opset: path.write_bytes(b"new"))
     monkeypatch.setattr(files, "_RUNNERS", {"onnx": lambda path: None, "pt2": lambda path: None})
     monkeypatch.setattr(files, "compare", compared)
@@ -205,12 +190,24 @@ def test_a_file_whose_detections_differ_is_not_written_and_an_older_one_stays(wi
 
 
 def test_an_error_of_the_exporters_is_one_line_and_nothing_is_written(without_exporters, tmp_path, monkeypatch):
-    def trace(model):
+    def trace(model, replacements=None):
         raise RuntimeError("Could not guard on u0 == 1\nmore lines")
 
     monkeypatch.setattr(files, "trace", trace)
     with pytest.raises(UserError, match=r"^torch cannot export this model as format=onnx: Could not guard on u0 == 1$"):
         export(make_detector(), tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_onnxruntime_cannot_run_is_refused_and_not_written(without_exporters, tmp_path, monkeypatch):
+    def load(path):
+        raise RuntimeError("Could not find an implementation for RoiAlign(22)\nmore lines")
+
+    monkeypatch.setattr(files, "_RUNNERS", {"onnx": load, "pt2": load})
+    with pytest.raises(
+        UserError, match=r"cannot be run with opset=22; try opset=19: Could not find .* RoiAlign\(22\)$"
+    ):
+        export(make_detector(), tmp_path / "a.onnx", opset=22)
     assert not list(tmp_path.iterdir())
 
 
@@ -223,6 +220,8 @@ def test_what_a_file_cannot_do_is_refused(without_exporters, tmp_path, monkeypat
         export(make_detector(sizes={"short_side": 64, "tile": 64}), tmp_path / "a.onnx")
     with pytest.raises(ArgumentError, match=r"^multi_scale: a file tests at one scale"):
         export(make_detector(sizes={"short_side": 64, "multi_scale": MultiScaleSettings()}), tmp_path / "a.onnx")
+    with pytest.raises(UserError, match=r"^the weights were converted to bfloat16, but a file has float32 weights"):
+        export(make_detector().optimize(torch.bfloat16), tmp_path / "a.onnx")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(UserError, match=r"onnxscript is not installed; pip install 'cpm-rcnn\[export\]'"):
         export(detector, tmp_path / "a.onnx")

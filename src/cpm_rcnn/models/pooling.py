@@ -101,13 +101,9 @@ class PyramidRoIAlign(nn.Module):
         return pooled.to(features[0].dtype)
 
     def _pool_levels(self, features: list[Tensor], rois: Rois, levels: Tensor) -> Tensor:
-        parts = [rois[(levels == level).nonzero().squeeze(1)] for level in range(len(features))]
-        pooled = torch.cat(
-            [
-                self._roi_align(feature, stride, part.boxes, part.images)
-                for feature, stride, part in zip(features, self.strides, parts)
-            ]
-        )
+        rows = _image_and_box(rois.images, rois.boxes)
+        parts = (rows[(levels == level).nonzero().squeeze(1)] for level in range(len(features)))
+        pooled = torch.cat([self._roi_align(*each) for each in zip(features, self.strides, parts)])
         # The parts are ordered by level; this is the place of each RoI in them.
         return pooled[levels.argsort(stable=True).argsort()]
 
@@ -115,15 +111,14 @@ class PyramidRoIAlign(nn.Module):
         # The number of samples of an infinite box would be infinite.
         boxes = rois.boxes.nan_to_num(0.0, 0.0, 0.0)
         parts = (
-            self._roi_align(feature, stride, torch.where((levels == level)[:, None], boxes, _OUTSIDE), rois.images)
-            for level, (feature, stride) in enumerate(zip(features, self.strides))
+            _image_and_box(rois.images, torch.where((levels == level)[:, None], boxes, _OUTSIDE))
+            for level in range(len(features))
         )
-        return reduce(torch.add, parts)
+        return reduce(torch.add, (self._roi_align(*each) for each in zip(features, self.strides, parts)))
 
-    def _roi_align(self, feature: Tensor, stride: int, boxes: Tensor, images: Tensor) -> Tensor:
-        rois = torch.cat([images.to(boxes.dtype)[:, None], boxes], dim=1)
+    def _roi_align(self, feature: Tensor, stride: int, rows: Tensor) -> Tensor:
         ratio, aligned = self.convention.sampling_ratio, self.convention.aligned
-        return roi_align(feature, rois, self.output_size, 1 / stride, ratio, aligned)
+        return roi_align(feature, rows, self.output_size, 1 / stride, ratio, aligned)
 
     def _pool_bags(self, pyramid: CellPyramid, rois: Rois, levels: Tensor) -> Tensor:
         batch, channels = pyramid[0].shape[:2]
@@ -173,3 +168,8 @@ class PyramidRoIAlign(nn.Module):
         weights = torch.stack([1 / _BAG_SAMPLES - share, share], dim=-1) * inside[..., None]
         cells = torch.stack([low, high], dim=-1)
         return cells.view(-1, self.output_size, 4), weights.view(-1, self.output_size, 4)
+
+
+def _image_and_box(images: Tensor, boxes: Tensor) -> Tensor:
+    """The rows (R, 5) that torchvision's operator takes, from images (R,) and boxes (R, 4)."""
+    return torch.cat([images.to(boxes.dtype)[:, None], boxes], dim=1)

@@ -105,14 +105,15 @@ class RegionProposalNetwork(nn.Module):
     def _propose(self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], image_sizes: Tensor) -> Rois:
         limit = self.settings.proposals_train if self.training else self.settings.proposals_test
         batch = image_sizes.shape[0]
-        boxes, scores, levels = [], [], []
+        scores, levels, picked, picked_anchors = [], [], [], []
         for level, (level_logits, level_deltas, anchor) in enumerate(zip(logits, deltas, anchors)):
             best, rows = self._best(level_logits, limit)
-            picked = level_deltas.gather(1, rows[..., None].expand(-1, -1, 4))
-            boxes.append(self.convention.decode(picked, anchor[rows]))
             scores.append(best)
             levels.append(torch.full_like(rows, level))
-        box = self.convention.clip(torch.cat(boxes, 1), image_sizes[:, None]).flatten(0, 1)
+            picked.append(level_deltas.gather(1, rows[..., None].expand(-1, -1, 4)))
+            picked_anchors.append(anchor[rows])
+        decoded = self.convention.decode(torch.cat(picked, 1), torch.cat(picked_anchors, 1))
+        box = self.convention.clip(decoded, image_sizes[:, None]).flatten(0, 1)
         score, level_of = torch.cat(scores, 1).flatten(), torch.cat(levels, 1).flatten()
         image = torch.arange(batch, device=score.device)[:, None].expand(batch, score.shape[0] // batch).flatten()
         width, height = self.convention.sizes(box)

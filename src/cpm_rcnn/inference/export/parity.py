@@ -126,6 +126,8 @@ def _difference(row: int, expected: Mapping[str, Tensor], box: Tensor, score: Te
     # Nearest in tolerances.
     distance = torch.maximum(box / BOX_TOLERANCE, score / SCORE_TOLERANCE).masked_fill(~equal, torch.inf)
     best = distance.argmin()
+    if distance[best] <= 1:
+        return f"{text} is one of several that are equal within the tolerances, and the file has fewer of them"
     return (
         f"{text} differs by {box[best]:.3g} pixels and {score[best]:.2g} from the nearest one of the file; allowed are "
         f"{BOX_TOLERANCE} and {SCORE_TOLERANCE}"

@@ -1,11 +1,14 @@
 """The whole detector as one graph of tensor operations, for images of any size and batches of any length."""
 
 import copy
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_shapes
+from torch.overrides import TorchFunctionMode
 
 from cpm_rcnn.models.detector import TwoStageDetector
 
@@ -52,19 +55,24 @@ class BatchDetector(nn.Module):
 
 
 @torch.no_grad()
-def trace(model: TwoStageDetector) -> ExportedProgram:
+def trace(model: TwoStageDetector, replacements: Mapping[Any, Callable[..., Any]] | None = None) -> ExportedProgram:
     """The graph of a detector with float32 weights, on the CPU; batch, height and width are symbols.
 
-    The model is not changed. The graph contains the operator ``cpm_rcnn::nms_mask``, which each format replaces.
+    The model is not changed.
+
+    Args:
+        model: the model.
+        replacements: functions that are traced in the place of operators. Without one for it, the graph contains the
+            operator ``cpm_rcnn::nms_mask``, which only this package has.
     """
-    model = copy.deepcopy(model).cpu()
+    model = copy.deepcopy(model)
     model.optimize()
     batch = Dim("batch")
     height, width = (MULTIPLE * Dim(name, max=_MAX_SIDE // MULTIPLE) for name in ("rows", "columns"))
     images = torch.zeros(_EXAMPLE, dtype=torch.uint8)
     sizes = torch.tensor([_EXAMPLE[2:]]).repeat(_EXAMPLE[0], 1)
     # As torch.onnx does it: a graph for a batch of one image too.
-    with symbolic_shapes.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    with symbolic_shapes.patch(backed_size_oblivious=True), _Replace(replacements or {}):  # type: ignore[attr-defined]
         return torch.export.export(
             BatchDetector(model).eval(),
             (images, sizes),
@@ -73,3 +81,14 @@ def trace(model: TwoStageDetector) -> ExportedProgram:
             # Conditions on sizes become assertions in the graph instead of errors of the tracer.
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+
+
+class _Replace(TorchFunctionMode):
+    """Calls functions in the place of operators."""
+
+    def __init__(self, replacements: Mapping[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.replacements = replacements
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.replacements.get(func, func)(*args, **(kwargs or {}))

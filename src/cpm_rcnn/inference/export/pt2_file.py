@@ -9,11 +9,23 @@ from torch.export import ExportedProgram
 
 from cpm_rcnn.inference.export.metadata import METADATA_KEY
 
+# Assertions that the tracer adds to a graph.
+_ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default)
+
 
 def write_pt2(program: ExportedProgram, path: Path, metadata: str) -> None:
-    """Write the graph of a detector, and ``metadata`` (JSON) as the extra file :data:`METADATA_KEY`."""
-    with torch.no_grad():
-        program = program.run_decompositions({torch.ops.cpm_rcnn.nms_mask.default: _nms_mask})
+    """Write the graph of a detector, and ``metadata`` (JSON) as the extra file :data:`METADATA_KEY`.
+
+    The graph must have been traced with :data:`REPLACEMENTS`. Its assertions are removed, as torch removes them from
+    ONNX files. The tracer derives some of them from the memory format of its example, so that a graph which is right
+    for a feature map of one cell refuses it.
+    """
+    graph = program.graph_module.graph
+    for node in graph.nodes:
+        if node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
     torch.export.save(program, path, extra_files={METADATA_KEY: metadata})
 
 
@@ -52,3 +64,6 @@ def _nms_mask(
     rows = candidate.nonzero().squeeze(1)
     kept = rows[torchvision.ops.nms(boxes[rows], scores[rows], iou_threshold)]
     return torch.zeros_like(candidate).index_fill(0, kept, True).narrow(0, 0, count)
+
+
+REPLACEMENTS = {torch.ops.cpm_rcnn.nms_mask.default: _nms_mask}
