@@ -120,6 +120,13 @@ def test_a_file_that_is_not_a_video_is_refused(tmp_path, content, problem):
         Video(path, path.name, str(path))
 
 
+def test_a_title_in_any_encoding_does_not_matter(tmp_path):
+    path = write_video(tmp_path / "a.mkv", 3, title="caf__")
+    path.write_bytes(path.read_bytes().replace(b"caf__", b"caf\xe9!"))
+    frames, problem = read(path)
+    assert (len(frames), problem) == (3, None)
+
+
 def test_a_missing_video_is_refused_with_the_reason(tmp_path):
     with pytest.raises(UserError, match=r"none\.mp4 .*No such file"):
         Video(tmp_path / "none.mp4", "none.mp4", str(tmp_path / "none.mp4"))

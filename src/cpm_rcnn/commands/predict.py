@@ -50,7 +50,7 @@ def predict_files(config: DictConfig, files: Sequence[SourceFile]) -> None:
     min_scores = scores if isinstance(scores, list) else [scores] * len(detector.class_names)
     detector.to(device)
     kinds = [config.output] if isinstance(config.output, str) else dict.fromkeys(config.output)
-    options = OutputOptions(run_dir, detector.class_names, min_scores, any(file.is_video for file in files))
+    options = OutputOptions(run_dir, detector.class_names, min_scores, files)
     reader = SourceReader(files, config.video_stride)
     watch = Stopwatch()
     with ExitStack() as stack:

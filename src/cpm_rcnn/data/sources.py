@@ -98,7 +98,8 @@ def find_images(source: Path, videos: bool = False) -> tuple[Path, list[str]]:
         A folder, and the sorted names of the files, relative to it.
 
     Raises:
-        UserError: ``source`` does not exist, matches nothing, or is a folder without such a file.
+        UserError: ``source`` does not exist, is an invalid pattern, matches nothing, or is a folder without such a
+            file or with a folder that cannot be listed.
     """
     suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) if videos else IMAGE_SUFFIXES
     wanted = f"image{' or video' * videos}"
@@ -109,9 +110,13 @@ def find_images(source: Path, videos: bool = False) -> tuple[Path, list[str]]:
         problem = f"no {wanted} in this folder"
     elif has_magic(str(source)):
         parts = source.parts
-        fixed = next(k for k, part in enumerate(parts) if has_magic(part))
+        # A folder that has this name is meant, not what its brackets match.
+        fixed = next(k for k, part in enumerate(parts) if has_magic(part) and not Path(*parts[: k + 1]).is_dir())
         folder = Path(*parts[:fixed])
-        paths = folder.glob(str(Path(*parts[fixed:])))
+        try:
+            paths = list(folder.glob(str(Path(*parts[fixed:]))))
+        except ValueError as error:
+            raise UserError(f"source={source}: {error}") from None
         names = sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
         problem = f"matches no {wanted}"
     else:
@@ -157,7 +162,9 @@ def _in_archive(location: Location, path: PurePosixPath) -> Iterator[_Found]:
     if not names:
         raise ArgumentError("source", f"={location}: no image in this archive ({' '.join(IMAGE_SUFFIXES)})")
     for name in names:
-        yield _Found(path, path / name, short(f"{location}: {name}"), location, partial(files.read, name))
+        # Some programs write absolute names.
+        place = path / name.lstrip("/")
+        yield _Found(path, place, short(f"{location}: {name}"), location, partial(files.read, name))
 
 
 def _names(found: Sequence[_Found]) -> Iterator[str]:

@@ -62,7 +62,10 @@ class Video:
         self._name, self._label = name, label
         try:
             # An absolute path, because FFmpeg takes what is in front of a colon for a protocol.
-            self._container = av.open(str(path.absolute()), options={"format_whitelist": _FORMATS})
+            # Titles and comments may have any encoding.
+            self._container = av.open(
+                str(path.absolute()), options={"format_whitelist": _FORMATS}, metadata_errors="replace"
+            )
         except (av.FFmpegError, OSError) as error:
             reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
             raise UserError(f"{label} is damaged or not a video in a supported format{reason}") from error
