@@ -121,3 +121,13 @@ def test_a_name_that_is_not_utf_8_can_be_printed(tmp_path):
         pytest.skip("this file system has UTF-8 names only")
     with pytest.raises(UserError, match=r"/\\udcff\.png is damaged"):
         read(str(tmp_path))
+
+
+def test_a_link_without_its_target_is_reported(tmp_path, caplog):
+    (tmp_path / "a.png").write_bytes(png(5))
+    (tmp_path / "b.png").symlink_to("gone.png")
+    for source in (tmp_path, tmp_path / "*.png"):
+        caplog.clear()
+        reader, images = read(str(source))
+        assert ([image.name for image in images], reader.skipped) == (["a.png"], 1)
+        assert caplog.messages == [f"{tmp_path}: image b.png not found; skipped"]

@@ -92,7 +92,8 @@ class _Folder:
         found = []
         for folder, _, names in os.walk(self.path, onerror=_raise_unlisted):
             paths = (Path(folder, name) for name in names)
-            found += [path.relative_to(self.path).as_posix() for path in paths if path.is_file()]
+            # A link whose target is missing is listed, so that reading it says so.
+            found += [path.relative_to(self.path).as_posix() for path in paths if path.is_file() or not path.exists()]
         return sorted(found)
 
     def read(self, name: str) -> bytes:

@@ -26,8 +26,7 @@ class SourceFile:
     """An image or a video.
 
     Attributes:
-        name: a name with slashes that no other file has: its path from the folder that all local files, or all URLs,
-            have in common.
+        name: a unique name with slashes: its path from the folder that all local files, or all URLs, have in common.
         label: its name in messages.
         location: the file or, if it is in an archive, the archive.
         read: returns its content. Raises :class:`UserError` if it is missing or cannot be read, and
@@ -117,7 +116,7 @@ def find_images(source: Path, videos: bool = False) -> tuple[Path, list[str]]:
             paths = list(folder.glob(str(Path(*parts[fixed:]))))
         except ValueError as error:
             raise UserError(f"source={source}: {error}") from None
-        names = sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
+        names = sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file() or not path.exists())
         problem = f"matches no {wanted}"
     else:
         raise UserError(f"source={source}: no such file or folder")

@@ -26,7 +26,7 @@ class Frame:
 
     Attributes:
         video: name of the video.
-        number: from 0, also of frames that are not used.
+        number: its number in the video, from 0. Frames that are not used are counted.
         pts: its time from the start of the video in units of ``time_base``.
         time_base: seconds.
         rate: frames of the video per second, on average.

@@ -24,7 +24,7 @@ class OutputOptions:
     Attributes:
         folder: the folder of the results.
         class_names: names of the classes 1..C.
-        min_scores: C scores. All but :class:`Coco` write the detections from them on.
+        min_scores: C scores. All but :class:`Coco` write only the detections that reach them.
         files: the images and videos.
     """
 
