@@ -179,7 +179,8 @@ def automatic_scores(config: DictConfig, detector: Detector) -> list[float]:
     changed += ["multi_scale"] if detector.multi_scale is not None else []
     if changed:
         _log.warning(
-            "min_score=%s: the thresholds are of the validation, without %s", config.min_score, ", ".join(changed)
+            "min_score=%s: the thresholds were measured in a validation without %s, and may not suit it",
+            *(config.min_score, ", ".join(changed)),
         )
     return [DEFAULT_MIN_SCORE if score == inf and kind == "best_f1" else score for score in scores]
 
