@@ -53,7 +53,7 @@ class Video:
         label: its name in messages.
 
     Raises:
-        UserError: it is damaged, has another format, or has no pictures.
+        UserError: it is damaged, has another format or an unknown codec, or has no pictures.
     """
 
     def __init__(self, path: Path, name: str, label: str) -> None:
@@ -70,9 +70,9 @@ class Video:
             reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
             raise UserError(f"{label} is damaged or not a video in a supported format{reason}") from error
         stream: Any = self._container.streams.best("video")
-        if stream is None:
+        if stream is None or stream.codec_context is None:
             self._container.close()
-            raise UserError(f"{label} has no video stream")
+            raise UserError(f"{label} has {'no video stream' if stream is None else 'an unknown video codec'}")
         stream.thread_type = "AUTO"
         self._stream = stream
 
