@@ -32,6 +32,7 @@ def write_video(
     rotation: int = 0,
     noise: int = 0,
     options: dict[str, str] | None = None,
+    title: str = "",
 ) -> Path:
     """Write a video in the format of the suffix.
 
@@ -44,9 +45,11 @@ def write_video(
         rotation: angle in degrees, counterclockwise, by which players turn the frames.
         noise: largest noise in the left half, below the square, which makes the file larger.
         options: of FFmpeg's muxer.
+        title: title of the video.
     """
     random = np.random.default_rng(0)
     with av.open(str(path), "w", options=options or {}) as container:
+        container.metadata["title"] = title
         # In avi files, frames that wait for later ones have wrong times.
         stream = container.add_stream("mpeg4" if path.suffix == ".avi" else "libx264", rate=rate)
         stream.width, stream.height, stream.pix_fmt = size[1], size[0], "yuv420p"

@@ -5,7 +5,6 @@ python run_onnx.py FILE.onnx IMAGE [MIN_SCORE]
 
 import json
 import sys
-from math import inf
 
 import numpy as np
 import onnxruntime
@@ -29,11 +28,11 @@ inputs = {"images": batch, "sizes": np.array([[height, width]], np.int64)}
 boxes, scores, labels, _ = session.run(["boxes", "scores", "labels", "counts"], inputs)
 boxes = boxes * np.tile([image.width / width, image.height / height], 2)
 
-# Without MIN_SCORE, the score of the best F1 of each class in the last validation, if the file has it.
-least = about["score_thresholds"].get("best_f1", [0.3] * len(about["classes"]))
+# Without MIN_SCORE, the score of the best F1 of each class in the last validation, or 0.3 if the file has none.
+best = about["score_thresholds"].get("best_f1", [None] * len(about["classes"]))
+least = [0.3 if score is None else score for score in best]
 if len(sys.argv) > 3:
     least = [float(sys.argv[3])] * len(about["classes"])
 for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
-    minimum = least[label - 1]
-    if score >= (inf if minimum is None else minimum):
+    if score >= least[label - 1]:
         print(json.dumps({"class": about["classes"][label - 1], "score": score, "box": box}))

@@ -8,7 +8,7 @@ from importlib.metadata import version
 COMMANDS = {
     "train": "train a model, evaluate it, write plots and tables",
     "eval": "COCO metrics and an error report of a checkpoint",
-    "predict": "detect in images and draw the detections",
+    "predict": "detect in images and videos, draw the detections",
     "check": "check the annotations and images of a data set",
     "compare": "compare evaluations",
     "convert": "convert released weights into a checkpoint",

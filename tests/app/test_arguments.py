@@ -41,6 +41,19 @@ def test_positional_paths_reach_hydra_unchanged(paths):
     assert (override.key_or_group, [str(value) for value in override.value()]) == ("runs", paths)
 
 
+@pytest.mark.parametrize("name", ["ü.jpg", "x[1].jpg", "a, b.jpg", "it's.jpg", "x=1.jpg", "{a}\\"])
+def test_the_path_of_a_file_needs_no_quotes_for_hydra(tmp_path, name):
+    (tmp_path / name).write_text("text")
+    (override,) = OverridesParser.create().parse_overrides(normalize([f"source={tmp_path / name}"]))
+    assert override.value() == str(tmp_path / name)
+
+
+def test_a_url_needs_no_quotes_for_hydra_unless_it_may_be_a_sweep():
+    assert normalize(["source=https://host/a.jpg?x=1"]) == ["source='https://host/a.jpg?x=1'"]
+    kept = ["init=https://host/a=1,https://host/b=2", "source=[a.jpg,https://host/b]", "source=none[1].jpg"]
+    assert normalize(kept) == kept
+
+
 def test_options_and_flags_with_their_values_are_not_positional(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=1").mkdir()

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +56,9 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def run_alone(model, picture):
+def run_alone(model, picture, *min_score):
     """What the script finds, without torch or this package in its process: classes, scores and boxes."""
-    arguments = [sys.executable, "-c", RUN_ALONE, SCRIPT, model, picture, str(MIN_SCORE)]
+    arguments = [sys.executable, "-c", RUN_ALONE, SCRIPT, model, picture, *map(str, min_score)]
     ran = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     found = [json.loads(line) for line in ran.stdout.splitlines()]
@@ -78,11 +79,15 @@ def test_onnxruntime_alone_finds_what_the_trained_model_finds(command, sharpened
     # Pillow and torchvision resize slightly differently, and the box is in pixels of the larger image.
     for name, pixels, score in (("same.png", 0.05, 1e-4), ("larger.png", 0.5, 0.02)):
         (expected,) = load(sharpened, score_threshold=0.2).detect(pictures / name, score_threshold=MIN_SCORE)
-        names, scores, boxes = run_alone(target, pictures / name)
+        names, scores, boxes = run_alone(target, pictures / name, MIN_SCORE)
         assert len(expected) > 3
         assert names == expected.names
         torch.testing.assert_close(scores, expected.scores, rtol=0, atol=score)
         torch.testing.assert_close(boxes, expected.boxes, rtol=0, atol=pixels)
+    detector = load(sharpened, score_threshold=0.2)
+    least = [0.3 if score == inf else score for score in detector.thresholds("best_f1")]
+    (expected,) = detector.detect(pictures / "same.png", score_threshold=least)
+    assert run_alone(target, pictures / "same.png")[0] == expected.names
     again = refused(command("export", f"ckpt={sharpened}", f"dst={target}"))
     assert again == f"error: dst={target}: exists already; delete it, or give another name"
 

@@ -150,7 +150,7 @@ def test_null_and_plain_values_in_place_of_groups_nodes_and_paths_are_refused(
         (["resume=data"], "resume=data: is a folder, not a file"),
         (["resume=2024"], "resume=2024: no such file"),
         (["seed=${nosuch}"], "seed: Interpolation key 'nosuch' not found"),
-        (["seed=["], "seed=[: not an override that Hydra can read"),
+        (["seed=["], "seed=[: not an override that Hydra can read; special characters need quotes"),
         (["=3"], "=3: an argument is written KEY=VALUE"),
     ],
 )

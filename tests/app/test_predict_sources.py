@@ -133,7 +133,6 @@ def test_messages_are_written_where_the_progress_bar_expects_them(monkeypatch):
 
 
 def test_predict_finishes_its_files_when_it_is_interrupted(command, checkpoint, tmp_path, images, monkeypatch):
-
     video = write_video(tmp_path / "a.mp4", 6)
     detect, calls = Detector.detect, []
 

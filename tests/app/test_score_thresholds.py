@@ -147,7 +147,10 @@ def test_predict_says_that_thresholds_do_not_know_overridden_settings(command, w
     path = with_points(circle=(0.2, 0.9))
     options = ("detector.ism=false", "data.test_short_side=90", "multi_scale=on", "multi_scale.scales=[1.0]")
     answer, _ = drawn(command, path, "min_score=auto", *options)
-    assert "the thresholds are of the validation, without detector.ism, data.test_short_side, multi_scale" in answer.out
+    assert (
+        "measured in a validation without detector.ism, data.test_short_side, multi_scale, and may not suit it"
+        in answer.out
+    )
 
 
 def test_predict_refuses_thresholds_that_the_checkpoint_does_not_have(command, with_points, last, tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import zipfile
 
 import pytest
@@ -67,13 +68,14 @@ def test_one_url_that_cannot_be_read_is_an_error(http, fault, kind):
 
 
 def test_a_remote_archive_and_a_remote_video_are_read(http, tmp_path):
-
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("x/1.png", png(3))
     video = write_video(tmp_path / "v.mp4", 3)
     http.files = {"/a.zip": (tmp_path / "a.zip").read_bytes(), "/v.mp4": video.read_bytes()}
-    _, images = read([f"{http.url}/a.zip", f"{http.url}/v.mp4"])
-    assert [image.name for image in images] == ["a.zip/x/1.png", "v.mp4/000000", "v.mp4/000001", "v.mp4/000002"]
+    http.files["/B.ZIP"] = http.files["/a.zip"]
+    _, images = read([f"{http.url}/{name}" for name in ("a.zip", "B.ZIP", "v.mp4")])
+    frames = ["v.mp4/000000", "v.mp4/000001", "v.mp4/000002"]
+    assert [image.name for image in images] == ["a.zip/x/1.png", "B.ZIP/x/1.png", *frames]
     assert images[0].pixels[0, 0, 0] == 3
 
 
@@ -109,3 +111,23 @@ def test_one_video_of_which_nothing_can_be_read_is_an_error(tmp_path):
     (tmp_path / "a.mp4").write_bytes(b"text")
     with pytest.raises(UserError, match=r"a\.mp4 is damaged or not a video"):
         read(str(tmp_path / "a.mp4"))
+
+
+def test_a_name_that_is_not_utf_8_can_be_printed(tmp_path):
+    name = os.fsdecode(b"\xff.png")
+    try:
+        (tmp_path / name).write_bytes(b"text")
+    except OSError:
+        pytest.skip("this file system has UTF-8 names only")
+    with pytest.raises(UserError, match=r"/\\udcff\.png is damaged"):
+        read(str(tmp_path))
+
+
+def test_a_link_without_its_target_is_reported(tmp_path, caplog):
+    (tmp_path / "a.png").write_bytes(png(5))
+    (tmp_path / "b.png").symlink_to("gone.png")
+    for source in (tmp_path, tmp_path / "*.png"):
+        caplog.clear()
+        reader, images = read(str(source))
+        assert ([image.name for image in images], reader.skipped) == (["a.png"], 1)
+        assert caplog.messages == [f"{tmp_path}: image b.png not found; skipped"]

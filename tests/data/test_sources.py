@@ -1,5 +1,6 @@
 """Which images and videos a source names, and their names in results."""
 
+import errno
 import io
 import os
 import zipfile
@@ -23,7 +24,15 @@ def image_bytes(suffix="png"):
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
     """A folder with images, a video and a text file, from which relative paths start."""
-    for name in ("photos/b.jpg", "photos/a.PNG", "photos/deep/c.tif", "photos/d.mp4", "photos/note.txt", "more/b.jpg"):
+    for name in (
+        "photos/b.jpg",
+        "photos/a.PNG",
+        "photos/deep/c.tif",
+        "photos/d.mp4",
+        "photos/note.txt",
+        "more/b.jpg",
+        "shots [1]/e.jpg",
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(name.encode())
@@ -43,7 +52,7 @@ def names(value):
         ("photos/note.txt", ["note.txt"]),  # whatever its suffix is
         ("photos/*.jpg", ["b.jpg"]),
         ("*/b.jpg", ["more/b.jpg", "photos/b.jpg"]),
-        ("**/*.*", ["more/b.jpg", "photos/a.PNG", "photos/b.jpg", "photos/d.mp4", "photos/deep/c.tif"]),
+        ("[mp]*/**/*.*", ["more/b.jpg", "photos/a.PNG", "photos/b.jpg", "photos/d.mp4", "photos/deep/c.tif"]),
         (["photos/b.jpg", "more/b.jpg"], ["photos/b.jpg", "more/b.jpg"]),
         (["more", "photos/deep"], ["more/b.jpg", "photos/deep/c.tif"]),
         (["photos/b.jpg", "./photos/../photos/*.jpg"], ["b.jpg"]),  # each once
@@ -52,6 +61,7 @@ def names(value):
         (["https://host/image?id=1", "https://host/image?id=2"], ["image", "image_2"]),
         (["https://host/a.jpg", "s3://host/../b.mp4"], ["a.jpg", "b.mp4"]),
         (["more/b.jpg", "https://host/b.jpg"], ["b.jpg", "b_2.jpg"]),
+        ("shots [1]/*.jpg", ["e.jpg"]),  # the folder of this name, not shots 1
     ],
 )
 def test_a_source_names_images_and_videos(photos, value, expected):
@@ -67,11 +77,11 @@ def test_images_and_videos_are_told_apart_by_their_suffix_and_read_where_they_ar
 
 def test_the_images_of_an_archive_are_named_by_their_members_without_leaving_a_folder(photos):
     with zipfile.ZipFile(photos / "a.zip", "w") as archive:
-        for name in ("x/1.jpg", "x/", "../../2.jpg", "__MACOSX/x/1.jpg", "3.txt", "4.mp4"):
+        for name in ("x/1.jpg", "x/", "../../2.jpg", "/y/5.jpg", "__MACOSX/x/1.jpg", "3.txt", "4.mp4"):
             archive.writestr(name, name)
-    found = find_sources("a.zip")
-    assert [(file.name, file.read()) for file in found] == [("2.jpg", b"../../2.jpg"), ("x/1.jpg", b"x/1.jpg")]
-    assert names(["a.zip", "photos/b.jpg"]) == ["a.zip/2.jpg", "a.zip/x/1.jpg", "photos/b.jpg"]
+    found = {file.name: file.read() for file in find_sources("a.zip")}
+    assert found == {"2.jpg": b"../../2.jpg", "y/5.jpg": b"/y/5.jpg", "x/1.jpg": b"x/1.jpg"}
+    assert names(["a.zip", "photos/b.jpg"]) == ["a.zip/2.jpg", "a.zip/y/5.jpg", "a.zip/x/1.jpg", "photos/b.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -79,6 +89,10 @@ def test_the_images_of_an_archive_are_named_by_their_members_without_leaving_a_f
     [
         ("nowhere", "source=nowhere: no such file or folder"),
         ("photos/*.gif", r"source=photos/\*\.gif: matches no image or video"),
+        (
+            "photos/**.jpg",
+            r"source=photos/\*\*\.jpg: (Invalid pattern|matches no image)",
+        ),  # allowed from Python 3.13 on
         ("empty", "source=empty: no image or video in this folder"),
         ("empty.zip", r"source=empty\.zip: no image in this archive"),
         ("bad.zip", r"bad\.zip: not a readable zip archive"),
@@ -96,6 +110,19 @@ def test_what_names_no_image_is_refused_in_one_line(photos, value, message):
     zipfile.ZipFile(photos / "empty.zip", "w").close()
     with pytest.raises(UserError, match=message):
         find_sources(value)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(photos, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(folder):
+        if os.path.basename(folder) == "deep":
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"photos/deep: this folder cannot be listed \(Permission denied\)"):
+        find_sources("photos")
 
 
 def test_a_remote_folder_is_not_listed():

@@ -2,6 +2,8 @@
 
 from fractions import Fraction
 
+import av
+import numpy as np
 import pytest
 import torch
 
@@ -118,6 +120,30 @@ def test_a_file_that_is_not_a_video_is_refused(tmp_path, content, problem):
     path.write_bytes(content)
     with pytest.raises(UserError, match=rf"a\.mp4 {problem}"):
         Video(path, path.name, str(path))
+
+
+def test_a_title_in_any_encoding_does_not_matter(tmp_path):
+    path = write_video(tmp_path / "a.mkv", 3, title="caf__")
+    path.write_bytes(path.read_bytes().replace(b"caf__", b"caf\xe9!"))
+    frames, problem = read(path)
+    assert (len(frames), problem) == (3, None)
+
+
+def test_an_unknown_codec_is_refused(tmp_path):
+    path = write_video(tmp_path / "a.mkv", 3)
+    path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_NEW/NOT/KNOWN"))
+    with pytest.raises(UserError, match=r"a\.mkv has an unknown video codec"):
+        Video(path, path.name, str(path))
+
+
+def test_a_video_without_pictures_is_refused(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    with pytest.raises(UserError, match=r"a\.mp4 has no video stream"):
+        Video(tmp_path / "a.mp4", "a.mp4", str(tmp_path / "a.mp4"))
 
 
 def test_a_missing_video_is_refused_with_the_reason(tmp_path):

@@ -15,6 +15,9 @@ from cpm_rcnn.remote.urls import is_url
 _SWITCHES = ("cmm", "ism", "rsm", "fusion", "multi_scale")
 _SPELLINGS = {"true": "on", "yes": "on", "1": "on", "false": "off", "no": "off", "0": "off", "null": "off"}
 
+# Characters that Hydra's grammar does not allow without quotes, or does not take literally.
+_SPECIAL = re.compile(r"[^\w\-./:%@+*?|$]", re.ASCII)
+
 # The option that takes the positional arguments of a command.
 _POSITIONAL = {"compare": "runs"}
 # Hydra's flags that are followed by a value.
@@ -47,13 +50,14 @@ def positional_as_option(arguments: Sequence[str], command: str) -> list[str]:
         (values if is_path and not flag and previous not in _FLAGS_WITH_VALUE else others).append(argument)
     if values and any(argument.startswith(f"{option}=") for argument in others):
         raise UserError(f"{values[0]}: give the {option} either as arguments or as {option}=[...], not both")
-    # Quoted, so that Hydra's grammar does not interpret them.
-    quoted = ("'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'" for value in values)
-    return [f"{option}=[{','.join(quoted)}]", *others] if values else others
+    return [f"{option}=[{','.join(map(_quoted, values))}]", *others] if values else others
 
 
 def normalize(arguments: Sequence[str]) -> list[str]:
-    """The arguments with ``true``, ``false`` and ``null`` replaced by the choice of a group that they mean.
+    """The arguments as Hydra reads what is meant.
+
+    ``true``, ``false`` and ``null`` are replaced by the choice of a group that they mean. Values that are URLs or the
+    paths of existing files or folders are quoted if Hydra's grammar does not allow their characters.
 
     Args:
         arguments: without the program's name.
@@ -82,7 +86,14 @@ def _normalized(argument: str) -> str:
             raise UserError(f"{key}={value}: must be a name, or a path inside outputs/ without ..")
         if key == "sweep" and "," in value:
             raise UserError(f"sweep={value}: must be one name, without a comma")
-    return argument
+    # A comma in a URL may separate the values of a sweep.
+    literal = (is_url(value) and "," not in value) or os.path.exists(os.path.expanduser(value))
+    return f"{key}={_quoted(value)}" if literal and _SPECIAL.search(value) and not key.startswith("-") else argument
+
+
+def _quoted(value: str) -> str:
+    """A value in quotes, so that Hydra's grammar does not interpret it."""
+    return "'" + re.sub(r"(\\*)'", r"\1\1\\'", re.sub(r"(\\+)$", r"\1\1", value)) + "'"
 
 
 def check_choices(arguments: Sequence[str], command: str) -> None:

@@ -48,7 +48,9 @@ def _message(error: BaseException) -> str | None:
     if isinstance(error, HydraException) and (group := re.match(r"Could not override '(\w+)'\. No match", str(error))):
         return f"{group[1]}: the chosen head has no such group"
     if isinstance(error, OverrideParseException):
-        return _join(f"{error.override}: not an override that Hydra can read ({error})")
+        key, found, _ = str(error.override).partition("=")
+        hint = f"; special characters need quotes inside the shell's, \"{key}='...'\"" if found else ""
+        return _join(f"{error.override}: not an override that Hydra can read{hint} ({error})")
     if isinstance(error, OmegaConfBaseException):
         message, key = _without_details(error)
         return f"{key}: {message}"

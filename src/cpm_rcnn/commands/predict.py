@@ -50,7 +50,7 @@ def predict_files(config: DictConfig, files: Sequence[SourceFile]) -> None:
     min_scores = scores if isinstance(scores, list) else [scores] * len(detector.class_names)
     detector.to(device)
     kinds = [config.output] if isinstance(config.output, str) else dict.fromkeys(config.output)
-    options = OutputOptions(run_dir, detector.class_names, min_scores, any(file.is_video for file in files))
+    options = OutputOptions(run_dir, detector.class_names, min_scores, files)
     reader = SourceReader(files, config.video_stride)
     watch = Stopwatch()
     with ExitStack() as stack:
@@ -179,7 +179,8 @@ def automatic_scores(config: DictConfig, detector: Detector) -> list[float]:
     changed += ["multi_scale"] if detector.multi_scale is not None else []
     if changed:
         _log.warning(
-            "min_score=%s: the thresholds are of the validation, without %s", config.min_score, ", ".join(changed)
+            "min_score=%s: the thresholds were measured in a validation without %s, and may not suit it",
+            *(config.min_score, ", ".join(changed)),
         )
     return [DEFAULT_MIN_SCORE if score == inf and kind == "best_f1" else score for score in scores]
 

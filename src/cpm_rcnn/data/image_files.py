@@ -32,7 +32,7 @@ class ImageFiles(Protocol):
         """The sorted names of all files, with slashes.
 
         Raises:
-            UserError: this is a remote folder, which is not listed.
+            UserError: this is a remote folder, which is not listed, or a folder cannot be listed.
         """
 
     def read(self, name: str) -> bytes:
@@ -71,7 +71,7 @@ def image_files(path: Location) -> ImageFiles:
         UnavailableError: the server of a remote archive refuses or does not answer.
     """
     if isinstance(path, Url):
-        return _RemoteArchive(path) if path.suffix == ".zip" else _RemoteFolder(path)
+        return _RemoteArchive(path) if path.suffix.lower() == ".zip" else _RemoteFolder(path)
     archive = Path(f"{path}.zip")
     if not path.exists() and archive.is_file():
         path = archive
@@ -89,7 +89,12 @@ class _Folder:
         self.path = path
 
     def names(self) -> list[str]:
-        return sorted(path.relative_to(self.path).as_posix() for path in self.path.rglob("*") if path.is_file())
+        found = []
+        for folder, _, names in os.walk(self.path, onerror=_raise_unlisted):
+            paths = (Path(folder, name) for name in names)
+            # A link whose target is missing is listed, so that reading it says so.
+            found += [path.relative_to(self.path).as_posix() for path in paths if path.is_file() or not path.exists()]
+        return sorted(found)
 
     def read(self, name: str) -> bytes:
         try:
@@ -261,7 +266,8 @@ class _RemoteArchive:
 
 
 def short(file_name: str) -> str:
-    """A file name for messages."""
+    """A file name for messages. Bytes that are not UTF-8, which cannot be printed, are escaped."""
+    file_name = file_name.encode("utf-8", "backslashreplace").decode()
     return file_name if len(file_name) <= 200 else f"{file_name[:100]}...{file_name[-50:]}"
 
 
@@ -274,6 +280,10 @@ def _first_existing(folder: Path, file_name: str) -> Path:
     """The path of a file in ``folder`` under the first of its spellings that exists, or else under the first."""
     paths = [folder / name for name in _spellings(file_name)]
     return paths[0] if len(paths) == 1 or paths[0].exists() or not paths[1].exists() else paths[1]
+
+
+def _raise_unlisted(error: OSError) -> None:
+    raise UserError(f"{error.filename}: this folder cannot be listed ({error.strerror})") from error
 
 
 def _listed(folder: Path) -> set[str]:

@@ -26,8 +26,7 @@ class SourceFile:
     """An image or a video.
 
     Attributes:
-        name: a name with slashes that no other file has: its path from the folder that all local files, or all URLs,
-            have in common.
+        name: a unique name with slashes: its path from the folder that all local files, or all URLs, have in common.
         label: its name in messages.
         location: the file or, if it is in an archive, the archive.
         read: returns its content. Raises :class:`UserError` if it is missing or cannot be read, and
@@ -98,7 +97,8 @@ def find_images(source: Path, videos: bool = False) -> tuple[Path, list[str]]:
         A folder, and the sorted names of the files, relative to it.
 
     Raises:
-        UserError: ``source`` does not exist, matches nothing, or is a folder without such a file.
+        UserError: ``source`` does not exist, is an invalid pattern, matches nothing, or is a folder without such a
+            file or with a folder that cannot be listed.
     """
     suffixes = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES) if videos else IMAGE_SUFFIXES
     wanted = f"image{' or video' * videos}"
@@ -109,10 +109,14 @@ def find_images(source: Path, videos: bool = False) -> tuple[Path, list[str]]:
         problem = f"no {wanted} in this folder"
     elif has_magic(str(source)):
         parts = source.parts
-        fixed = next(k for k, part in enumerate(parts) if has_magic(part))
+        # A folder that has this name is meant, not what its brackets match.
+        fixed = next(k for k, part in enumerate(parts) if has_magic(part) and not Path(*parts[: k + 1]).is_dir())
         folder = Path(*parts[:fixed])
-        paths = folder.glob(str(Path(*parts[fixed:])))
-        names = sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
+        try:
+            paths = list(folder.glob(str(Path(*parts[fixed:]))))
+        except ValueError as error:
+            raise UserError(f"source={source}: {error}") from None
+        names = sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file() or not path.exists())
         problem = f"matches no {wanted}"
     else:
         raise UserError(f"source={source}: no such file or folder")
@@ -157,7 +161,9 @@ def _in_archive(location: Location, path: PurePosixPath) -> Iterator[_Found]:
     if not names:
         raise ArgumentError("source", f"={location}: no image in this archive ({' '.join(IMAGE_SUFFIXES)})")
     for name in names:
-        yield _Found(path, path / name, short(f"{location}: {name}"), location, partial(files.read, name))
+        # Some programs write absolute names.
+        place = path / name.lstrip("/")
+        yield _Found(path, place, short(f"{location}: {name}"), location, partial(files.read, name))
 
 
 def _names(found: Sequence[_Found]) -> Iterator[str]:

@@ -26,7 +26,7 @@ class Frame:
 
     Attributes:
         video: name of the video.
-        number: from 0, also of frames that are not used.
+        number: its number in the video, from 0. Frames that are not used are counted.
         pts: its time from the start of the video in units of ``time_base``.
         time_base: seconds.
         rate: frames of the video per second, on average.
@@ -53,7 +53,7 @@ class Video:
         label: its name in messages.
 
     Raises:
-        UserError: it is damaged, has another format, or has no pictures.
+        UserError: it is damaged, has another format or an unknown codec, or has no pictures.
     """
 
     def __init__(self, path: Path, name: str, label: str) -> None:
@@ -62,14 +62,17 @@ class Video:
         self._name, self._label = name, label
         try:
             # An absolute path, because FFmpeg takes what is in front of a colon for a protocol.
-            self._container = av.open(str(path.absolute()), options={"format_whitelist": _FORMATS})
+            # Titles and comments may have any encoding.
+            self._container = av.open(
+                str(path.absolute()), options={"format_whitelist": _FORMATS}, metadata_errors="replace"
+            )
         except (av.FFmpegError, OSError) as error:
             reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
             raise UserError(f"{label} is damaged or not a video in a supported format{reason}") from error
         stream: Any = self._container.streams.best("video")
-        if stream is None:
+        if stream is None or stream.codec_context is None:
             self._container.close()
-            raise UserError(f"{label} has no video stream")
+            raise UserError(f"{label} has {'no video stream' if stream is None else 'an unknown video codec'}")
         stream.thread_type = "AUTO"
         self._stream = stream
 

@@ -3,12 +3,14 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
 from cpm_rcnn.data.source_reader import SourceImage
+from cpm_rcnn.data.sources import SourceFile
 from cpm_rcnn.errors import UserError
 from cpm_rcnn.inference import ImageDetections
 from cpm_rcnn.reporting.pictures import draw, save, text_size
@@ -22,14 +24,14 @@ class OutputOptions:
     Attributes:
         folder: the folder of the results.
         class_names: names of the classes 1..C.
-        min_scores: C scores. All but :class:`Coco` write the detections from them on.
-        has_videos: whether some images are frames of videos.
+        min_scores: C scores. All but :class:`Coco` write only the detections that reach them.
+        files: the images and videos.
     """
 
     folder: Path
     class_names: Sequence[str]
     min_scores: Sequence[float]
-    has_videos: bool
+    files: Sequence[SourceFile]
 
 
 class Output(Protocol):
@@ -92,45 +94,52 @@ class Coco:
     """
 
     def __init__(self, options: OutputOptions) -> None:
-        self._file: IO[str] = (options.folder / "detections.json").open("w")
-        self._file.write("[")
+        self._path = options.folder / "detections.json"
+        with _writing(self._path):
+            self._file: IO[str] = self._path.open("w")
+            self._file.write("[")
         self._separator = "\n"
 
     def add(self, image: SourceImage, found: ImageDetections) -> None:
         """See :class:`Output`."""
         frame = image.frame
         place = {} if frame is None else {"frame": frame.number, "seconds": round(frame.seconds, 6)}
-        for row in found.to_coco(image.id):
-            self._file.write(self._separator + json.dumps({"file_name": image.name, **row, **place}))
-            self._separator = ",\n"
+        with _writing(self._path):
+            for row in found.to_coco(image.id):
+                self._file.write(self._separator + json.dumps({"file_name": image.name, **row, **place}))
+                self._separator = ",\n"
 
     def close(self) -> None:
         """Finish the file."""
-        self._file.write("\n]\n")
-        self._file.close()
+        with _writing(self._path), self._file:
+            self._file.write("\n]\n")
 
 
 class Csv:
     """A table of the detections, ``detections.csv``. With videos, it has the columns ``frame`` and ``seconds``."""
 
     def __init__(self, options: OutputOptions) -> None:
-        self._min_scores = options.min_scores
-        self._file: IO[str] = (options.folder / "detections.csv").open("w", newline="")
-        self._table = csv.writer(self._file)
-        frame = ["frame", "seconds"] if options.has_videos else []
-        self._table.writerow(["file_name", "class", "score", "x1", "y1", "x2", "y2", *frame])
+        self._path, self._min_scores = options.folder / "detections.csv", options.min_scores
+        frame = ["frame", "seconds"] if any(file.is_video for file in options.files) else []
+        with _writing(self._path):
+            # A file name that is not UTF-8 keeps its bytes.
+            self._file: IO[str] = self._path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
+            self._table = csv.writer(self._file)
+            self._table.writerow(["file_name", "class", "score", "x1", "y1", "x2", "y2", *frame])
 
     def add(self, image: SourceImage, found: ImageDetections) -> None:
         """See :class:`Output`."""
         found = found.above(self._min_scores)
         frame = image.frame
         place = [] if frame is None else [str(frame.number), f"{frame.seconds:.6f}"]
-        for label, score, box in zip(found.names, found.scores.tolist(), found.boxes.tolist()):
-            self._table.writerow([image.name, label, f"{score:.6g}", *(f"{side:.2f}" for side in box), *place])
+        with _writing(self._path):
+            for label, score, box in zip(found.names, found.scores.tolist(), found.boxes.tolist()):
+                self._table.writerow([image.name, label, f"{score:.6g}", *(f"{side:.2f}" for side in box), *place])
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with _writing(self._path):
+            self._file.close()
 
 
 class Yolo:
@@ -138,24 +147,27 @@ class Yolo:
 
     A line is the class, counted from 0, the center, width and height of the box as parts of the image's width and
     height, and the score.
+
+    Raises:
+        UserError: two images have the same name but for their suffixes.
     """
 
     def __init__(self, options: OutputOptions) -> None:
         self._folder, self._min_scores = options.folder / "labels", options.min_scores
-        self._folder.mkdir(exist_ok=True)
-        (options.folder / "classes.txt").write_text("".join(f"{name}\n" for name in options.class_names))
-        self._images: dict[Path, str] = {}
+        names: dict[Path, str] = {}
+        for file in options.files:
+            if not file.is_video and names.setdefault(self._path(file.name), file.name) != file.name:
+                other = names[self._path(file.name)]
+                raise UserError(
+                    f"{other} and {file.name} would have the same file of labels: rename one, or leave yolo out of "
+                    "output"
+                )
+        classes = options.folder / "classes.txt"
+        with _writing(classes):
+            classes.write_text("".join(f"{name}\n" for name in options.class_names), encoding="utf-8")
 
     def add(self, image: SourceImage, found: ImageDetections) -> None:
-        """See :class:`Output`.
-
-        Raises:
-            UserError: another image has the same name but for its suffix.
-        """
-        path = self._folder / Path(image.name).with_suffix(".txt")
-        if path in self._images:
-            raise UserError(f"{image.name}, {self._images[path]}: YOLO's format has one file for both, {path.name}")
-        self._images[path] = image.name
+        """See :class:`Output`."""
         found = found.above(self._min_scores)
         height, width = image.pixels.shape[-2:]
         boxes = found.convention.to_xywh(found.boxes)
@@ -166,11 +178,16 @@ class Yolo:
             f"{label - 1} {' '.join(f'{side:.6f}' for side in box)} {score:.6f}\n"
             for label, box, score in zip(found.labels.tolist(), boxes.tolist(), found.scores.tolist())
         ]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(lines))
+        path = self._path(image.name)
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(lines))
 
     def close(self) -> None:
         """Nothing is left to write."""
+
+    def _path(self, name: str) -> Path:
+        return self._folder / Path(name).with_suffix(".txt")
 
 
 class Crops:
@@ -188,9 +205,10 @@ class Crops:
             x1, y1 = (max(0, int(side)) for side in box[:2])
             x2, y2 = (min(limit, int(side) + 1) for side, limit in zip(box[2:], (width, height)))
             if x1 < x2 and y1 < y2:
-                numbers[label] += 1
-                place = self._folder / label.replace("/", "_") / f"{image.name}_{numbers[label]}.png"
-                save(image.pixels[:, y1:y2, x1:x2], place)
+                folder = label.replace("/", "_")
+                folder = folder if folder.strip(".") else f"_{folder}"
+                numbers[folder] += 1  # two classes may share a folder
+                save(image.pixels[:, y1:y2, x1:x2], self._folder / folder / f"{image.name}_{numbers[folder]}.png")
 
     def close(self) -> None:
         """Nothing is left to write."""
@@ -203,3 +221,12 @@ OUTPUTS: dict[str, Callable[[OutputOptions], Output]] = {
     "yolo": Yolo,
     "crops": Crops,
 }
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into a :class:`UserError` that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
