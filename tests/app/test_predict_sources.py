@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import signal
 import sys
 
 import av
@@ -132,20 +133,22 @@ def test_messages_are_written_where_the_progress_bar_expects_them(monkeypatch):
     assert (replaced.getvalue(), original.getvalue()) == ("during\n", "after\n")
 
 
-def test_predict_finishes_its_files_when_it_is_interrupted(command, checkpoint, tmp_path, images, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_predict_finishes_its_files_when_a_signal_stops_it(command, checkpoint, tmp_path, images, monkeypatch, number):
     video = write_video(tmp_path / "a.mp4", 6)
     detect, calls = Detector.detect, []
 
     def interrupted(self, *arguments, **options):
         calls.append(1)
         if len(calls) == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return detect(self, *arguments, **options)
 
     monkeypatch.setattr(Detector, "detect", interrupted)
-    answer = command("predict", f"ckpt={checkpoint}", f"source={video}", *OPTIONS, "name=stopped")
-    assert answer.status == 130
-    folder = images[0].parents[3] / "outputs/stopped"
+    answer = command("predict", f"ckpt={checkpoint}", f"source={video}", *OPTIONS, f"name=stopped_{number}")
+    assert answer.status == 128 + number
+    assert f"stopped by {number.name}" in answer.err
+    folder = images[0].parents[3] / f"outputs/stopped_{number}"
     with av.open(str(folder / "videos/a.mp4.mp4")) as container:
         assert len(list(container.decode(video=0))) == 3
     assert {row["frame"] for row in json.loads((folder / "detections.json").read_text())} == {0, 1, 2}

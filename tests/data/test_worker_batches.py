@@ -111,18 +111,18 @@ def test_batches_equal_those_without_workers(options):
     expected = list(loader(num_workers=0))
     batches = loader(**options)
     for _ in range(2):
-        # All batches of an epoch exist at the same time, so none may share its file with another.
+        # All batches of an epoch exist at the same time, so none may share its memory with another.
         assert same(list(batches), expected)
 
 
-def test_files_are_used_again_after_the_tensors_are_gone():
+def test_one_file_is_enough_if_each_batch_is_received_before_the_next_one():
     sender = CollateForMainProcess(lambda batch: batch)
     for number in range(20):
         assert same(sent(sender, torch.full((100, 100), number)), torch.full((100, 100), number))
         assert open_at_most(1)
 
 
-def test_a_batch_is_not_overwritten_while_a_view_or_an_array_of_it_exists():
+def test_a_batch_is_not_overwritten_by_later_ones_received_or_not():
     sender = CollateForMainProcess(lambda batch: batch)
     view = sent(sender, torch.zeros(100, 3))[2:, 1]
     array = sent(sender, torch.ones(100)).numpy()
@@ -162,11 +162,10 @@ def test_a_batch_can_be_changed():
     assert sent(sender, torch.zeros(10)).eq(0).all()
 
 
-def test_more_batches_than_a_worker_keeps_files_for_leave_no_file_open():
+def test_batches_that_wait_leave_no_file_open_once_they_are_received():
     sender = CollateForMainProcess(lambda batch: batch)
-    batches = [sent(sender, torch.full((10,), number)) for number in range(20)]
-    assert [int(batch[0]) for batch in batches] == list(range(20))
-    del batches
+    messages = [ForkingPickler.dumps(sender(torch.full((10,), number))) for number in range(20)]
+    assert [int(pickle.loads(message)[0]) for message in messages] == list(range(20))
     assert open_at_most(3)
     del sender
     assert open_at_most(0)

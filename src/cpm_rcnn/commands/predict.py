@@ -1,6 +1,7 @@
 """Detect in images and videos."""
 
 import logging
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -53,7 +54,7 @@ def predict_files(config: DictConfig, files: Sequence[SourceFile]) -> None:
     options = OutputOptions(run_dir, detector.class_names, min_scores, files)
     reader = SourceReader(files, config.video_stride)
     watch = Stopwatch()
-    with ExitStack() as stack:
+    with _sigterm_closes_files(), ExitStack() as stack:
         outputs = [stack.enter_context(closing(OUTPUTS[kind](options))) for kind in kinds]
         count = detect(detector, reader, outputs, config.batch_size, config.details, watch)
     parts = [counted(count, "detection", "detections")]
@@ -69,6 +70,21 @@ def predict_files(config: DictConfig, files: Sequence[SourceFile]) -> None:
         of = counted(len(files), "file", "files")
         print(f"error: {reader.skipped} of {of} could not be read completely, see above", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def _sigterm_closes_files() -> Iterator[None]:
+    """Let SIGTERM, which clusters and containers send, end the program like Ctrl-C, with all files complete."""
+
+    def stop(number: int, frame: object) -> None:
+        print("stopped by SIGTERM", file=sys.stderr)
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Stopwatch:
