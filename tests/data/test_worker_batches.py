@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -103,9 +104,8 @@ def open_at_most(count):
         {"multiprocessing_context": "fork"},
         {"multiprocessing_context": "fork", "persistent_workers": True, "prefetch_factor": 4},
         {"multiprocessing_context": "spawn", "num_workers": 1},
-        pytest.param({"pin_memory": True}, marks=pytest.mark.filterwarnings("ignore:'pin_memory' argument")),
     ],
-    ids=["fork", "persistent", "spawn", "pinned"],
+    ids=["fork", "persistent", "spawn"],
 )
 def test_batches_equal_those_without_workers(options):
     expected = list(loader(num_workers=0))
@@ -113,6 +113,23 @@ def test_batches_equal_those_without_workers(options):
     for _ in range(2):
         # All batches of an epoch exist at the same time, so none may share its memory with another.
         assert same(list(batches), expected)
+
+
+def test_batches_that_a_thread_pins_equal_those_without_workers(monkeypatch):
+    pinned = []
+
+    def pin_memory(tensor):
+        pinned.append(threading.current_thread())
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    assert same(list(loader(pin_memory=True, multiprocessing_context="fork")), list(loader(num_workers=0)))
+    assert threading.main_thread() not in pinned
+    assert pinned
 
 
 def test_one_file_is_enough_if_each_batch_is_received_before_the_next_one():
