@@ -171,8 +171,8 @@ def _received(descriptor: Any, content: bytes, spans: Sequence[tuple[int, int]])
             "a data worker ended before its batch was received; the system may have killed it for lack of memory: "
             "use fewer workers or smaller batches"
         ) from error
-    memory = torch.empty(spans[-1][1] if spans else 0, dtype=torch.uint8).numpy().data
     try:
+        memory = torch.empty(spans[-1][1] if spans else 0, dtype=torch.uint8).numpy().data
         # A copy takes less time than page faults in a new mapping of the file.
         read = 0
         while read < len(memory):  # a system call reads at most 2 GB
