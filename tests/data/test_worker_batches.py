@@ -182,7 +182,9 @@ def test_batches_that_wait_leave_no_file_open_once_they_are_received():
     assert open_at_most(0)
 
 
-def test_no_file_is_left_open_after_an_early_stop_and_an_error():
+def test_no_file_is_left_open_after_an_early_stop_and_an_error(monkeypatch):
+    # Seconds that torch waits for each worker if garbage collection ends the iteration.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     iterator = iter(loader())
     next(iterator)
     del iterator
