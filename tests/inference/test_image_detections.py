@@ -34,6 +34,11 @@ def test_coco_s_results_are_plain_values():
     assert detections(INCLUSIVE).to_coco(7)[0]["bbox"] == [1, 2, 11, 21]
 
 
+def test_above_takes_one_threshold_or_one_per_class():
+    assert detections().above(0.75).names == ["dog"]
+    assert detections().above([0.5, 0.9]).names == ["cat"]
+
+
 @pytest.mark.parametrize(("convention", "right"), [(CONTINUOUS, 11), (INCLUSIVE, 12)])
 def test_supervision_gets_edges_classes_from_0_and_names(monkeypatch, convention, right):
     monkeypatch.setitem(__import__("sys").modules, "supervision", SimpleNamespace(Detections=dict))

@@ -52,13 +52,14 @@ class ImageDetections:
         columns = {name: getattr(self, name) for name in COLUMNS}
         return {name: column for name, column in columns.items() if column is not None}
 
-    def above(self, thresholds: Sequence[float]) -> "ImageDetections":
-        """Those detections whose score is at least the threshold of their class.
+    def above(self, thresholds: float | Sequence[float]) -> "ImageDetections":
+        """Those detections whose score is at least a threshold.
 
         Args:
-            thresholds: one for each class 1..C.
+            thresholds: one for all classes, or one for each class 1..C.
         """
-        kept = self.scores >= self.scores.new_tensor(thresholds)[self.labels - 1]
+        limits = self.scores.new_tensor(thresholds)
+        kept = self.scores >= (limits[self.labels - 1] if limits.ndim else limits)
         rows = kept.nonzero().squeeze(1).tolist()
         names, ids = ([column[row] for row in rows] for column in (self.names, self.category_ids))
         columns: dict[str, Any] = {name: column[kept] for name, column in self.to_dict().items()}
