@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 # Without a card, Triton's kernels run on the CPU under its interpreter; it is chosen when triton is first imported.
@@ -20,3 +21,14 @@ def pytest_sessionstart() -> None:
 
     if "PYTEST_XDIST_WORKER" not in os.environ:
         build_kernels()
+
+
+@pytest.fixture
+def http(tmp_path, monkeypatch):
+    """A server on loopback, and an empty cache of what is read from it."""
+    from remote_servers import be_quick, http_server
+
+    be_quick(monkeypatch)
+    monkeypatch.setenv("CPM_RCNN_CACHE", str(tmp_path / "cache"))
+    with http_server() as server:
+        yield server

@@ -14,18 +14,9 @@ from runs import refused
 import cpm_rcnn
 from cpm_rcnn.commands.predict import logging_above_bar
 from cpm_rcnn.inference import Detector, MultiScaleSettings
-from remote_servers import be_quick, http_server
 from video_files import write_video
 
 OPTIONS = ("device=cpu", "detector.score_threshold=0.01", "min_score=0.018")
-
-
-@pytest.fixture
-def http(tmp_path, monkeypatch):
-    be_quick(monkeypatch)
-    monkeypatch.setenv("CPM_RCNN_CACHE", str(tmp_path / "cache"))
-    with http_server() as server:
-        yield server
 
 
 @pytest.fixture

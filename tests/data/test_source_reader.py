@@ -11,7 +11,6 @@ from PIL import Image
 from cpm_rcnn.data.source_reader import SourceReader
 from cpm_rcnn.data.sources import find_sources
 from cpm_rcnn.errors import UnavailableError, UserError
-from remote_servers import be_quick, http_server
 from video_files import write_video
 
 
@@ -19,14 +18,6 @@ def png(gray):
     stream = io.BytesIO()
     Image.new("RGB", (8, 6), (gray,) * 3).save(stream, "png")
     return stream.getvalue()
-
-
-@pytest.fixture
-def http(tmp_path, monkeypatch):
-    be_quick(monkeypatch)
-    monkeypatch.setenv("CPM_RCNN_CACHE", str(tmp_path / "cache"))
-    with http_server() as server:
-        yield server
 
 
 def read(value, stride=1):

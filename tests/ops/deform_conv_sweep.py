@@ -7,7 +7,6 @@ expanded, or with arbitrary strides for sides of length 1. The reference is torc
 contiguous copies of the same values, with the rule for non-finite offsets that ops/deform_conv_backends.py adds.
 """
 
-import argparse
 import random
 from typing import NamedTuple
 
@@ -149,16 +148,9 @@ def run(seeds):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", help="the compiled kernel to test; default: the one in the package")
-    parser.add_argument("--cases", type=int, default=600)
-    options = parser.parse_args()
-    if options.library:
-        torch.ops.load_library(options.library)
-    else:
-        assert backends.load_cpu_kernel()
-    failures = run(range(options.cases))
-    for line in failures[:20]:
-        print(line)
-    print(f"{torch.backends.cpu.get_cpu_capability()}: {options.cases} cases, {len(failures)} wrong results")
-    raise SystemExit(bool(failures))
+    from sweep_script import main
+
+    def find_failures(cases):
+        return cases, run(range(cases))
+
+    main(__doc__, backends.load_cpu_kernel, find_failures, 600)

@@ -7,7 +7,6 @@ and thresholds such as 1/3, so that IoUs are equal to the threshold; few differe
 inverted, NaN or infinite; and tensors with arbitrary strides.
 """
 
-import argparse
 import random
 from typing import NamedTuple
 
@@ -100,19 +99,12 @@ def run(function, seeds, longest=300):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", help="the compiled kernel to test; default: the one in the package")
-    parser.add_argument("--cases", type=int, default=600)
-    options = parser.parse_args()
-    if options.library:
-        torch.ops.load_library(options.library)
-    else:
-        assert nms.load_cpu_kernel()
-    torch.set_num_threads(2)
-    # The long cases divide one group among the threads.
-    failures = run(torch.ops.cpm_rcnn_cpu.nms_mask, range(options.cases))
-    failures += run(torch.ops.cpm_rcnn_cpu.nms_mask, range(options.cases, options.cases + 10), longest=2500)
-    for line in failures[:20]:
-        print(line)
-    print(f"{torch.backends.cpu.get_cpu_capability()}: {options.cases + 10} cases, {len(failures)} wrong results")
-    raise SystemExit(bool(failures))
+    from sweep_script import main
+
+    def find_failures(cases):
+        torch.set_num_threads(2)
+        kernel = torch.ops.cpm_rcnn_cpu.nms_mask
+        # The long cases divide one group among the threads.
+        return cases + 10, run(kernel, range(cases)) + run(kernel, range(cases, cases + 10), longest=2500)
+
+    main(__doc__, nms.load_cpu_kernel, find_failures, 600)

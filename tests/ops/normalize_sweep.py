@@ -6,7 +6,6 @@ The expected values are those of torch's operators, to the last bit. Images are 
 or have arbitrary strides; the result is a part of a larger tensor, whose other values must not change.
 """
 
-import argparse
 import random
 from typing import NamedTuple
 
@@ -69,17 +68,10 @@ def run(seeds):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", help="the compiled kernel to test; default: the one in the package")
-    parser.add_argument("--cases", type=int, default=600)
-    options = parser.parse_args()
-    if options.library:
-        torch.ops.load_library(options.library)
-    else:
-        assert normalize.load_cpu_kernel()
-    torch.set_num_threads(2)
-    failures = run(range(options.cases))
-    for line in failures[:20]:
-        print(line)
-    print(f"{torch.backends.cpu.get_cpu_capability()}: {options.cases} cases, {len(failures)} wrong results")
-    raise SystemExit(bool(failures))
+    from sweep_script import main
+
+    def find_failures(cases):
+        torch.set_num_threads(2)
+        return cases, run(range(cases))
+
+    main(__doc__, normalize.load_cpu_kernel, find_failures, 600)

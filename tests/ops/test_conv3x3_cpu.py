@@ -1,13 +1,10 @@
 """The compiled CPU kernel of the 3x3 convolution, compared with torch's convolution in float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from ops import conv3x3_sweep as sweep
+from ops.sweep_script import check_other_instruction_sets
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
@@ -61,14 +58,4 @@ def test_gradients_of_another_size_raise_an_error():
 
 
 def test_random_cases_equal_torch_for_every_other_instruction_set():
-    """The tests above use the best one that the CPU has."""
-    best = torch.backends.cpu.get_cpu_capability().lower()
-    command = [sys.executable, sweep.__file__, "--cases", "60"]
-    runs = [
-        subprocess.Popen(command, env=dict(os.environ, ATEN_CPU_CAPABILITY=name), stdout=subprocess.PIPE, text=True)
-        for name in ("default", "avx2")
-        if name != best
-    ]
-    for run in runs:
-        output = run.communicate()[0]
-        assert run.returncode == 0, output
+    check_other_instruction_sets(sweep.__file__, 60)

@@ -1,14 +1,12 @@
 """The compiled CPU kernel of the non-maximum suppression, compared with torchvision's operator."""
 
-import os
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from ops import nms_sweep
+from ops.sweep_script import check_other_instruction_sets
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
@@ -75,14 +73,4 @@ def test_invalid_arguments_raise_an_error(broken, message):
 
 
 def test_random_cases_equal_torchvision_for_every_other_instruction_set():
-    """The tests above use the best one that the CPU has."""
-    best = torch.backends.cpu.get_cpu_capability().lower()
-    sweep = [sys.executable, nms_sweep.__file__, "--cases", "400"]
-    runs = [
-        subprocess.Popen(sweep, env=dict(os.environ, ATEN_CPU_CAPABILITY=name), stdout=subprocess.PIPE, text=True)
-        for name in ("default", "avx2")
-        if name != best
-    ]
-    for run in runs:
-        output = run.communicate()[0]
-        assert run.returncode == 0, output
+    check_other_instruction_sets(nms_sweep.__file__, 400)

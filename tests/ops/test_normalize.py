@@ -1,15 +1,12 @@
 """The compiled normalization of images, compared with torch's operations."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from cpm_rcnn.ops import normalize
 from cpm_rcnn.ops.normalize import normalize_image
 from ops import normalize_sweep
+from ops.sweep_script import check_other_instruction_sets
 
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
 
@@ -28,16 +25,7 @@ def test_random_cases_equal_torch_to_the_last_bit(threads, set_threads):
 
 @pytest.mark.usefixtures("cpu_kernels")
 def test_random_cases_equal_torch_for_every_other_instruction_set():
-    best = torch.backends.cpu.get_cpu_capability().lower()
-    sweep = [sys.executable, normalize_sweep.__file__, "--cases", "300"]
-    runs = [
-        subprocess.Popen(sweep, env=dict(os.environ, ATEN_CPU_CAPABILITY=name), stdout=subprocess.PIPE, text=True)
-        for name in ("default", "avx2")
-        if name != best
-    ]
-    for run in runs:
-        output = run.communicate()[0]
-        assert run.returncode == 0, output
+    check_other_instruction_sets(normalize_sweep.__file__, 300)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
